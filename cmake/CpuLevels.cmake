@@ -1,0 +1,24 @@
+# Kernel files are compiled once per instruction-set level; the best level the CPU has is chosen when
+# the library is loaded (csrc/core/cpu/level.h). A level is a name and its compiler flags.
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(TORCHOPS_CPU_LEVELS baseline avx2 avx512)
+  # csrc/core/cpu/level.cpp asks the CPU for exactly these features.
+  set(TORCHOPS_FLAGS_baseline -march=x86-64-v2)
+  set(TORCHOPS_FLAGS_avx2 ${TORCHOPS_FLAGS_baseline} -mavx2 -mfma -mf16c)
+  set(TORCHOPS_FLAGS_avx512 ${TORCHOPS_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq
+                            -mprefer-vector-width=512)
+else()
+  set(TORCHOPS_CPU_LEVELS baseline)
+endif()
+
+function(torchops_add_cpu_kernels target)
+  foreach(level IN LISTS TORCHOPS_CPU_LEVELS)
+    set(objects ${target}_kernels_${level})
+    add_library(${objects} OBJECT ${ARGN})
+    target_include_directories(${objects} PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
+    target_compile_definitions(${objects} PRIVATE TORCHOPS_LEVEL=${level})
+    target_compile_options(${objects} PRIVATE -O3 ${TORCHOPS_FLAGS_${level}})
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}>)
+  endforeach()
+endfunction()

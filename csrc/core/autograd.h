@@ -1,0 +1,48 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <initializer_list>
+#include <optional>
+
+namespace torchops {
+
+inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& tensor) {
+  return tensor.value_or(at::Tensor());
+}
+
+// An undefined tensor is an absent one; operators take absent ones as std::nullopt.
+inline std::optional<at::Tensor> optional_tensor(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+// Which gradients a backward has to compute. AutogradContext::needs_input_grad counts only those
+// tensor arguments that were given, so an absent optional tensor shifts all behind it; this keeps
+// the positions in the operator's own list of tensor arguments.
+class TensorArguments {
+ public:
+  // In forward: all tensor arguments in schema order, absent ones as undefined tensors.
+  static void save(torch::autograd::AutogradContext* ctx, std::initializer_list<at::Tensor> arguments) {
+    int64_t given = 0;
+    int64_t bit = 1;
+    for (const auto& argument : arguments) {
+      given |= argument.defined() ? bit : 0;
+      bit <<= 1;
+    }
+    ctx->saved_data["given_tensors"] = given;
+  }
+
+  // In backward: whether the gradient of the tensor argument at this position is asked for.
+  static bool needs_grad(torch::autograd::AutogradContext* ctx, int position) {
+    const auto given = ctx->saved_data["given_tensors"].toInt();
+    if (!((given >> position) & 1)) {
+      return false;
+    }
+    const auto given_before = given & ((int64_t{1} << position) - 1);
+    return ctx->needs_input_grad(static_cast<size_t>(__builtin_popcountll(given_before)));
+  }
+};
+
+}  // namespace torchops

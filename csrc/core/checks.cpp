@@ -1,0 +1,74 @@
+#include "core/checks.h"
+
+#include <algorithm>
+#include <sstream>
+#include <string_view>
+
+namespace torchops {
+
+std::string shape_string(c10::SymIntArrayRef sizes) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    out << (i ? ", " : "") << sizes[i];
+  }
+  out << ']';
+  return out.str();
+}
+
+void Checks::rank(const char* name, const at::Tensor& tensor, const char* dims) const {
+  const std::string_view text(dims);
+  const auto expected = 1 + std::count(text.begin(), text.end(), ',');
+  TORCH_CHECK_VALUE(tensor.dim() == expected, op_, ": expected ", name, " of shape ", dims, ", got ",
+                    shape_string(tensor.sym_sizes()));
+}
+
+void Checks::shape(const char* name, const at::Tensor& tensor, const char* dims, c10::SymIntArrayRef expected) const {
+  rank(name, tensor, dims);
+  const auto sizes = tensor.sym_sizes();
+  for (size_t i = 0; i < expected.size(); ++i) {
+    TORCH_CHECK_VALUE(sizes[i].sym_eq(expected[i]).expect_true(__FILE__, __LINE__), op_, ": expected ", name,
+                      " of shape ", dims, " = ", shape_string(expected), ", got ", shape_string(sizes));
+  }
+}
+
+void Checks::dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected) const {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == expected, op_, ": expected ", name, " of dtype ", expected, ", got ",
+                    tensor.scalar_type());
+}
+
+void Checks::floating(const char* name, const at::Tensor& tensor) const {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_VALUE(
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op_, ": expected ",
+      name, " of dtype Double, Float, BFloat16 or Half, got ", dtype);
+}
+
+void Checks::same_device(const char* name, const at::Tensor& tensor, const char* other_name,
+                         const at::Tensor& other) const {
+  TORCH_CHECK_VALUE(tensor.device() == other.device(), op_, ": expected ", name, " on ", other_name, "'s device ",
+                    other.device(), ", got ", tensor.device());
+}
+
+void Checks::same_dtype(const char* name, const at::Tensor& tensor, const char* other_name,
+                        const at::Tensor& other) const {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == other.scalar_type(), op_, ": expected ", name, " of ", other_name,
+                    "'s dtype ", other.scalar_type(), ", got ", tensor.scalar_type());
+}
+
+void Checks::given(const char* name, const std::optional<at::Tensor>& tensor, const char* reason) const {
+  TORCH_CHECK_VALUE(tensor.has_value(), op_, ": expected ", name, " to be a tensor because ", reason, ", got None");
+}
+
+void Checks::not_negative(const char* name, const c10::SymInt& value) const {
+  TORCH_CHECK_VALUE(value.sym_ge(0).expect_true(__FILE__, __LINE__), op_, ": expected ", name, " >= 0, got ", value);
+}
+
+void Checks::at_most(const char* name, const c10::SymInt& value, const char* highest_name,
+                     const c10::SymInt& highest) const {
+  not_negative(name, value);
+  TORCH_CHECK_VALUE(value.sym_le(highest).expect_true(__FILE__, __LINE__), op_, ": expected ", name, " <= ",
+                    highest_name, " = ", highest, ", got ", value);
+}
+
+}  // namespace torchops

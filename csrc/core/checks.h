@@ -1,0 +1,41 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+namespace torchops {
+
+// Input checks of one operator. Every message reads
+//   <op>: expected <argument> <what it should be>, got <what it is>
+// and is raised as a ValueError. The checks look at metadata only, never at data, so a fake tensor
+// and a real one raise the same error.
+class Checks {
+ public:
+  explicit Checks(const char* op) : op_(op) {}
+
+  // dims names the dimensions and thereby counts them: "[B, N, C]".
+  void rank(const char* name, const at::Tensor& tensor, const char* dims) const;
+  void shape(const char* name, const at::Tensor& tensor, const char* dims, c10::SymIntArrayRef expected) const;
+  void dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected) const;
+  // float64, float32, bfloat16 or float16.
+  void floating(const char* name, const at::Tensor& tensor) const;
+  void same_device(const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) const;
+  void same_dtype(const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) const;
+  // An optional tensor that is needed because of `reason`.
+  void given(const char* name, const std::optional<at::Tensor>& tensor, const char* reason) const;
+  void not_negative(const char* name, const c10::SymInt& value) const;
+  // 0 <= value <= highest, where highest_name says what the bound is.
+  void at_most(const char* name, const c10::SymInt& value, const char* highest_name, const c10::SymInt& highest) const;
+
+ private:
+  const char* op_;
+};
+
+// Sizes as messages show them: "[2, 197, 768]".
+std::string shape_string(c10::SymIntArrayRef sizes);
+
+}  // namespace torchops

@@ -1,0 +1,198 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "core/cpu/scalar.h"
+
+// Vectors for kernel files, on GCC's vector extension: arithmetic, comparisons and ?: work lane by
+// lane. Their width follows the level the file is compiled for, and everything here lives in the
+// level's namespace, so that no two levels ever share a function.
+// Kernels compute in accumulate_t<T> and load and store T: bfloat16 and float16 are converted on the way.
+
+#ifndef TORCHOPS_LEVEL
+#error "simd.h belongs in *_kernel.cpp files, which are compiled once per level"
+#endif
+
+namespace torchops::kernels::inline TORCHOPS_LEVEL {
+
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int vector_bytes = 32;
+#else
+inline constexpr int vector_bytes = 16;
+#endif
+
+template <typename Lane, int bytes = vector_bytes>
+struct vector_of {
+  typedef Lane type __attribute__((vector_size(bytes)));
+};
+template <typename Lane>
+using vec = typename vector_of<Lane>::type;
+
+// Lanes of the vector a row of T is processed with.
+template <typename T>
+inline constexpr int lanes = vector_bytes / static_cast<int>(sizeof(accumulate_t<T>));
+
+using vfloat = vec<float>;
+using vint = vec<int32_t>;
+using vuint = vec<uint32_t>;
+// As many 16-bit lanes as vfloat has 32-bit ones.
+using vhalfwords = vector_of<uint16_t, vector_bytes / 2>::type;
+
+template <typename Lane>
+vec<Lane> broadcast(Lane value) {
+  // value - vec{} and not vec{} + value: the latter is a real addition that maps -0 to +0.
+  return value - vec<Lane>{};
+}
+
+template <typename To, typename From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- conversions ------------------------------------------------------------------------------
+
+inline vfloat widen(vhalfwords bits, bfloat16) {
+  return bit_cast<vfloat>(__builtin_convertvector(bits, vuint) << 16);
+}
+
+// Round to nearest, ties to even; every NaN becomes the quiet one, as in torch.
+inline vhalfwords narrow(vfloat value, bfloat16) {
+  const auto bits = bit_cast<vuint>(value);
+  const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vuint quiet_nan = vuint{} + 0x7fc0;
+  return __builtin_convertvector(value == value ? rounded : quiet_nan, vhalfwords);
+}
+
+#if defined(__AVX512F__)
+// The maskz forms with a full mask are the plain instructions; for the plain forms g++ 12 warns about
+// an uninitialized variable in its own header.
+inline vfloat widen(vhalfwords bits, float16) {
+  return bit_cast<vfloat>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
+}
+inline vhalfwords narrow(vfloat value, float16) {
+  return bit_cast<vhalfwords>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+inline vfloat widen(vhalfwords bits, float16) {
+  return bit_cast<vfloat>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+}
+inline vhalfwords narrow(vfloat value, float16) {
+  return bit_cast<vhalfwords>(_mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline vfloat widen(vhalfwords halves, float16) {
+  const vuint bits = __builtin_convertvector(halves, vuint);
+  const vuint magnitude = (bits & 0x7fff) << 13;
+  // 2^112 moves the exponent's bias from float16's to float32's, and makes subnormals normal.
+  const vuint scaled = bit_cast<vuint>(bit_cast<vfloat>(magnitude) * 0x1p112f);
+  const vuint infinity_or_nan = magnitude | 0x7f800000;
+  const vuint finite_limit = vuint{} + (0x7c00u << 13);
+  return bit_cast<vfloat>(((bits & 0x8000) << 16) | (magnitude >= finite_limit ? infinity_or_nan : scaled));
+}
+inline vhalfwords narrow(vfloat value, float16) {
+  const auto bits = bit_cast<vuint>(value);
+  const vuint magnitude = bits & 0x7fffffff;
+  // Normal results: round to nearest even at bit 13, then move the exponent's bias.
+  const vuint normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Subnormal results: an addition in which 0.5 has its last bit where 2^-24 is, rounds there.
+  const vuint subnormal = bit_cast<vuint>(bit_cast<vfloat>(magnitude) + 0.5f) - bit_cast<vuint>(vfloat{} + 0.5f);
+  const vuint smallest_normal = vuint{} + (113u << 23);
+  const vuint smallest_overflow = vuint{} + 0x477ff000;  // 65520
+  const vuint infinity = vuint{} + 0x7c00;
+  const vuint quiet_nan = 0x7e00 | ((magnitude >> 13) & 0x1ff);
+  vuint result = magnitude < smallest_normal ? subnormal : normal;
+  result = magnitude >= smallest_overflow ? infinity : result;
+  result = value == value ? result : quiet_nan;
+  return __builtin_convertvector(result | ((bits >> 16) & 0x8000), vhalfwords);
+}
+#endif
+
+// ---- memory -----------------------------------------------------------------------------------
+
+template <typename T>
+vec<accumulate_t<T>> load(const T* from) {
+  if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    vhalfwords bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    return widen(bits, T{});
+  } else {
+    vec<T> value;
+    __builtin_memcpy(&value, from, sizeof(value));
+    return value;
+  }
+}
+
+template <typename T>
+void store(T* to, vec<accumulate_t<T>> value) {
+  if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    const vhalfwords bits = narrow(value, T{});
+    __builtin_memcpy(to, &bits, sizeof(bits));
+  } else {
+    __builtin_memcpy(to, &value, sizeof(value));
+  }
+}
+
+// The first `count` lanes; the others are 0 and are not read, resp. not written.
+template <typename T>
+vec<accumulate_t<T>> load_partial(const T* from, int count) {
+  T buffer[lanes<T>] = {};
+  __builtin_memcpy(buffer, from, static_cast<size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+
+template <typename T>
+void store_partial(T* to, vec<accumulate_t<T>> value, int count) {
+  T buffer[lanes<T>];
+  store(buffer, value);
+  __builtin_memcpy(to, buffer, static_cast<size_t>(count) * sizeof(T));
+}
+
+// ---- reductions -------------------------------------------------------------------------------
+
+// Always in the order of the lanes.
+template <typename Vector>
+auto sum_lanes(Vector value) {
+  auto sum = value[0];
+  for (size_t lane = 1; lane < sizeof(value) / sizeof(sum); ++lane) {
+    sum += value[lane];
+  }
+  return sum;
+}
+
+// Calls body(first, count) for the pieces of a row of `size` elements: whole vectors, then the rest.
+template <typename T, typename Body>
+inline __attribute__((always_inline)) void for_each_vector(int64_t size, const Body& body) {
+  int64_t first = 0;
+  for (; first + lanes<T> <= size; first += lanes<T>) {
+    body(first, lanes<T>);
+  }
+  if (first < size) {
+    body(first, static_cast<int>(size - first));
+  }
+}
+
+template <typename T>
+inline __attribute__((always_inline)) vec<accumulate_t<T>> load_piece(const T* from, int count) {
+  return count == lanes<T> ? load(from) : load_partial(from, count);
+}
+
+template <typename T>
+inline __attribute__((always_inline)) void store_piece(T* to, vec<accumulate_t<T>> value, int count) {
+  if (count == lanes<T>) {
+    store(to, value);
+  } else {
+    store_partial(to, value, count);
+  }
+}
+
+}  // namespace torchops::kernels::inline TORCHOPS_LEVEL

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "core/cpu/rows.h"
+#include "core/cpu/scalar.h"
+
+// From torch's tensors to what kernels take.
+
+namespace torchops {
+
+template <typename T>
+struct type_tag {
+  using type = T;
+};
+
+// Calls body(type_tag<T>{}) with the kernels' type for a floating dtype that the checks let through.
+template <typename Body>
+void for_dtype(at::ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case at::kDouble:
+      return body(type_tag<double>{});
+    case at::kFloat:
+      return body(type_tag<float>{});
+    case at::kBFloat16:
+      return body(type_tag<kernels::bfloat16>{});
+    case at::kHalf:
+      return body(type_tag<kernels::float16>{});
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernel for dtype ", dtype);
+  }
+}
+
+// The tensor itself where its last dimension is contiguous (other strides are free), else a copy.
+inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+// [B, N, C] with contiguous rows.
+template <typename T>
+kernels::Rows<const T> rows(const at::Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1)};
+}
+
+template <typename T>
+kernels::Rows<T> mutable_rows(const at::Tensor& tensor) {
+  return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.stride(0), tensor.stride(1)};
+}
+
+}  // namespace torchops

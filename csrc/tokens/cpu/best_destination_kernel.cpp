@@ -1,0 +1,184 @@
+#include "tokens/cpu/best_destination_kernel.h"
+
+#include "core/cpu/packed_product.h"
+#include "core/cpu/simd.h"
+
+namespace torchops::kernels::tokens::TORCHOPS_LEVEL {
+namespace {
+
+static_assert(panel_columns<float> <= 64, "best_destination_scratch counts on it");
+static_assert(source_block % tile_rows == 0);
+
+// Features summed in one chain. Short chains keep the error below half a similarity step.
+constexpr int64_t chain_length = 64;
+constexpr int32_t no_similarity = nan_similarity - 1;
+// Adding it to a float of magnitude below 2^22 rounds that to an integer, ties to even.
+constexpr float rounding = 0x1.8p23f;
+
+// The Euclidean norm of a row; NaN if the row has a NaN or an infinity.
+template <typename T>
+accumulate_t<T> norm(const T* row, int64_t size) {
+  using A = accumulate_t<T>;
+  constexpr A safely_small = sizeof(A) == 4 ? A(1e-30) : A(1e-250);
+  constexpr A safely_large = sizeof(A) == 4 ? A(1e+30) : A(1e+250);
+  vec<A> squares = {};
+  for_each_vector<T>(size, [&](int64_t k, int count) {
+    const auto value = load_piece(row + k, count);
+    squares += value * value;
+  });
+  const A plain = sum_lanes(squares);
+  if (plain > safely_small && plain < safely_large) {
+    return __builtin_sqrt(plain);
+  }
+  // Squares may have overflowed or vanished: divide by the largest magnitude first.
+  vec<A> largest_lanes = {};
+  for_each_vector<T>(size, [&](int64_t k, int count) {
+    const auto value = load_piece(row + k, count);
+    const auto magnitude = value < 0 ? -value : value;
+    largest_lanes = magnitude > largest_lanes ? magnitude : largest_lanes;
+  });
+  A largest = 0;
+  for (int lane = 0; lane < lanes<T>; ++lane) {
+    largest = largest_lanes[lane] > largest ? largest_lanes[lane] : largest;
+  }
+  if (largest == 0) {
+    return plain;  // 0, or NaN
+  }
+  vec<A> scaled_squares = {};
+  for_each_vector<T>(size, [&](int64_t k, int count) {
+    const auto value = load_piece(row + k, count) / largest;
+    scaled_squares += value * value;
+  });
+  return largest * __builtin_sqrt(sum_lanes(scaled_squares));
+}
+
+// output = row / its norm, rounded to float; zeros for a row of zeros.
+template <typename T>
+void normalize(const T* row, int64_t size, float* output) {
+  using A = accumulate_t<T>;
+  const A length = norm(row, size);
+  const A divisor = length == 0 ? A(1) : length;
+  for_each_vector<T>(size, [&](int64_t k, int count) {
+    const auto value = load_piece(row + k, count) / divisor;
+    if constexpr (sizeof(A) == sizeof(float)) {
+      store_piece(output + k, value, count);
+    } else {
+      const auto narrowed = __builtin_convertvector(value, typename vector_of<float, vector_bytes / 2>::type);
+      __builtin_memcpy(output + k, &narrowed, static_cast<size_t>(count) * sizeof(float));
+    }
+  });
+}
+
+// Best destination so far of each of a tile's rows, lane by lane.
+struct Best {
+  vfloat similarity[tile_rows];  // rounded, plus `rounding`
+  vint vector[tile_rows];        // index of the vector of lanes it was found in
+};
+
+}  // namespace
+
+template <typename T>
+void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end, float* scratch, int64_t* positions) {
+  constexpr int columns = panel_columns<float>;
+  const int64_t depth = args.num_features;
+  float* const sources = scratch;
+  float* const panels = scratch + source_block * depth;
+  const auto is_padding = [&](int64_t batch, int64_t position) {
+    return args.padding != nullptr && args.padding[batch * args.num_tokens + position];
+  };
+
+  int64_t packed_batch = -1;
+  int64_t num_destinations = 0;
+  int64_t num_panels = 0;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t batch = unit / args.blocks_per_row();
+    const int64_t first = unit % args.blocks_per_row() * source_block;
+    const int64_t count = args.num_sources - first < source_block ? args.num_sources - first : source_block;
+
+    if (batch != packed_batch) {
+      packed_batch = batch;
+      num_destinations = 0;
+      for (int64_t position = args.first_destination(); position < args.num_tokens; position += 2) {
+        if (!is_padding(batch, position)) {
+          positions[num_destinations++] = position;
+        }
+      }
+      num_panels = (num_destinations + columns - 1) / columns;
+      for (int64_t column = 0; column < num_panels * columns; ++column) {
+        float* panel = panels + column / columns * columns * depth + column % columns;
+        if (column < num_destinations) {
+          normalize(args.metric.row(batch, positions[column]), depth, sources);
+          for (int64_t d = 0; d < depth; ++d) {
+            panel[d * columns] = sources[d];
+          }
+        } else {
+          // Similar to nothing: a NaN never displaces a destination of the same lane.
+          for (int64_t d = 0; d < depth; ++d) {
+            panel[d * columns] = __builtin_nanf("");
+          }
+        }
+      }
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      normalize(args.metric.row(batch, args.first_source() + 2 * (first + s)), depth, sources + s * depth);
+    }
+
+    for (int64_t tile = 0; tile < count; tile += tile_rows) {
+      const int64_t rows = count - tile < tile_rows ? count - tile : tile_rows;
+      Best best;
+      for (int row = 0; row < tile_rows; ++row) {
+        best.similarity[row] = vfloat{} + (rounding + no_similarity);
+        best.vector[row] = vint{};
+      }
+      for (int64_t p = 0; p < num_panels; ++p) {
+        ProductTile<float> cosine = {};
+        for (int64_t d = 0; d < depth; d += chain_length) {
+          const float* a[tile_rows];
+          for (int row = 0; row < tile_rows; ++row) {
+            a[row] = sources + (tile + (row < rows ? row : 0)) * depth + d;
+          }
+          const auto part = product_tile(a, panels + (p * depth + d) * columns,
+                                         depth - d < chain_length ? depth - d : chain_length);
+          for (int row = 0; row < tile_rows; ++row) {
+            for (int v = 0; v < tile_vectors; ++v) {
+              cosine.value[row][v] += part.value[row][v];
+            }
+          }
+        }
+        for (int row = 0; row < tile_rows; ++row) {
+          for (int v = 0; v < tile_vectors; ++v) {
+            const vfloat value = cosine.value[row][v] * similarity_steps + rounding;
+            const vfloat candidate = value == value ? value : vfloat{} + (rounding + nan_similarity);
+            const auto better = candidate > best.similarity[row];
+            const vint here = vint{} + static_cast<int32_t>(p * tile_vectors + v);
+            best.similarity[row] = better ? candidate : best.similarity[row];
+            best.vector[row] = better ? here : best.vector[row];
+          }
+        }
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t s = first + tile + row;
+        int64_t best_column = -1;
+        float best_similarity = rounding + no_similarity;
+        for (int lane = 0; lane < lanes<float>; ++lane) {
+          const float similarity = best.similarity[row][lane];
+          const int64_t column = int64_t{best.vector[row][lane]} * lanes<float> + lane;
+          if (column < num_destinations && (similarity > best_similarity || (similarity == best_similarity && column < best_column))) {
+            best_column = column;
+            best_similarity = similarity;
+          }
+        }
+        const bool found = best_column >= 0 && !is_padding(batch, args.first_source() + 2 * s);
+        args.destination[batch * args.num_sources + s] = found ? positions[best_column] : -1;
+        args.similarity[batch * args.num_sources + s] = static_cast<int32_t>(best_similarity - rounding);
+      }
+    }
+  }
+}
+
+template void best_destination(const BestDestination<double>&, int64_t, int64_t, float*, int64_t*);
+template void best_destination(const BestDestination<float>&, int64_t, int64_t, float*, int64_t*);
+template void best_destination(const BestDestination<bfloat16>&, int64_t, int64_t, float*, int64_t*);
+template void best_destination(const BestDestination<float16>&, int64_t, int64_t, float*, int64_t*);
+
+}  // namespace torchops::kernels::tokens::TORCHOPS_LEVEL

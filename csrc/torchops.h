@@ -1,0 +1,7 @@
+#pragma once
+
+// The C++ API of torchops: one header per family, every operator a function in namespace torchops of
+// the same name as in Python. All of them go through torch's dispatcher, so gradients, autocast and
+// tracing work as they do from Python.
+
+#include "tokens/tokens.h"

@@ -1,0 +1,3 @@
+"""Modules on top of the operators, one file per family. All of them can be scripted."""
+
+from .tokens import *  # noqa: F403

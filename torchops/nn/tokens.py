@@ -1,0 +1,262 @@
+"""Token merging, pruning and routing as modules: compositions of making and following assignments."""
+
+import math
+from typing import List, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.tokens import (
+    bipartite_assignment,
+    bipartite_pairs,
+    merge_tokens,
+    num_groups,
+    topk_assignment,
+    unmerge_tokens,
+)
+
+__all__ = [
+    "MixtureOfDepths",
+    "PyraModulation",
+    "TokenMerger",
+    "TokenPruner",
+    "merge_schedule",
+    "mixture_of_depths_schedule",
+    "proportional_attention_bias",
+]
+
+
+def proportional_attention_bias(size: Tensor) -> Tensor:
+    """log(size), what ToMe adds to the attention scores of each key: a token that stands for n tokens
+    weighs as much as n equal ones. A token of size 0 (padding) gets -inf, which hides it.
+
+    Args:
+        size: [B, N], as :class:`TokenMerger` returns it.
+
+    Returns:
+        [B, N] in size's dtype.
+
+    >>> torchops.nn.proportional_attention_bias(torch.tensor([[1.0, 0.0]]))
+    tensor([[0., -inf]])
+    """
+    return size.log()
+
+
+class TokenMerger(nn.Module):
+    """Removes r tokens by merging each into its most similar counterpart (ToMe).
+
+    Args:
+        r: number of tokens to remove per call; clamped to half of the unprotected tokens, 0 for none.
+        num_protected: the first tokens of every row that never merge (class and register tokens).
+        modulation: PYRA's modulation of the sources before they merge, or None.
+
+    Shapes: forward(input [B, N, C], metric [B, N, K], size [B, N], padding_mask [B, N]) returns merged
+    [B, M, C], size [B, M] in float32 (float64 for float64 input) and assign [B, N], with
+    M = :func:`torchops.num_groups` (N, r, num_protected).
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster, 2023; PYRA: Xiong et al., 2024.
+
+    >>> merger = torchops.nn.TokenMerger(r=16, num_protected=1)
+    >>> merged, size, assign = merger(torch.randn(2, 197, 8))
+    >>> merged.shape, size.shape, size.sum(1)
+    (torch.Size([2, 181, 8]), torch.Size([2, 181]), tensor([197., 197.]))
+    """
+
+    def __init__(self, r: int, num_protected: int = 0, modulation: Optional["PyraModulation"] = None) -> None:
+        super().__init__()
+        self.r = r
+        self.num_protected = num_protected
+        self.modulation = modulation
+
+    def forward(
+        self,
+        input: Tensor,
+        metric: Optional[Tensor] = None,
+        size: Optional[Tensor] = None,
+        padding_mask: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Merges.
+
+        Args:
+            input: the tokens, [B, N, C].
+            metric: what similarity is measured on, [B, N, K]; None for the tokens themselves.
+            size: how many tokens each one stands for, from the merger before; None for 1 each, and 0
+                for padding.
+            padding_mask: bool [B, N], True for padding. Behind the first merger it is ``size == 0``.
+        """
+        if metric is None:
+            metric = input
+        metric = metric.detach()
+        if size is None and padding_mask is not None:
+            size = padding_mask.logical_not().to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+        if self.modulation is not None:
+            sources, destinations = bipartite_pairs(metric, self.r, self.num_protected, padding_mask)
+            input = self.modulation(input, sources, destinations)
+        assign = bipartite_assignment(metric, self.r, self.num_protected, padding_mask)
+        groups = num_groups(input.shape[1], self.r, self.num_protected)
+        merged, merged_size = merge_tokens(input, assign, groups, size)
+        return merged, merged_size, assign
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, num_protected={self.num_protected}"
+
+
+class PyraModulation(nn.Module):
+    """PYRA's parallel yielding re-activation: sources learn what to bring along before they merge.
+
+    With src and dst the tokens of the R pairs in descending similarity, p = LayerNorm(src + dst)::
+
+        w1 = 2 sigmoid(a^T p)        [B, 1, C]
+        w2 = 2 sigmoid(p b^T) - 1    [B, R, 1]
+        src' = src + (src * w1) * w2
+
+    b starts at zero, so the module starts as the identity. Pairs without a destination (dropped
+    padding) stay as they are.
+
+    Args:
+        dim: C.
+        r: number of pairs that a is made for; calls with fewer pairs use its first entries.
+
+    Source: Xiong et al., PYRA: Parallel Yielding Re-Activation for Training-Inference Efficient Task
+    Adaptation, 2024.
+    """
+
+    def __init__(self, dim: int, r: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.a = nn.Parameter(torch.empty(r))
+        self.b = nn.Parameter(torch.zeros(dim))
+        nn.init.normal_(self.a, std=r**-0.5 if r > 0 else 1.0)
+
+    def forward(self, input: Tensor, sources: Tensor, destinations: Tensor) -> Tensor:
+        """input [B, N, C], sources and destinations int64 [B, R] of
+        :func:`torchops.bipartite_pairs` -> [B, N, C]."""
+        index = sources.unsqueeze(-1).expand(-1, -1, input.shape[2])
+        source = input.gather(1, index)
+        destination = input.gather(1, destinations.clamp(min=0).unsqueeze(-1).expand_as(index))
+        pairs = self.norm(source + destination)
+        has_pair = (destinations >= 0).unsqueeze(-1)
+        pairs = pairs * has_pair
+        w1 = 2 * torch.sigmoid(torch.einsum("r,brc->bc", self.a[: sources.shape[1]], pairs)).unsqueeze(1)
+        w2 = 2 * torch.sigmoid(torch.einsum("brc,c->br", pairs, self.b)).unsqueeze(-1) - 1
+        modulated = torch.where(has_pair, source + source * w1 * w2, source)
+        return input.scatter(1, index, modulated.to(input.dtype))
+
+
+class TokenPruner(nn.Module):
+    """Keeps the tokens of highest score; the others are dropped (FastV, BUS, EViTPose) or fused into
+    one token that is their average weighted by score (EViT).
+
+    Args:
+        keep: how many tokens to keep besides the protected ones: a number, or a share of them between
+            0 and 1 (rounded up).
+        fuse: fuse the others into one last token instead of dropping them. Scores are its weights, so
+            they should not be negative.
+        num_protected: the first tokens of every row, always kept.
+        normalize: whether the fused token is the weighted mean; False gives the weighted sum.
+
+    Shapes: forward(input [B, N, C], scores [B, N], padding_mask [B, N]) returns the kept tokens
+    [B, M, C] and assign [B, N], with M = num_protected + k (+ 1 with fuse).
+
+    Source: Liang et al., EViT: Expediting Vision Transformers via Token Reorganizations, 2022.
+
+    >>> pruner = torchops.nn.TokenPruner(keep=0.7, fuse=True, num_protected=1)
+    >>> kept, assign = pruner(torch.randn(2, 197, 8), torch.rand(2, 197))
+    >>> kept.shape
+    torch.Size([2, 140, 8])
+    """
+
+    def __init__(
+        self, keep: Union[int, float], fuse: bool = False, num_protected: int = 0, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        if isinstance(keep, float) and not 0 <= keep <= 1:
+            raise ValueError(f"TokenPruner: expected keep to be a number of tokens or a share in 0..1, got {keep}")
+        self.keep_share = float(keep) if isinstance(keep, float) else -1.0
+        self.keep_count = -1 if isinstance(keep, float) else int(keep)
+        self.fuse = fuse
+        self.num_protected = num_protected
+        self.normalize = normalize
+
+    def forward(
+        self, input: Tensor, scores: Tensor, padding_mask: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        unprotected = input.shape[1] - self.num_protected
+        k = self.keep_count if self.keep_count >= 0 else int(math.ceil(self.keep_share * unprotected))
+        k = min(k, unprotected)
+        assign = topk_assignment(scores, k, self.num_protected, self.fuse, padding_mask)
+        groups = self.num_protected + k
+        if not self.fuse:
+            return merge_tokens(input, assign, groups)[0], assign
+        weight = torch.where(assign == groups, scores, torch.ones_like(scores))
+        return merge_tokens(input, assign, groups + 1, weight, self.normalize)[0], assign
+
+    def extra_repr(self) -> str:
+        keep = self.keep_count if self.keep_count >= 0 else self.keep_share
+        return f"keep={keep}, fuse={self.fuse}, num_protected={self.num_protected}, normalize={self.normalize}"
+
+
+class MixtureOfDepths(nn.Module):
+    """Runs a block on a share of the tokens only: those that a learned router scores highest.
+
+    out_i = x_i + w_i f(x)_i with w_i = 0.2 tanh(z_i) + 1 for the selected tokens, out_i = x_i for the
+    others; z is the router's score and f the block, which returns its update without the residual and
+    sees the selected tokens in sequence order.
+
+    Args:
+        block: module from [B, k, C] to [B, k, C].
+        dim: C.
+        ratio: share of the tokens to run; 1 or more runs the block on all of them without a router.
+
+    Source: Zhang et al., p-MoD: Building Mixture-of-Depths MLLMs via Progressive Ratio Decay, 2024.
+
+    >>> layer = torchops.nn.MixtureOfDepths(nn.Linear(8, 8), dim=8, ratio=0.5)
+    >>> layer(torch.randn(2, 10, 8)).shape
+    torch.Size([2, 10, 8])
+    """
+
+    def __init__(self, block: nn.Module, dim: int, ratio: float) -> None:
+        super().__init__()
+        self.block = block
+        self.ratio = ratio
+        self.router = nn.Linear(dim, 1) if ratio < 1 else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.router is None:
+            return input + self.block(input)
+        scores = self.router(input)
+        k = int(self.ratio * input.shape[1])
+        assign = topk_assignment(scores.squeeze(-1), k)
+        selected = merge_tokens(input, assign, k)[0]
+        weight = merge_tokens(0.2 * torch.tanh(scores) + 1, assign, k)[0]
+        update = weight * self.block(selected)
+        return unmerge_tokens(update.to(input.dtype), assign, input)
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio}"
+
+
+def merge_schedule(r: int, num_layers: int, inflection: float = 0.0) -> List[int]:
+    """How many tokens each layer removes: r per layer on average, constant for inflection 0, falling
+    linearly from 2r to 0 for -1, rising from 0 to 2r for 1 (ToMe's schedules).
+
+    >>> torchops.nn.merge_schedule(16, 12, inflection=-1.0)
+    [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]
+    """
+    first = int(r * (1 - inflection))
+    last = 2 * r - first
+    step = (last - first) / max(num_layers - 1, 1)
+    return [int(first + step * layer) for layer in range(num_layers)]
+
+
+def mixture_of_depths_schedule(num_layers: int = 32) -> List[float]:
+    """p-MoD's share of tokens per layer, for :class:`MixtureOfDepths`: max(cos(pi l / (L - 1)) / 2 + 0.5,
+    0.15), and 1 (dense) where that is above 0.85.
+
+    >>> [round(ratio, 2) for ratio in torchops.nn.mixture_of_depths_schedule(8)]
+    [1.0, 1.0, 0.81, 0.61, 0.39, 0.19, 0.15, 0.15]
+    """
+    shares = [
+        max(math.cos(math.pi * layer / max(num_layers - 1, 1)) / 2 + 0.5, 0.15) for layer in range(num_layers)
+    ]
+    return [1.0 if share > 0.85 else share for share in shares]

@@ -1,0 +1,7 @@
+"""The mathematics of every operator in plain PyTorch, one module per family.
+
+Written to be read: no attention is paid to speed, and every function takes the same arguments as the
+operator of its name. The tests hold the operators to it.
+"""
+
+from . import tokens as tokens

@@ -1,0 +1,50 @@
+"""What this copy of torchops is, and where its parts for C++ lie."""
+
+from typing import Dict, List, Optional
+
+import torch
+
+from . import _build, _C
+from ._library import FOLDER, LIBRARY, VERSION
+
+__all__ = ["cmake_prefix_path", "library_path", "cpu_capability", "cpu_capabilities", "config", "show_config"]
+
+cmake_prefix_path: str = str(FOLDER / "share" / "cmake")
+"""For ``cmake -DCMAKE_PREFIX_PATH=...``, so that ``find_package(torchops)`` finds this copy."""
+
+library_path: str = str(LIBRARY)
+"""libtorchops.so, for ``torch.ops.load_library`` and ``dlopen``."""
+
+
+def cpu_capability() -> str:
+    """The instruction-set level in use: the best of :func:`cpu_capabilities`, or the one that the
+    environment variable TORCHOPS_CPU_CAPABILITY named when torchops was imported.
+
+    >>> torchops.utils.cpu_capability() in torchops.utils.cpu_capabilities()
+    True
+    """
+    return _C.cpu_capability()
+
+
+def cpu_capabilities() -> List[str]:
+    """The levels this CPU can execute, lowest first: of baseline, avx2 and avx512."""
+    return _C.cpu_capabilities()
+
+
+def config() -> Dict[str, Optional[str]]:
+    """Versions and instruction set, as :func:`show_config` prints them."""
+    return {
+        "torchops": VERSION,
+        "built against torch": _build.TORCH_VERSION,
+        "running with torch": torch.__version__,
+        "compiler": _build.COMPILER,
+        "CUDA": _build.CUDA_VERSION or "not built",
+        "CPU level": f"{cpu_capability()} (of {', '.join(cpu_capabilities())})",
+        "library": library_path,
+    }
+
+
+def show_config() -> None:
+    """Prints version, torch it was built against, CUDA or not, and the instruction set in use."""
+    for name, value in config().items():
+        print(f"{name + ':':21}{value}")
