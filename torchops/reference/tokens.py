@@ -11,6 +11,10 @@ SIMILARITY_STEPS = 2**16
 def cosine_similarity(metric: Tensor) -> Tensor:
     """[B, N, K] -> [B, N, N], rounded to multiples of 2**-16; a NaN becomes -inf."""
     metric = metric.double()
+    # Squares of the largest or smallest numbers leave float64's range: scale before taking the norm.
+    # The column of zeros is for K = 0, which has no largest magnitude.
+    magnitude = torch.nn.functional.pad(metric.abs(), (0, 1)).amax(-1, keepdim=True)
+    metric = metric / torch.where(magnitude == 0, 1.0, magnitude)
     norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
     unit = metric / torch.where(norm == 0, 1.0, norm)
     similarity = (unit @ unit.transpose(-1, -2) * SIMILARITY_STEPS).round() / SIMILARITY_STEPS

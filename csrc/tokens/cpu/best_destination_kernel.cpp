@@ -15,58 +15,63 @@ constexpr int32_t no_similarity = nan_similarity - 1;
 // Adding it to a float of magnitude below 2^22 rounds that to an integer, ties to even.
 constexpr float rounding = 0x1.8p23f;
 
-// The Euclidean norm of a row; NaN if the row has a NaN or an infinity.
 template <typename T>
-accumulate_t<T> norm(const T* row, int64_t size) {
-  using A = accumulate_t<T>;
-  constexpr A safely_small = sizeof(A) == 4 ? A(1e-30) : A(1e-250);
-  constexpr A safely_large = sizeof(A) == 4 ? A(1e+30) : A(1e+250);
-  vec<A> squares = {};
+vec<accumulate_t<T>> squares(const T* row, int64_t size) {
+  vec<accumulate_t<T>> sum = {};
   for_each_vector<T>(size, [&](int64_t k, int count) {
     const auto value = load_piece(row + k, count);
-    squares += value * value;
+    sum += value * value;
   });
-  const A plain = sum_lanes(squares);
-  if (plain > safely_small && plain < safely_large) {
-    return __builtin_sqrt(plain);
-  }
-  // Squares may have overflowed or vanished: divide by the largest magnitude first.
-  vec<A> largest_lanes = {};
+  return sum;
+}
+
+template <typename T>
+accumulate_t<T> largest_magnitude(const T* row, int64_t size) {
+  vec<accumulate_t<T>> largest = {};
   for_each_vector<T>(size, [&](int64_t k, int count) {
     const auto value = load_piece(row + k, count);
     const auto magnitude = value < 0 ? -value : value;
-    largest_lanes = magnitude > largest_lanes ? magnitude : largest_lanes;
+    largest = magnitude > largest ? magnitude : largest;
   });
-  A largest = 0;
+  accumulate_t<T> result = 0;
   for (int lane = 0; lane < lanes<T>; ++lane) {
-    largest = largest_lanes[lane] > largest ? largest_lanes[lane] : largest;
+    result = largest[lane] > result ? largest[lane] : result;
   }
-  if (largest == 0) {
-    return plain;  // 0, or NaN
-  }
-  vec<A> scaled_squares = {};
-  for_each_vector<T>(size, [&](int64_t k, int count) {
-    const auto value = load_piece(row + k, count) / largest;
-    scaled_squares += value * value;
-  });
-  return largest * __builtin_sqrt(sum_lanes(scaled_squares));
+  return result;
 }
 
-// output = row / its norm, rounded to float; zeros for a row of zeros.
+// output = row / divisor as float.
 template <typename T>
-void normalize(const T* row, int64_t size, float* output) {
-  using A = accumulate_t<T>;
-  const A length = norm(row, size);
-  const A divisor = length == 0 ? A(1) : length;
+void divide(const T* row, int64_t size, accumulate_t<T> divisor, float* output) {
   for_each_vector<T>(size, [&](int64_t k, int count) {
     const auto value = load_piece(row + k, count) / divisor;
-    if constexpr (sizeof(A) == sizeof(float)) {
+    if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
       store_piece(output + k, value, count);
     } else {
       const auto narrowed = __builtin_convertvector(value, typename vector_of<float, vector_bytes / 2>::type);
       __builtin_memcpy(output + k, &narrowed, static_cast<size_t>(count) * sizeof(float));
     }
   });
+}
+
+// output = row / its Euclidean norm as float: zeros for a row of zeros, NaNs for one with a NaN or an
+// infinity in it.
+template <typename T>
+void normalize(const T* row, int64_t size, float* output) {
+  using A = accumulate_t<T>;
+  constexpr A too_small = sizeof(A) == sizeof(float) ? A(1e-30) : A(1e-250);
+  constexpr A too_large = sizeof(A) == sizeof(float) ? A(1e+30) : A(1e+250);
+  const A sum = sum_lanes(squares(row, size));
+  if (!(sum < too_small || sum > too_large)) {
+    divide(row, size, A(__builtin_sqrt(sum)), output);
+    return;
+  }
+  // Squares have vanished or overflowed, or lost accuracy: bring the largest magnitude to 1 first.
+  const A largest = largest_magnitude(row, size);
+  divide(row, size, largest == 0 ? A(1) : largest, output);
+  if (largest != 0) {
+    normalize(output, size, output);
+  }
 }
 
 // Best destination so far of each of a tile's rows, lane by lane.

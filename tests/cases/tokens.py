@@ -1,0 +1,480 @@
+"""The tokens family: calls that the contract makes, and calls that must fail."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from contract import Inputs, Invalid, OpCase, Sample
+from torch import Tensor
+
+from torchops.reference import tokens as reference
+
+
+def random(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def integers(low: int, high: int, *shape: int, device: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randint(low, high, shape, generator=generator).to(device)
+
+
+def mask(*shape: int, device: str, num_protected: int = 0, share: float = 0.4) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    padding = torch.rand(shape, generator=generator) < share
+    padding[:, :num_protected] = False
+    return padding.to(device)
+
+
+# ---- bipartite_assignment, bipartite_pairs ------------------------------------------------------
+
+
+def bipartite_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for batch, tokens, features, r, protected in [
+        (2, 197, 64, 16, 1),
+        (3, 14, 5, 4, 0),
+        (1, 33, 70, 7, 2),  # odd N, an even prefix, more features than one chain
+        (2, 9, 3, 100, 3),  # r clamped
+        (2, 300, 7, 60, 1),  # several panels of destinations
+        (2, 8, 4, 0, 1),
+        (2, 1, 4, 3, 0),
+        (2, 2, 4, 3, 1),
+        (2, 3, 4, 3, 3),
+        (0, 6, 4, 2, 0),
+        (2, 0, 4, 2, 0),
+        (2, 6, 0, 2, 0),  # no features: all similarities are 0
+    ]:
+        metric = random(batch, tokens, features, dtype=dtype, device=device)
+        inputs = {"metric": metric, "r": r, "num_protected": protected}
+        shape = f"B{batch}-N{tokens}-K{features}-r{r}-p{protected}"
+        yield Sample(shape, inputs)
+        if tokens > 2 and batch and features:
+            padding = mask(batch, tokens, device=device, num_protected=protected)
+            yield Sample(f"{shape}-padded", inputs | {"padding_mask": padding})
+    yield Sample(
+        "mostly-padding",
+        {
+            "metric": random(4, 12, 6, dtype=dtype, device=device),
+            "r": 5,
+            "padding_mask": mask(4, 12, device=device, share=0.85),
+        },
+    )
+    # Signs over 4 or 16 features: norms are powers of two, similarities exact, and most of them tie.
+    for features in (4, 16):
+        signs = random(3, 40, features, dtype=dtype, device=device).sign()
+        yield Sample(f"ties-K{features}", {"metric": signs, "r": 11, "num_protected": 1})
+    # A flat background: all tokens equal, so position decides everything.
+    flat = random(1, 1, 48, dtype=dtype, device=device).expand(2, 30, 48).clone()
+    yield Sample("flat", {"metric": flat, "r": 6, "num_protected": 1})
+    odd_rows = random(2, 16, 8, dtype=dtype, device=device)
+    odd_rows[:, 3] = 0
+    odd_rows[:, 6] = 0
+    odd_rows[0, 5, 2] = math.nan
+    odd_rows[0, 8, 1] = math.nan
+    odd_rows[1, 7, 0] = math.inf
+    yield Sample("zeros-nan-inf", {"metric": odd_rows, "r": 8})
+    yield Sample("all-nan", {"metric": torch.full_like(odd_rows, math.nan), "r": 3})
+    # Squares of these overflow or vanish in the dtype they are computed in.
+    extreme = 0.5 * torch.finfo(dtype).max ** 0.999
+    rows = random(2, 16, 8, dtype=torch.float64, device=device).sign()
+    yield Sample("huge", {"metric": (rows * extreme).to(dtype), "r": 5})
+    yield Sample("tiny", {"metric": (rows * torch.finfo(dtype).tiny).to(dtype), "r": 5})
+
+
+def bipartite_invalid(device: str) -> Iterator[Invalid]:
+    metric = random(2, 8, 4, dtype=torch.float32, device=device)
+    padding = torch.zeros(2, 8, dtype=torch.bool, device=device)
+    yield Invalid("rank", {"metric": metric[0], "r": 1}, "expected metric of shape [B, N, K], got [8, 4]")
+    yield Invalid(
+        "dtype",
+        {"metric": metric.long(), "r": 1},
+        "expected metric of dtype Double, Float, BFloat16 or Half, got Long",
+    )
+    yield Invalid("negative-r", {"metric": metric, "r": -1}, "expected r >= 0, got -1")
+    yield Invalid(
+        "negative-prefix", {"metric": metric, "r": 1, "num_protected": -2}, "expected num_protected >= 0, got -2"
+    )
+    yield Invalid(
+        "prefix-over-N", {"metric": metric, "r": 1, "num_protected": 9}, "expected num_protected <= N = 8, got 9"
+    )
+    yield Invalid(
+        "mask-shape",
+        {"metric": metric, "r": 1, "padding_mask": padding[:, :7]},
+        "expected padding_mask of shape [B, N] = [2, 8], got [2, 7]",
+    )
+    yield Invalid(
+        "mask-dtype",
+        {"metric": metric, "r": 1, "padding_mask": padding.long()},
+        "expected padding_mask of dtype Bool, got Long",
+    )
+    padded_prefix = padding.clone()
+    padded_prefix[1, 0] = True
+    yield Invalid(
+        "padded-prefix",
+        {"metric": metric, "r": 1, "num_protected": 1, "padding_mask": padded_prefix},
+        "expected padding_mask to be False for the first 1 tokens, which are protected, got True at [1, 0]",
+        data_dependent=True,
+    )
+
+
+def bipartite_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    return {"metric": random(2, length, 48, dtype=dtype, device=device), "r": length // 4, "num_protected": 1}
+
+
+# ---- topk_assignment ----------------------------------------------------------------------------
+
+
+def topk_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for batch, tokens, k, protected in [
+        (2, 197, 60, 1),
+        (3, 9, 4, 2),
+        (2, 7, 100, 0),
+        (2, 7, 0, 1),
+        (1, 1, 1, 0),
+        (2, 4, 2, 4),
+        (2, 3, 0, 0),
+        (0, 5, 2, 0),
+        (2, 0, 3, 0),
+    ]:
+        scores = random(batch, tokens, dtype=dtype, device=device)
+        for fuse in (False, True):
+            inputs = {"scores": scores, "k": k, "num_protected": protected, "fuse": fuse}
+            shape = f"B{batch}-N{tokens}-k{k}-p{protected}{'-fuse' if fuse else ''}"
+            yield Sample(shape, inputs)
+            padding = mask(batch, tokens, device=device, num_protected=protected)
+            yield Sample(f"{shape}-padded", inputs | {"padding_mask": padding})
+    ties = integers(-2, 3, 3, 30, device=device).to(dtype)
+    ties[0, 4] = -0.0
+    ties[1, 5:9] = math.nan
+    ties[2, 3] = math.inf
+    ties[2, 4] = -math.inf
+    for k in (7, 28):
+        yield Sample(f"ties-nan-inf-k{k}", {"scores": ties, "k": k, "fuse": True})
+
+
+def topk_invalid(device: str) -> Iterator[Invalid]:
+    scores = random(2, 8, dtype=torch.float32, device=device)
+    padding = torch.zeros(2, 8, dtype=torch.bool, device=device)
+    yield Invalid("rank", {"scores": scores[0], "k": 1}, "expected scores of shape [B, N], got [8]")
+    yield Invalid(
+        "dtype", {"scores": scores.int(), "k": 1}, "expected scores of dtype Double, Float, BFloat16 or Half, got Int"
+    )
+    yield Invalid("negative-k", {"scores": scores, "k": -3}, "expected k >= 0, got -3")
+    yield Invalid(
+        "prefix-over-N", {"scores": scores, "k": 1, "num_protected": 9}, "expected num_protected <= N = 8, got 9"
+    )
+    yield Invalid(
+        "mask-shape",
+        {"scores": scores, "k": 1, "padding_mask": padding[:1]},
+        "expected padding_mask of shape [B, N] = [2, 8], got [1, 8]",
+    )
+    yield Invalid(
+        "mask-dtype",
+        {"scores": scores, "k": 1, "padding_mask": padding.float()},
+        "expected padding_mask of dtype Bool, got Float",
+    )
+    yield Invalid(
+        "padded-prefix",
+        {"scores": scores, "k": 1, "num_protected": 2, "padding_mask": ~padding},
+        "expected padding_mask to be False for the first 2 tokens, which are protected, got True at [0, 0]",
+        data_dependent=True,
+    )
+
+
+def topk_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    return {"scores": random(37, length, dtype=dtype, device=device), "k": length // 3, "fuse": True}
+
+
+# ---- merge_tokens -------------------------------------------------------------------------------
+
+MERGE_SHAPES = [
+    (2, 7, 5, 4),
+    (3, 20, 33, 6),
+    (1, 50, 130, 50),
+    (2, 40, 17, 1),  # one group of everything
+    (2, 9, 8, 30),  # more groups than tokens
+    (1, 1, 1, 1),
+    (0, 5, 4, 3),
+    (2, 0, 4, 3),
+    (2, 5, 0, 3),
+    (2, 5, 4, 0),  # every token dropped
+]
+
+
+def merge_inputs(batch: int, tokens: int, channels: int, groups: int, dtype: torch.dtype, device: str) -> Inputs:
+    return {
+        "input": random(batch, tokens, channels, dtype=dtype, device=device),
+        "assign": integers(-1, groups, batch, tokens, device=device),
+        "num_groups": groups,
+    }
+
+
+def merge_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    side_dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    for index, (batch, tokens, channels, groups) in enumerate(MERGE_SHAPES):
+        inputs = merge_inputs(batch, tokens, channels, groups, dtype, device)
+        # Weights may have any floating dtype.
+        side_dtype = torch.float64 if dtype == torch.float64 else side_dtypes[index % 4]
+        weight = random(batch, tokens, dtype=side_dtype, device=device).abs() + 0.5
+        shape = f"B{batch}-N{tokens}-C{channels}-M{groups}"
+        yield Sample(shape, inputs)
+        yield Sample(f"{shape}-weight", inputs | {"weight": weight})
+        yield Sample(f"{shape}-sum", inputs | {"normalize": False})
+        yield Sample(f"{shape}-weight-sum", inputs | {"weight": weight, "normalize": False})
+    zero_total = merge_inputs(2, 6, 5, 3, dtype, device)
+    zero_total["assign"] = torch.tensor([[0, 0, 1, 1, 2, -1]] * 2, device=device)
+    weight = torch.tensor([[1, -1, 0, 0, 0, 1], [2, -2, 0, 3, 3, 1]], dtype=dtype, device=device)
+    yield Sample("zero-total", zero_total | {"weight": weight})
+
+
+def merge_invalid(device: str) -> Iterator[Invalid]:
+    good = merge_inputs(2, 5, 4, 3, torch.float32, device)
+    assign = good["assign"]
+    weight = torch.ones(2, 5, device=device)
+    yield Invalid("rank", good | {"input": good["input"][0]}, "expected input of shape [B, N, C], got [5, 4]")
+    yield Invalid(
+        "dtype",
+        good | {"input": good["input"].to(torch.complex64)},
+        "expected input of dtype Double, Float, BFloat16 or Half, got ComplexFloat",
+    )
+    yield Invalid(
+        "assign-shape", good | {"assign": assign[:, :4]}, "expected assign of shape [B, N] = [2, 5], got [2, 4]"
+    )
+    yield Invalid("assign-batch", good | {"assign": assign[:1]}, "expected assign of shape [B, N] = [2, 5], got [1, 5]")
+    yield Invalid("assign-rank", good | {"assign": assign[0]}, "expected assign of shape [B, N], got [5]")
+    yield Invalid("assign-dtype", good | {"assign": assign.int()}, "expected assign of dtype Long, got Int")
+    yield Invalid("negative-groups", good | {"num_groups": -1}, "expected num_groups >= 0, got -1")
+    yield Invalid(
+        "huge-groups",
+        good | {"num_groups": 2**62},
+        f"expected num_groups <= the largest 32-bit integer = 2147483647, got {2**62}",
+    )
+    yield Invalid(
+        "weight-shape", good | {"weight": weight[:, 1:]}, "expected weight of shape [B, N] = [2, 5], got [2, 4]"
+    )
+    yield Invalid(
+        "weight-dtype",
+        good | {"weight": weight.long()},
+        "expected weight of dtype Double, Float, BFloat16 or Half, got Long",
+    )
+    for value in (3, -2, 2**40):
+        bad = assign.clone()
+        bad[1, 2] = value
+        yield Invalid(
+            f"assign-{value}",
+            good | {"assign": bad},
+            f"expected assign values in -1..2, got {value} at [1, 2]",
+            data_dependent=True,
+        )
+
+
+def merge_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    weight = random(3, length, dtype=torch.float32, device=device).abs() + 0.5
+    return merge_inputs(3, length, 150, length // 4, dtype, device) | {"weight": weight}
+
+
+# ---- _merge_tokens_backward ---------------------------------------------------------------------
+
+
+def merge_backward_inputs(inputs: Inputs) -> Inputs:
+    merged, total = torch.ops.torchops.merge_tokens(**inputs)
+    return {
+        "grad_merged": torch.ones_like(merged),
+        "grad_total": torch.ones_like(total),
+        "input": inputs["input"],
+        "assign": inputs["assign"],
+        "weight": inputs.get("weight"),
+        "merged": merged,
+        "total": total,
+        "normalize": inputs.get("normalize", True),
+        "output_mask": [True, inputs.get("weight") is not None],
+    }
+
+
+def merge_backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for sample in merge_samples(dtype, device):
+        inputs = merge_backward_inputs(sample.inputs)
+        yield Sample(sample.id, inputs)
+        if inputs["weight"] is not None:
+            yield Sample(f"{sample.id}-to-weight", inputs | {"output_mask": [False, True]})
+            without_rows = {"input": None, "merged": None, "output_mask": [True, False]}
+            yield Sample(f"{sample.id}-to-input", inputs | without_rows)
+
+
+def merge_backward_invalid(device: str) -> Iterator[Invalid]:
+    weight = torch.ones(2, 5, device=device)
+    good = merge_backward_inputs(merge_inputs(2, 5, 4, 3, torch.float32, device) | {"weight": weight})
+    yield Invalid(
+        "grad-rank", good | {"grad_merged": good["grad_merged"][0]}, "expected grad_merged of shape [B, M, C], got [3, 4]"
+    )
+    yield Invalid(
+        "total-dtype", good | {"total": good["total"].double()}, "expected total of dtype Float, got Double"
+    )
+    yield Invalid(
+        "grad-total-shape",
+        good | {"grad_total": good["grad_total"][:, :2]},
+        "expected grad_total of shape [B, M] = [2, 3], got [2, 2]",
+    )
+    yield Invalid(
+        "no-input",
+        good | {"input": None},
+        "expected input to be a tensor because the gradient to weight is asked for, got None",
+    )
+    yield Invalid(
+        "no-weight", good | {"weight": None}, "expected weight to be a tensor because its gradient is asked for, got None"
+    )
+    yield Invalid(
+        "input-dtype", good | {"input": good["input"].double()}, "expected input of grad_merged's dtype Float, got Double"
+    )
+    bad = good["assign"].clone()
+    bad[0, 4] = 3
+    yield Invalid(
+        "assign-value", good | {"assign": bad}, "expected assign values in -1..2, got 3 at [0, 4]", data_dependent=True
+    )
+
+
+def merge_backward_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    return merge_backward_inputs(merge_sized(dtype, device, length))
+
+
+# ---- unmerge_tokens -----------------------------------------------------------------------------
+
+
+def unmerge_inputs(batch: int, tokens: int, channels: int, groups: int, dtype: torch.dtype, device: str) -> Inputs:
+    return {
+        "merged": random(batch, groups, channels, dtype=dtype, device=device),
+        "assign": integers(-1, groups, batch, tokens, device=device),
+    }
+
+
+def unmerge_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for batch, tokens, channels, groups in MERGE_SHAPES:
+        inputs = unmerge_inputs(batch, tokens, channels, groups, dtype, device)
+        residual = random(batch, tokens, channels, dtype=dtype, device=device)
+        shape = f"B{batch}-N{tokens}-C{channels}-M{groups}"
+        yield Sample(shape, inputs)
+        yield Sample(f"{shape}-residual", inputs | {"residual": residual})
+
+
+def unmerge_invalid(device: str) -> Iterator[Invalid]:
+    good = unmerge_inputs(2, 5, 4, 3, torch.float32, device)
+    residual = torch.zeros(2, 5, 4, device=device)
+    yield Invalid("rank", good | {"merged": good["merged"][0]}, "expected merged of shape [B, M, C], got [3, 4]")
+    yield Invalid(
+        "dtype",
+        good | {"merged": good["merged"].int()},
+        "expected merged of dtype Double, Float, BFloat16 or Half, got Int",
+    )
+    yield Invalid(
+        "assign-batch", good | {"assign": good["assign"][:1]}, "expected assign of shape [B, N] = [2, 5], got [1, 5]"
+    )
+    yield Invalid("assign-rank", good | {"assign": good["assign"][0]}, "expected assign of shape [B, N], got [5]")
+    yield Invalid(
+        "assign-dtype", good | {"assign": good["assign"].bool()}, "expected assign of dtype Long, got Bool"
+    )
+    yield Invalid(
+        "residual-shape",
+        good | {"residual": residual[:, :3]},
+        "expected residual of shape [B, N, C] = [2, 5, 4], got [2, 3, 4]",
+    )
+    yield Invalid(
+        "residual-dtype", good | {"residual": residual.double()}, "expected residual of merged's dtype Float, got Double"
+    )
+    bad = good["assign"].clone()
+    bad[1, 4] = 3
+    yield Invalid(
+        "assign-value", good | {"assign": bad}, "expected assign values in -1..2, got 3 at [1, 4]", data_dependent=True
+    )
+
+
+def unmerge_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    residual = random(3, length, 150, dtype=dtype, device=device)
+    return unmerge_inputs(3, length, 150, length // 4, dtype, device) | {"residual": residual}
+
+
+def unmerge_autocast(device: str) -> tuple[Inputs, Inputs]:
+    """A lowered block's result meets a wider residual stream: both take the wider dtype."""
+    wide = unmerge_inputs(2, 5, 4, 3, torch.float32, device)
+    wide["residual"] = random(2, 5, 4, dtype=torch.float32, device=device)
+    lowered = wide["merged"].bfloat16()
+    return wide | {"merged": lowered}, wide | {"merged": lowered.float()}
+
+
+# ---- _unmerge_tokens_backward -------------------------------------------------------------------
+
+
+def unmerge_backward_inputs(
+    batch: int, tokens: int, channels: int, groups: int, dtype: torch.dtype, device: str
+) -> Inputs:
+    return {
+        "grad": random(batch, tokens, channels, dtype=dtype, device=device),
+        "assign": integers(-1, groups, batch, tokens, device=device),
+        "num_groups": groups,
+    }
+
+
+def unmerge_backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for batch, tokens, channels, groups in MERGE_SHAPES:
+        inputs = unmerge_backward_inputs(batch, tokens, channels, groups, dtype, device)
+        yield Sample(f"B{batch}-N{tokens}-C{channels}-M{groups}", inputs)
+
+
+def unmerge_backward_invalid(device: str) -> Iterator[Invalid]:
+    good = unmerge_backward_inputs(2, 5, 4, 3, torch.float32, device)
+    yield Invalid("rank", good | {"grad": good["grad"][0]}, "expected grad of shape [B, N, C], got [5, 4]")
+    yield Invalid(
+        "assign-shape", good | {"assign": good["assign"][:, 1:]}, "expected assign of shape [B, N] = [2, 5], got [2, 4]"
+    )
+    yield Invalid("negative-groups", good | {"num_groups": -1}, "expected num_groups >= 0, got -1")
+    bad = good["assign"].clone()
+    bad[0, 0] = -5
+    yield Invalid(
+        "assign-value", good | {"assign": bad}, "expected assign values in -1..2, got -5 at [0, 0]", data_dependent=True
+    )
+
+
+def unmerge_backward_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    return unmerge_backward_inputs(3, length, 150, length // 4, dtype, device)
+
+
+CASES = [
+    OpCase(
+        "bipartite_assignment",
+        bipartite_samples,
+        bipartite_invalid,
+        bipartite_sized,
+        reference=reference.bipartite_assignment,
+    ),
+    OpCase("bipartite_pairs", bipartite_samples, bipartite_invalid, bipartite_sized, reference=reference.bipartite_pairs),
+    OpCase("topk_assignment", topk_samples, topk_invalid, topk_sized, reference=reference.topk_assignment),
+    OpCase(
+        "merge_tokens",
+        merge_samples,
+        merge_invalid,
+        merge_sized,
+        reference=reference.merge_tokens,
+        differentiable=("input", "weight"),
+    ),
+    OpCase(
+        "_merge_tokens_backward",
+        merge_backward_samples,
+        merge_backward_invalid,
+        merge_backward_sized,
+    ),
+    OpCase(
+        "unmerge_tokens",
+        unmerge_samples,
+        unmerge_invalid,
+        unmerge_sized,
+        reference=reference.unmerge_tokens,
+        differentiable=("merged", "residual"),
+        autocast=unmerge_autocast,
+    ),
+    OpCase(
+        "_unmerge_tokens_backward",
+        unmerge_backward_samples,
+        unmerge_backward_invalid,
+        unmerge_backward_sized,
+    ),
+]

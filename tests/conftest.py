@@ -1,0 +1,55 @@
+"""What all tests share: stubs for half-installed neighbours, seeds, and the closing list of what ran."""
+
+import os
+
+import pytest
+import torch
+
+import torchops
+
+# A CUDA build of torchvision beside a CPU build of torch fails to import because its operators are
+# missing; timm and transformers import it. Declaring the two schemas they look up lets them load.
+if not torch.cuda.is_available():
+    _torchvision_stub = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _torchvision_stub.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        marks = {"cuda": [pytest.mark.cuda]}
+        metafunc.parametrize("device", [pytest.param(device, marks=marks.get(device, [])) for device in DEVICES])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads():
+    """At least two threads, so that there is something to differ from one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield torch.get_num_threads()
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("TORCHOPS_CPU_CAPABILITY"):
+        return  # a run for one level, started by test_levels.py
+    levels = getattr(terminalreporter.config, "torchops_levels", {torchops.utils.cpu_capability()})
+    terminalreporter.section("what was executed")
+    for device in ("cpu", "cuda"):
+        note = "executed" if device in DEVICES else "NOT executed: this machine has none"
+        terminalreporter.line(f"device {device}: {note}")
+    for level in ("baseline", "avx2", "avx512"):
+        if level in levels:
+            note = "executed"
+        elif level in torchops.utils.cpu_capabilities():
+            note = "NOT executed in this run"
+        else:
+            note = "NOT executed: this CPU does not have it"
+        terminalreporter.line(f"CPU level {level}: {note}")

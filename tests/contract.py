@@ -1,0 +1,143 @@
+"""What a case table says of an operator, and the comparisons that the contract makes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torchops
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Relative to the largest magnitude in the expected tensor. Rounding of the result dominates in 16 bits.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+LARGE = 700
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator: its arguments by name."""
+
+    id: str
+    inputs: Inputs
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A call that must fail with this message, a ValueError."""
+
+    id: str
+    inputs: Inputs
+    message: str
+    # Whether it takes the data to see the mistake: fake tensors then cannot raise it.
+    data_dependent: bool = False
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An operator's row: its calls, and what is expected of them beside its reference."""
+
+    name: str
+    # (dtype, device) -> the calls that are compared with the reference; awkward and empty shapes included.
+    samples: Callable[[torch.dtype, str], Iterable[Sample]]
+    # device -> calls that must fail.
+    invalid: Callable[[str], Iterable[Invalid]]
+    # (dtype, device, length) -> a call of any length; the contract takes LARGE to have it split over threads.
+    sized: Callable[[torch.dtype, str, int], Inputs]
+    # The mathematics in plain PyTorch; None for a backward, which the gradients of its forward test.
+    reference: Callable | None = None
+    # The arguments that have gradients.
+    differentiable: Sequence[str] = ()
+    # device -> (inputs under autocast, inputs that give the same without it); None where it changes nothing.
+    autocast: Callable[[str], tuple[Inputs, Inputs]] | None = None
+    dtypes: Sequence[torch.dtype] = field(default=FLOATS)
+
+    @property
+    def is_backward(self) -> bool:
+        return self.name.startswith("_")
+
+    @property
+    def op(self) -> Callable:
+        """The function a user calls, resp. the registered operator of a backward."""
+        return getattr(torch.ops.torchops, self.name).default if self.is_backward else getattr(torchops, self.name)
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        return getattr(torch.ops.torchops, self.name).default
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """The tensors an operator returned; a gradient that was not asked for is None."""
+    return [result] if isinstance(result, Tensor) else [out for out in result if out is not None]
+
+
+def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    return {name: change(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def to_double(inputs: Inputs) -> Inputs:
+    return map_tensors(inputs, lambda t: t.detach().double() if t.is_floating_point() else t)
+
+
+def require_grad(inputs: Inputs, names: Sequence[str]) -> Inputs:
+    """A copy in which the named tensors are leaves that require a gradient."""
+    return {
+        name: value.detach().clone().requires_grad_() if name in names and value is not None else value
+        for name, value in inputs.items()
+    }
+
+
+def given(inputs: Inputs, names: Sequence[str]) -> list[str]:
+    return [name for name in names if inputs.get(name) is not None]
+
+
+def differentiable_outputs(result: Any) -> list[Tensor]:
+    return [out for out in outputs_of(result) if out.requires_grad]
+
+
+def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random gradients of the outputs, the same for outputs of the same shapes."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(device=out.device, dtype=out.dtype)
+        for out in outputs
+    ]
+
+
+def gradients(op: Callable, inputs: Inputs, names: Sequence[str]) -> list[Tensor]:
+    inputs = require_grad(inputs, names)
+    outputs = differentiable_outputs(op(**inputs))
+    return list(torch.autograd.grad(outputs, [inputs[name] for name in names], cotangents(outputs)))
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    """`expected` is a float64 result, or integers; `dtype` is what the operator computed in."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not actual.is_floating_point():
+        assert torch.equal(actual, expected), f"{what}: {actual} is not {expected}"
+        return
+    if actual.numel() == 0:
+        return
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[actual.dtype])
+    scale = expected.abs().nan_to_num(posinf=0).max().clamp(min=1e-30).item()
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=0, atol=tolerance * scale, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    assert len(actual) == len(expected), what
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape, what
+        assert torch.equal(as_bytes(one), as_bytes(other)), f"{what}: bits differ"
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,144 @@
+// The vectors of csrc/core/cpu at the level this file is compiled for.
+
+#include "core/cpu/simd.h"
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "catch.h"
+#include "core/cpu/packed_product.h"
+
+using namespace torchops::kernels;
+
+namespace {
+
+template <typename T>
+float widened(uint16_t bits) {
+  T in[lanes<T>] = {};
+  in[lanes<T> - 1].bits = bits;
+  return load(in)[lanes<T> - 1];
+}
+
+template <typename T>
+uint16_t narrowed(float value) {
+  T out[lanes<T>];
+  store(out, broadcast(value));
+  return out[0].bits;
+}
+
+// What a 16-bit format with this many exponent and fraction bits means, by its definition.
+double meaning(uint16_t bits, int exponent_bits, int fraction_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int fraction = bits & ((1 << fraction_bits) - 1);
+  const int exponent = (bits >> fraction_bits) & ((1 << exponent_bits) - 1);
+  const double sign = bits >> 15 ? -1 : 1;
+  if (exponent == (1 << exponent_bits) - 1) {
+    return fraction ? NAN : sign * INFINITY;
+  }
+  const double significand = std::ldexp(fraction, -fraction_bits) + (exponent ? 1 : 0);
+  return sign * std::ldexp(significand, (exponent ? exponent : 1) - bias);
+}
+
+template <typename T>
+void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
+  for (uint32_t pattern = 0; pattern < 65536; ++pattern) {
+    const auto bits = static_cast<uint16_t>(pattern);
+    const double expected = meaning(bits, exponent_bits, fraction_bits);
+    const float wide = widened<T>(bits);
+    INFO("bits " << bits);
+    if (std::isnan(expected)) {
+      REQUIRE(std::isnan(wide));
+      REQUIRE(std::isnan(widened<T>(narrowed<T>(wide))));
+      continue;
+    }
+    REQUIRE(std::bit_cast<uint32_t>(wide) == std::bit_cast<uint32_t>(static_cast<float>(expected)));
+    REQUIRE(narrowed<T>(wide) == bits);
+    // Between this number and the next one upwards: below, at and above the middle.
+    const double next = meaning(static_cast<uint16_t>(bits + 1), exponent_bits, fraction_bits);
+    if (std::isfinite(expected) && std::isfinite(next) && std::signbit(expected) == std::signbit(next)) {
+      const auto middle = static_cast<float>((expected + next) / 2);
+      const auto even = static_cast<uint16_t>(bits & 1 ? bits + 1 : bits);
+      REQUIRE(narrowed<T>(middle) == even);
+      REQUIRE(narrowed<T>(std::nextafterf(middle, wide)) == bits);
+      REQUIRE(narrowed<T>(std::nextafterf(middle, static_cast<float>(next))) == bits + 1);
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("bfloat16 converts in every bit pattern and rounds to nearest even") {
+  check_all_bit_patterns<bfloat16>(8, 7);
+}
+
+TEST_CASE("float16 converts in every bit pattern and rounds to nearest even") {
+  check_all_bit_patterns<float16>(5, 10);
+}
+
+TEST_CASE("float16 overflows to infinity from 65520 on") {
+  CHECK(narrowed<float16>(65519.99F) == 0x7bff);
+  CHECK(narrowed<float16>(65520.0F) == 0x7c00);
+  CHECK(narrowed<float16>(-1e30F) == 0xfc00);
+  CHECK(narrowed<float16>(1e-30F) == 0x0000);
+  CHECK(narrowed<float16>(-1e-30F) == 0x8000);
+}
+
+TEST_CASE("broadcast keeps a negative zero") {
+  CHECK(std::signbit(broadcast(-0.0F)[0]));
+}
+
+TEST_CASE("partial loads and stores touch the counted lanes only") {
+  for (int count = 0; count <= lanes<float>; ++count) {
+    // Exactly as long as allowed, so that a sanitizer sees one element too many.
+    std::vector<float> from(static_cast<size_t>(count), 3.0F);
+    std::vector<float> to(static_cast<size_t>(count), 0.0F);
+    const vfloat value = load_partial(from.data(), count);
+    for (int lane = 0; lane < lanes<float>; ++lane) {
+      CHECK(value[lane] == (lane < count ? 3.0F : 0.0F));
+    }
+    store_partial(to.data(), value, count);
+    CHECK(to == from);
+  }
+}
+
+TEST_CASE("for_each_vector covers a row once, in order") {
+  for (int64_t size = 0; size <= 3 * lanes<double> + 1; ++size) {
+    int64_t next = 0;
+    for_each_vector<double>(size, [&](int64_t first, int count) {
+      REQUIRE(first == next);
+      REQUIRE(count == std::min<int64_t>(lanes<double>, size - first));
+      next += count;
+    });
+    REQUIRE(next == size);
+  }
+}
+
+TEST_CASE("product_tile is a matrix product") {
+  constexpr int64_t depth = 37;
+  constexpr int columns = panel_columns<float>;
+  std::vector<float> a(tile_rows * depth);
+  alignas(64) static float panel[depth * columns];
+  // Small integers: every order of summation gives the same float.
+  for (size_t i = 0; i < a.size(); ++i) {
+    a[i] = static_cast<float>(static_cast<int>(i * 7 % 13) - 6);
+  }
+  for (int64_t i = 0; i < depth * columns; ++i) {
+    panel[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
+  }
+  const float* rows[tile_rows];
+  for (int row = 0; row < tile_rows; ++row) {
+    rows[row] = a.data() + row * depth;
+  }
+  const auto tile = product_tile(rows, panel, depth);
+  for (int row = 0; row < tile_rows; ++row) {
+    for (int column = 0; column < columns; ++column) {
+      float expected = 0;
+      for (int64_t d = 0; d < depth; ++d) {
+        expected += rows[row][d] * panel[d * columns + column];
+      }
+      CHECK(tile.value[row][column / lanes<float>][column % lanes<float>] == expected);
+    }
+  }
+}

@@ -1,0 +1,46 @@
+"""Every Catch2 test case as a pytest item."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchops
+
+FOLDER = Path(__file__).parent.parent / "build" / f"cmake-{sys.implementation.cache_tag}" / "tests" / "cpp"
+LEVELS_HERE = torchops.utils.cpu_capabilities()
+
+
+def programs() -> list[Path]:
+    found = sorted(path for path in FOLDER.glob("*_test*") if path.is_file() and path.suffix == "")
+    # A program for a level that this CPU does not have would be an illegal instruction.
+    return [p for p in found if not p.name.startswith("simd_test_") or p.name.split("_")[-1] in LEVELS_HERE]
+
+
+def cases_of_programs() -> list:
+    items = []
+    for program in programs():
+        # Catch2 2 returns the number of cases as its exit status.
+        listed = subprocess.run([program, "--list-test-names-only"], capture_output=True, text=True).stdout
+        for name in filter(None, (line.strip() for line in listed.splitlines())):
+            items.append(pytest.param(program, name, id=f"{program.name}: {name}"))
+    return items
+
+
+def test_programs_are_built() -> None:
+    names = {program.name for program in programs()}
+    sources = {path.stem for path in (Path(__file__).parent / "cpp").glob("*_test.cpp")} - {"simd_test"}
+    expected = sources | {f"simd_test_{level}" for level in LEVELS_HERE}
+    assert names >= expected, (
+        f"missing {sorted(expected - names)} in {FOLDER}: build them with "
+        "TORCHOPS_CMAKE_ARGS=-DTORCHOPS_TESTS=ON pip install --no-build-isolation -e ."
+    )
+
+
+@pytest.mark.parametrize("program, name", cases_of_programs())
+def test_cpp(program: Path, name: str) -> None:
+    # A comma separates test names on Catch2's command line.
+    run = subprocess.run([program, name.replace(",", "\\,")], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert "test case" in run.stdout, run.stdout

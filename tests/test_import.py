@@ -1,0 +1,82 @@
+"""What a user sees when the library and torch do not fit, and what the package says of itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchops
+
+PACKAGE = Path(torchops.__file__).parent
+
+
+def import_error(preparation: str) -> str:
+    """The last line of what `import torchops` says after some lines of Python."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"{preparation}\nimport torchops"], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert run.returncode != 0, "the import succeeded"
+    return run.stderr.strip().splitlines()[-1]
+
+
+def test_another_torch() -> None:
+    message = import_error("import torch; torch.__version__ = '2.11.0+cu130'")
+    assert f"built against torch {torchops._build.TORCH_VERSION}, and this is torch 2.11.0+cu130" in message
+    assert "rebuild it with 'pip install --no-build-isolation" in message
+
+
+def test_no_torch() -> None:
+    message = import_error("import sys; sys.modules['torch'] = None")
+    assert message == "ImportError: torchops needs torch >= 2.11, which is not installed: run 'pip install torch'."
+
+
+@pytest.fixture
+def copy_of_package(tmp_path: Path) -> Path:
+    """The Python files alone, as in a source tree that was not built."""
+    for file in PACKAGE.rglob("*.py"):
+        target = tmp_path / "torchops" / file.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (tmp_path / "torchops" / "version.txt").write_bytes((PACKAGE / "version.txt").read_bytes())
+    return tmp_path
+
+
+def test_not_built(copy_of_package: Path) -> None:
+    (copy_of_package / "torchops" / "_build.py").unlink()
+    # The finder of an editable install would fetch the missing file from the source tree.
+    only_the_copy = (
+        f"import sys; sys.path.insert(0, {str(copy_of_package)!r});"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
+    )
+    message = import_error(only_the_copy)
+    assert "is not built: run 'pip install --no-build-isolation -e .'" in message
+
+
+def test_missing_library(copy_of_package: Path) -> None:
+    message = import_error(f"import sys; sys.path.insert(0, {str(copy_of_package)!r})")
+    assert "torchops cannot load" in message and "libtorchops.so" in message and "rebuild it with" in message
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    torchops.show_config()
+    shown = capsys.readouterr().out
+    assert torchops.__version__ in shown
+    assert torch.__version__ in shown
+    assert torchops.utils.cpu_capability() in shown
+
+
+def test_library_loads_without_the_package() -> None:
+    """torch.ops.load_library is enough to call operators and to load what was scripted with them."""
+    code = (
+        f"import torch; torch.ops.load_library({torchops.utils.library_path!r});"
+        "print(torch.ops.torchops.bipartite_assignment(torch.ones(1, 4, 2), 1).tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent.parent)
+    assert run.stdout.strip() == "[[0, 0, 1, 2]]", run.stderr
+
+
+def test_cmake_package_is_where_utils_says() -> None:
+    assert (Path(torchops.utils.cmake_prefix_path) / "torchops" / "torchopsConfig.cmake").is_file()
+    assert (PACKAGE / "include" / "torchops" / "torchops.h").is_file()

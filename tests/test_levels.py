@@ -1,0 +1,41 @@
+"""The numeric rows at every CPU level below the one in use, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchops
+
+IN_USE = torchops.utils.cpu_capability()
+LOWER_LEVELS = [level for level in torchops.utils.cpu_capabilities() if level != IN_USE]
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.skipif("TORCHOPS_CPU_CAPABILITY" in os.environ, reason="this run is for one level already")
+@pytest.mark.parametrize("level", LOWER_LEVELS)
+def test_numeric_rows_at(level: str, request: pytest.FixtureRequest) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "numeric", "-p", "no:cacheprovider", str(TESTS)],
+        env={**os.environ, "TORCHOPS_CPU_CAPABILITY": level},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stdout[-5000:]
+    print(run.stdout.splitlines()[-1])
+    request.config.torchops_levels = getattr(request.config, "torchops_levels", {IN_USE}) | {level}
+
+
+def test_unknown_level_is_an_import_error_that_lists_the_known_ones() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", "import torchops"],
+        env={**os.environ, "TORCHOPS_CPU_CAPABILITY": "sse9"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    expected = f"levels this CPU has ({', '.join(torchops.utils.cpu_capabilities())}), got sse9"
+    assert expected in run.stderr.splitlines()[-1]
