@@ -1,5 +1,6 @@
 """Every Catch2 test case as a pytest item."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 
 import torchops
 
-FOLDER = Path(__file__).parent.parent / "build" / f"cmake-{sys.implementation.cache_tag}" / "tests" / "cpp"
+# TORCHOPS_CPP_TESTS names another build of them, e.g. one with sanitizers.
+BUILD = Path(__file__).parent.parent / "build" / f"cmake-{sys.implementation.cache_tag}"
+FOLDER = Path(os.environ.get("TORCHOPS_CPP_TESTS", BUILD / "tests" / "cpp"))
 LEVELS_HERE = torchops.utils.cpu_capabilities()
 
 

@@ -4,7 +4,7 @@ from typing import Dict, List, Optional
 
 import torch
 
-from . import _build, _C
+from . import _C, _build
 from ._library import FOLDER, LIBRARY, VERSION
 
 __all__ = ["cmake_prefix_path", "library_path", "cpu_capability", "cpu_capabilities", "config", "show_config"]

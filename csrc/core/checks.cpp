@@ -39,9 +39,8 @@ void Checks::dtype(const char* name, const at::Tensor& tensor, at::ScalarType ex
 
 void Checks::floating(const char* name, const at::Tensor& tensor) const {
   const auto dtype = tensor.scalar_type();
-  TORCH_CHECK_VALUE(
-      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op_, ": expected ",
-      name, " of dtype Double, Float, BFloat16 or Half, got ", dtype);
+  TORCH_CHECK_VALUE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op_,
+                    ": expected ", name, " of dtype Double, Float, BFloat16 or Half, got ", dtype);
 }
 
 void Checks::same_device(const char* name, const at::Tensor& tensor, const char* other_name,
@@ -67,8 +66,8 @@ void Checks::not_negative(const char* name, const c10::SymInt& value) const {
 void Checks::at_most(const char* name, const c10::SymInt& value, const char* highest_name,
                      const c10::SymInt& highest) const {
   not_negative(name, value);
-  TORCH_CHECK_VALUE(value.sym_le(highest).expect_true(__FILE__, __LINE__), op_, ": expected ", name, " <= ",
-                    highest_name, " = ", highest, ", got ", value);
+  TORCH_CHECK_VALUE(value.sym_le(highest).expect_true(__FILE__, __LINE__), op_, ": expected ", name,
+                    " <= ", highest_name, " = ", highest, ", got ", value);
 }
 
 }  // namespace torchops

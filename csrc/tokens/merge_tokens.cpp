@@ -98,8 +98,8 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_backward_meta(
   check_merge_tokens_backward(grad_merged, grad_total, input, assign, weight, merged, total, output_mask);
   at::Tensor grad_input, grad_weight;
   if (output_mask[0]) {
-    grad_input = at::empty_symint({assign.sym_size(0), assign.sym_size(1), grad_merged.sym_size(2)},
-                                  grad_merged.options());
+    grad_input =
+        at::empty_symint({assign.sym_size(0), assign.sym_size(1), grad_merged.sym_size(2)}, grad_merged.options());
   }
   if (output_mask[1]) {
     grad_weight = at::empty_symint(weight->sym_sizes(), weight->options());
@@ -129,13 +129,12 @@ struct MergeTokens : torch::autograd::Function<MergeTokens> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("torchops::_merge_tokens_backward", "")
-            .typed<std::tuple<at::Tensor, at::Tensor>(
-                const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
-                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const at::Tensor&, bool,
-                std::array<bool, 2>)>();
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("torchops::_merge_tokens_backward", "")
+                               .typed<std::tuple<at::Tensor, at::Tensor>(
+                                   const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                                   const at::Tensor&, const std::optional<at::Tensor>&,
+                                   const std::optional<at::Tensor>&, const at::Tensor&, bool, std::array<bool, 2>)>();
     const auto saved = ctx->get_saved_variables();
     const std::array<bool, 2> output_mask{TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 2)};
     const auto [grad_input, grad_weight] =
@@ -169,9 +168,8 @@ TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
 std::tuple<at::Tensor, at::Tensor> merge_tokens(const at::Tensor& input, const at::Tensor& assign,
                                                 c10::SymInt num_groups, const std::optional<at::Tensor>& weight,
                                                 bool normalize) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchops::merge_tokens", "")
-                             .typed<decltype(merge_tokens)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::merge_tokens", "").typed<decltype(merge_tokens)>();
   return op.call(input, assign, std::move(num_groups), weight, normalize);
 }
 

@@ -132,9 +132,8 @@ TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
 
 at::Tensor unmerge_tokens(const at::Tensor& merged, const at::Tensor& assign,
                           const std::optional<at::Tensor>& residual) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchops::unmerge_tokens", "")
-                             .typed<decltype(unmerge_tokens)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::unmerge_tokens", "").typed<decltype(unmerge_tokens)>();
   return op.call(merged, assign, residual);
 }
 

@@ -306,11 +306,11 @@ def merge_backward_invalid(device: str) -> Iterator[Invalid]:
     weight = torch.ones(2, 5, device=device)
     good = merge_backward_inputs(merge_inputs(2, 5, 4, 3, torch.float32, device) | {"weight": weight})
     yield Invalid(
-        "grad-rank", good | {"grad_merged": good["grad_merged"][0]}, "expected grad_merged of shape [B, M, C], got [3, 4]"
+        "grad-rank",
+        good | {"grad_merged": good["grad_merged"][0]},
+        "expected grad_merged of shape [B, M, C], got [3, 4]",
     )
-    yield Invalid(
-        "total-dtype", good | {"total": good["total"].double()}, "expected total of dtype Float, got Double"
-    )
+    yield Invalid("total-dtype", good | {"total": good["total"].double()}, "expected total of dtype Float, got Double")
     yield Invalid(
         "grad-total-shape",
         good | {"grad_total": good["grad_total"][:, :2]},
@@ -322,10 +322,14 @@ def merge_backward_invalid(device: str) -> Iterator[Invalid]:
         "expected input to be a tensor because the gradient to weight is asked for, got None",
     )
     yield Invalid(
-        "no-weight", good | {"weight": None}, "expected weight to be a tensor because its gradient is asked for, got None"
+        "no-weight",
+        good | {"weight": None},
+        "expected weight to be a tensor because its gradient is asked for, got None",
     )
     yield Invalid(
-        "input-dtype", good | {"input": good["input"].double()}, "expected input of grad_merged's dtype Float, got Double"
+        "input-dtype",
+        good | {"input": good["input"].double()},
+        "expected input of grad_merged's dtype Float, got Double",
     )
     bad = good["assign"].clone()
     bad[0, 4] = 3
@@ -370,16 +374,16 @@ def unmerge_invalid(device: str) -> Iterator[Invalid]:
         "assign-batch", good | {"assign": good["assign"][:1]}, "expected assign of shape [B, N] = [2, 5], got [1, 5]"
     )
     yield Invalid("assign-rank", good | {"assign": good["assign"][0]}, "expected assign of shape [B, N], got [5]")
-    yield Invalid(
-        "assign-dtype", good | {"assign": good["assign"].bool()}, "expected assign of dtype Long, got Bool"
-    )
+    yield Invalid("assign-dtype", good | {"assign": good["assign"].bool()}, "expected assign of dtype Long, got Bool")
     yield Invalid(
         "residual-shape",
         good | {"residual": residual[:, :3]},
         "expected residual of shape [B, N, C] = [2, 5, 4], got [2, 3, 4]",
     )
     yield Invalid(
-        "residual-dtype", good | {"residual": residual.double()}, "expected residual of merged's dtype Float, got Double"
+        "residual-dtype",
+        good | {"residual": residual.double()},
+        "expected residual of merged's dtype Float, got Double",
     )
     bad = good["assign"].clone()
     bad[1, 4] = 3
@@ -446,7 +450,9 @@ CASES = [
         bipartite_sized,
         reference=reference.bipartite_assignment,
     ),
-    OpCase("bipartite_pairs", bipartite_samples, bipartite_invalid, bipartite_sized, reference=reference.bipartite_pairs),
+    OpCase(
+        "bipartite_pairs", bipartite_samples, bipartite_invalid, bipartite_sized, reference=reference.bipartite_pairs
+    ),
     OpCase("topk_assignment", topk_samples, topk_invalid, topk_sized, reference=reference.topk_assignment),
     OpCase(
         "merge_tokens",

@@ -13,8 +13,8 @@ namespace {
 const auto float_dtypes = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
 
 // Row by row in float64: the sum of each group's weighted rows, and its total.
-std::pair<at::Tensor, at::Tensor> sums_of_groups(const at::Tensor& input, const at::Tensor& assign,
-                                                 int64_t num_groups, const at::Tensor& weight) {
+std::pair<at::Tensor, at::Tensor> sums_of_groups(const at::Tensor& input, const at::Tensor& assign, int64_t num_groups,
+                                                 const at::Tensor& weight) {
   auto sums = torch::zeros({input.size(0), num_groups, input.size(2)}, at::kDouble);
   auto totals = torch::zeros({input.size(0), num_groups}, at::kDouble);
   for (int64_t b = 0; b < input.size(0); ++b) {
@@ -43,9 +43,15 @@ struct TorchopsResolver : torch::jit::Resolver {
 TEST_CASE("merge_tokens and its gradients agree with row-by-row sums over awkward shapes") {
   torch::manual_seed(0);
   for (const auto dtype : float_dtypes) {
-    for (const auto& [batch, tokens, channels, groups] :
-         {std::array<int64_t, 4>{2, 7, 5, 4}, {1, 33, 67, 9}, {3, 1, 1, 1}, {2, 4, 130, 20}, {2, 6, 3, 1},
-          {0, 3, 4, 2}, {2, 0, 4, 2}, {2, 3, 0, 2}, {2, 3, 4, 0}}) {
+    for (const auto& [batch, tokens, channels, groups] : {std::array<int64_t, 4>{2, 7, 5, 4},
+                                                          {1, 33, 67, 9},
+                                                          {3, 1, 1, 1},
+                                                          {2, 4, 130, 20},
+                                                          {2, 6, 3, 1},
+                                                          {0, 3, 4, 2},
+                                                          {2, 0, 4, 2},
+                                                          {2, 3, 0, 2},
+                                                          {2, 3, 4, 0}}) {
       CAPTURE(dtype, batch, tokens, channels, groups);
       auto input = torch::randn({batch, tokens, channels}, dtype).requires_grad_();
       const auto assign = torch::randint(-1, std::max<int64_t>(groups, 0), {batch, tokens}, at::kLong);
@@ -137,7 +143,8 @@ TEST_CASE("bad input is a c10::ValueError that names op, argument, expected and 
     torchops::merge_tokens(input, torch::full({2, 3}, 7, at::kLong), 2);
     FAIL("no error");
   } catch (const c10::ValueError& error) {
-    CHECK(std::string(error.what_without_backtrace()) == "merge_tokens: expected assign values in -1..1, got 7 at [0, 0]");
+    CHECK(std::string(error.what_without_backtrace()) ==
+          "merge_tokens: expected assign values in -1..1, got 7 at [0, 0]");
   }
 }
 

@@ -178,9 +178,7 @@ class TokenPruner(nn.Module):
         self.num_protected = num_protected
         self.normalize = normalize
 
-    def forward(
-        self, input: Tensor, scores: Tensor, padding_mask: Optional[Tensor] = None
-    ) -> Tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, scores: Tensor, padding_mask: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
         unprotected = input.shape[1] - self.num_protected
         k = self.keep_count if self.keep_count >= 0 else int(math.ceil(self.keep_share * unprotected))
         k = min(k, unprotected)
@@ -256,7 +254,5 @@ def mixture_of_depths_schedule(num_layers: int = 32) -> List[float]:
     >>> [round(ratio, 2) for ratio in torchops.nn.mixture_of_depths_schedule(8)]
     [1.0, 1.0, 0.81, 0.61, 0.39, 0.19, 0.15, 0.15]
     """
-    shares = [
-        max(math.cos(math.pi * layer / max(num_layers - 1, 1)) / 2 + 0.5, 0.15) for layer in range(num_layers)
-    ]
+    shares = [max(math.cos(math.pi * layer / max(num_layers - 1, 1)) / 2 + 0.5, 0.15) for layer in range(num_layers)]
     return [1.0 if share > 0.85 else share for share in shares]

@@ -11,9 +11,8 @@ at::Tensor checked_assignment(const char* op, const at::Tensor& assign, int64_t 
   const auto checked = assign.contiguous();
   const auto* values = checked.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < checked.numel(); ++i) {
-    TORCH_CHECK_VALUE(-1 <= values[i] && values[i] < num_groups, op, ": expected assign values in -1..",
-                      num_groups - 1, ", got ", values[i], " at [", i / checked.size(1), ", ", i % checked.size(1),
-                      "]");
+    TORCH_CHECK_VALUE(-1 <= values[i] && values[i] < num_groups, op, ": expected assign values in -1..", num_groups - 1,
+                      ", got ", values[i], " at [", i / checked.size(1), ", ", i % checked.size(1), "]");
   }
   return checked;
 }

@@ -142,8 +142,8 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
           for (int row = 0; row < tile_rows; ++row) {
             a[row] = sources + (tile + (row < rows ? row : 0)) * depth + d;
           }
-          const auto part = product_tile(a, panels + (p * depth + d) * columns,
-                                         depth - d < chain_length ? depth - d : chain_length);
+          const auto part =
+              product_tile(a, panels + (p * depth + d) * columns, depth - d < chain_length ? depth - d : chain_length);
           for (int row = 0; row < tile_rows; ++row) {
             for (int v = 0; v < tile_vectors; ++v) {
               cosine.value[row][v] += part.value[row][v];
@@ -168,7 +168,8 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
         for (int lane = 0; lane < lanes<float>; ++lane) {
           const float similarity = best.similarity[row][lane];
           const int64_t column = int64_t{best.vector[row][lane]} * lanes<float> + lane;
-          if (column < num_destinations && (similarity > best_similarity || (similarity == best_similarity && column < best_column))) {
+          if (column < num_destinations &&
+              (similarity > best_similarity || (similarity == best_similarity && column < best_column))) {
             best_column = column;
             best_similarity = similarity;
           }

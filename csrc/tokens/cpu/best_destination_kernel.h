@@ -20,14 +20,14 @@ inline constexpr int64_t source_block = 64;
 // padding is neither. A source that is padding, or finds no destination, gets destination -1.
 template <typename T>
 struct BestDestination {
-  Rows<const T> metric;     // [B, N, K]
-  const bool* padding;      // [B, N], or null for none
-  int32_t* similarity;      // [B, S]: in steps of 1 / similarity_steps
-  int64_t* destination;     // [B, S]: positions
-  int64_t num_tokens;       // N
-  int64_t num_features;     // K
+  Rows<const T> metric;  // [B, N, K]
+  const bool* padding;   // [B, N], or null for none
+  int32_t* similarity;   // [B, S]: in steps of 1 / similarity_steps
+  int64_t* destination;  // [B, S]: positions
+  int64_t num_tokens;    // N
+  int64_t num_features;  // K
   int64_t num_protected;
-  int64_t num_sources;      // S; source s stands at position first_source() + 2 s
+  int64_t num_sources;  // S; source s stands at position first_source() + 2 s
 
   int64_t first_source() const { return num_protected + num_protected % 2; }
   int64_t first_destination() const { return num_protected + 1 - num_protected % 2; }
@@ -36,11 +36,11 @@ struct BestDestination {
 
 // Units are blocks of sources, b * blocks_per_row() + block. `scratch` is aligned to 64 bytes and
 // holds best_destination_scratch(num_tokens, num_features) floats; `positions` holds num_tokens integers.
-#define TORCHOPS_DECLARE(level)                                                                    \
-  namespace level {                                                                                \
-  template <typename T>                                                                            \
+#define TORCHOPS_DECLARE(level)                                                                     \
+  namespace level {                                                                                 \
+  template <typename T>                                                                             \
   void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end, float* scratch, \
-                        int64_t* positions);                                                       \
+                        int64_t* positions);                                                        \
   }
 TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)
 #undef TORCHOPS_DECLARE

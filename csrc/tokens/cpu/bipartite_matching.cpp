@@ -34,9 +34,9 @@ MatchedPairs matched_pairs(const char* op, const at::Tensor& metric, int64_t r, 
   std::vector<int64_t> destination(similarity.size());
   for_dtype(metric.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const kernels::tokens::BestDestination<T> args{
-        rows<T>(features), padding,       similarity.data(), destination.data(), num_tokens,
-        num_features,      num_protected, num_sources};
+    const kernels::tokens::BestDestination<T> args{rows<T>(features),  padding,    similarity.data(),
+                                                   destination.data(), num_tokens, num_features,
+                                                   num_protected,      num_sources};
     const int64_t products = kernels::tokens::source_block * num_tokens / 2 * num_features;
     parallel_units(batch * args.blocks_per_row(), products / 32, [&](int64_t begin, int64_t end) {
       const auto size = kernels::tokens::best_destination_scratch(num_tokens, num_features);
@@ -60,11 +60,10 @@ MatchedPairs matched_pairs(const char* op, const at::Tensor& metric, int64_t r, 
         }
       }
       const auto merges = std::min<int64_t>(removed, static_cast<int64_t>(candidates.size()));
-      std::partial_sort(candidates.begin(), candidates.begin() + merges, candidates.end(),
-                        [&](int64_t one, int64_t other) {
-                          return similarities[one] != similarities[other] ? similarities[one] > similarities[other]
-                                                                          : one < other;
-                        });
+      std::partial_sort(
+          candidates.begin(), candidates.begin() + merges, candidates.end(), [&](int64_t one, int64_t other) {
+            return similarities[one] != similarities[other] ? similarities[one] > similarities[other] : one < other;
+          });
       auto* sources = all_sources + b * removed;
       auto* destinations = all_destinations + b * removed;
       for (int64_t rank = 0; rank < merges; ++rank) {

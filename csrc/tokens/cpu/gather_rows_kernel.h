@@ -10,19 +10,19 @@ namespace torchops::kernels::tokens {
 // assign -1 takes part with its residual only.
 template <typename T>
 struct GatherRows {
-  Rows<const T> source;           // [B, M, C]
-  const int64_t* assign;          // [B, N], in -1..M-1
-  const accumulate_t<T>* scale;   // [B, N], or null for 1
-  Rows<const T> residual;         // [B, N, C]; data null for none
-  T* output;                      // [B, N, C]
-  int64_t num_tokens;             // N
-  int64_t num_channels;           // C
+  Rows<const T> source;          // [B, M, C]
+  const int64_t* assign;         // [B, N], in -1..M-1
+  const accumulate_t<T>* scale;  // [B, N], or null for 1
+  Rows<const T> residual;        // [B, N, C]; data null for none
+  T* output;                     // [B, N, C]
+  int64_t num_tokens;            // N
+  int64_t num_channels;          // C
 };
 
 // Units are tokens, b * N + i.
-#define TORCHOPS_DECLARE(level)                                         \
-  namespace level {                                                     \
-  template <typename T>                                                 \
+#define TORCHOPS_DECLARE(level)                                            \
+  namespace level {                                                        \
+  template <typename T>                                                    \
   void gather_rows(const GatherRows<T>& args, int64_t begin, int64_t end); \
   }
 TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)

@@ -48,9 +48,8 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_cpu(const at::Tensor& input, con
                                               num_groups,
                                               channels,
                                               normalize};
-    parallel_units(batch * num_groups, channels, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(tokens, segment_sum<T>)(args, begin, end);
-    });
+    parallel_units(batch * num_groups, channels,
+                   [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(tokens, segment_sum<T>)(args, begin, end); });
   });
   return {merged, total};
 }
@@ -102,9 +101,8 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_backward_cpu(
                                                 static_cast<T*>(grad_input.mutable_data_ptr()),
                                                 num_tokens,
                                                 channels};
-      parallel_units(batch * num_tokens, channels, [&](int64_t begin, int64_t end) {
-        TORCHOPS_KERNEL(tokens, gather_rows<T>)(args, begin, end);
-      });
+      parallel_units(batch * num_tokens, channels,
+                     [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(tokens, gather_rows<T>)(args, begin, end); });
     }
     if (output_mask[1]) {
       auto wide = at::empty({batch, num_tokens}, totals.options());

@@ -25,9 +25,9 @@ struct SegmentSum {
 };
 
 // Units are groups, b * M + m.
-#define TORCHOPS_DECLARE(level)                                         \
-  namespace level {                                                     \
-  template <typename T>                                                 \
+#define TORCHOPS_DECLARE(level)                                            \
+  namespace level {                                                        \
+  template <typename T>                                                    \
   void segment_sum(const SegmentSum<T>& args, int64_t begin, int64_t end); \
   }
 TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)

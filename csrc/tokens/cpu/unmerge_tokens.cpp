@@ -30,9 +30,8 @@ at::Tensor unmerge_tokens_cpu(const at::Tensor& merged, const at::Tensor& assign
                                               static_cast<T*>(output.mutable_data_ptr()),
                                               num_tokens,
                                               channels};
-    parallel_units(batch * num_tokens, channels, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(tokens, gather_rows<T>)(args, begin, end);
-    });
+    parallel_units(batch * num_tokens, channels,
+                   [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(tokens, gather_rows<T>)(args, begin, end); });
   });
   return output;
 }
@@ -56,9 +55,8 @@ at::Tensor unmerge_tokens_backward_cpu(const at::Tensor& grad, const at::Tensor&
                                               num_groups,
                                               channels,
                                               /*normalize=*/false};
-    parallel_units(batch * num_groups, channels, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(tokens, segment_sum<T>)(args, begin, end);
-    });
+    parallel_units(batch * num_groups, channels,
+                   [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(tokens, segment_sum<T>)(args, begin, end); });
   });
   return grad_merged;
 }

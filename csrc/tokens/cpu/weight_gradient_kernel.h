@@ -12,23 +12,23 @@ namespace torchops::kernels::tokens {
 // and 0 for dropped tokens.
 template <typename T>
 struct WeightGradient {
-  Rows<const T> input;                 // [B, N, C]
-  Rows<const T> merged;                // [B, M, C]
-  Rows<const T> grad_merged;           // [B, M, C]
-  const accumulate_t<T>* grad_total;   // [B, M]
-  const accumulate_t<T>* total;        // [B, M]
-  const int64_t* assign;               // [B, N], in -1..M-1
-  accumulate_t<T>* grad_weight;        // [B, N]
-  int64_t num_tokens;                  // N
-  int64_t num_groups;                  // M
-  int64_t num_channels;                // C
+  Rows<const T> input;                // [B, N, C]
+  Rows<const T> merged;               // [B, M, C]
+  Rows<const T> grad_merged;          // [B, M, C]
+  const accumulate_t<T>* grad_total;  // [B, M]
+  const accumulate_t<T>* total;       // [B, M]
+  const int64_t* assign;              // [B, N], in -1..M-1
+  accumulate_t<T>* grad_weight;       // [B, N]
+  int64_t num_tokens;                 // N
+  int64_t num_groups;                 // M
+  int64_t num_channels;               // C
   bool normalize;
 };
 
 // Units are tokens, b * N + i.
-#define TORCHOPS_DECLARE(level)                                                 \
-  namespace level {                                                             \
-  template <typename T>                                                         \
+#define TORCHOPS_DECLARE(level)                                                    \
+  namespace level {                                                                \
+  template <typename T>                                                            \
   void weight_gradient(const WeightGradient<T>& args, int64_t begin, int64_t end); \
   }
 TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)

@@ -1,0 +1,35 @@
+# Each target sets up what it needs from a bare checkout (tools/setup.sh) and can be run again.
+# TORCH=torch==2.12.0 make test   another torch for a fresh environment
+
+.PHONY: help demo test build bench lint format clean
+
+help:
+	@echo "make demo    train a small Vision Transformer, prune and merge its tokens, compare, export"
+	@echo "make test    build everything and run the whole test suite"
+	@echo "make build   build the package into the environment in use, or into .venv"
+	@echo "make bench   measure torchops against its rivals (FAMILY=tokens)"
+	@echo "make lint    formatting, lint and types"
+	@echo "make format  bring all files into format"
+	@echo "make clean   remove what was built (not .venv)"
+
+demo:
+	@PY=$$(tools/setup.sh examples) && $$PY -m examples.demo $(ARGS)
+
+test:
+	@PY=$$(tools/setup.sh test) && $$PY -m pytest $(ARGS)
+
+build:
+	@tools/setup.sh build
+
+FAMILY ?= tokens
+bench:
+	@PY=$$(tools/setup.sh examples) && $$PY -m benchmarks $(FAMILY) $(ARGS)
+
+lint:
+	@PY=$$(tools/setup.sh lint) && tools/lint.sh $$PY check
+
+format:
+	@PY=$$(tools/setup.sh lint) && tools/lint.sh $$PY fix
+
+clean:
+	rm -rf build dist torchops.egg-info torchops/lib torchops/include torchops/share torchops/_build.py torchops/_C.*.so

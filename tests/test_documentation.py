@@ -1,0 +1,53 @@
+"""Examples in docstrings and pages run, and what pages link to is there."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchops
+
+ROOT = Path(__file__).parent.parent
+PAGES = [path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(torchops.__path__, "torchops.")
+    if not module.name.startswith("torchops.integrations") and not module.name.startswith("torchops._")
+]
+
+
+@pytest.mark.parametrize("name", ["torchops", *MODULES])
+def test_examples_in_docstrings(name: str) -> None:
+    torch.manual_seed(0)
+    names = {"torch": torch, "nn": torch.nn, "torchops": torchops}
+    result = doctest.testmod(
+        importlib.import_module(name), extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE, report=True
+    )
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("function", sorted(set(torchops.ops.tokens.__all__) | set(torchops.nn.tokens.__all__)))
+def test_public_names_have_docstrings(function: str) -> None:
+    found = getattr(torchops, function, None) or getattr(torchops.nn, function)
+    assert found.__doc__ and len(found.__doc__.split()) > 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_in_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks marked ```python, one after the other in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_in_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not re.match(r"https?://|mailto:", target):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
