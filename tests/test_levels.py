@@ -39,3 +39,19 @@ def test_unknown_level_is_an_import_error_that_lists_the_known_ones() -> None:
     assert run.returncode != 0
     expected = f"levels this CPU has ({', '.join(torchops.utils.cpu_capabilities())}), got sse9"
     assert expected in run.stderr.splitlines()[-1]
+
+
+def test_kernel_objects_share_no_functions_between_levels() -> None:
+    """A weak symbol that two levels emit would be linked once, perhaps the AVX-512 one for both."""
+    build = TESTS.parent / "build" / f"cmake-{sys.implementation.cache_tag}"
+    objects = sorted(build.glob("CMakeFiles/torchops_kernels_*.dir/**/*.o"))
+    assert objects, f"no kernel objects in {build}"
+    for path in objects:
+        level = next(part for part in path.parts if part.startswith("torchops_kernels_"))
+        level = level.removeprefix("torchops_kernels_").removesuffix(".dir")
+        listed = subprocess.run(["nm", "--defined-only", "-C", path], capture_output=True, text=True, check=True)
+        for line in listed.stdout.splitlines():
+            kind, symbol = line.split(maxsplit=2)[1:]
+            if kind in "WVu":
+                assert f"::{level}::" in symbol, f"{path.name} at {level} emits {symbol}"
+            assert not symbol.startswith("_GLOBAL__sub_I"), f"{path.name} at {level} has a static initializer"

@@ -157,6 +157,23 @@ void store_partial(T* to, vec<accumulate_t<T>> value, int count) {
   __builtin_memcpy(to, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
+// Rows of a few kilobytes, four vectors at a time: as measured faster than memcpy, which here and there
+// picks an instruction for longer blocks.
+template <typename T>
+void copy_row(T* to, const T* from, int64_t size) {
+  using Block = typename vector_of<char>::type;
+  auto* out = reinterpret_cast<char*>(to);
+  const auto* in = reinterpret_cast<const char*>(from);
+  int64_t bytes = size * static_cast<int64_t>(sizeof(T));
+  constexpr int64_t step = 4 * vector_bytes;
+  for (; bytes >= step; bytes -= step, in += step, out += step) {
+    Block block[4];
+    __builtin_memcpy(block, in, sizeof(block));
+    __builtin_memcpy(out, block, sizeof(block));
+  }
+  __builtin_memcpy(out, in, static_cast<size_t>(bytes));
+}
+
 // ---- reductions -------------------------------------------------------------------------------
 
 // Always in the order of the lanes.

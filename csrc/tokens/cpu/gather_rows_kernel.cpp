@@ -20,13 +20,13 @@ void gather_rows(const GatherRows<T>& args, int64_t begin, int64_t end) {
     if (source == nullptr && residual == nullptr) {
       __builtin_memset(output, 0, row_bytes);
     } else if (source == nullptr) {
-      __builtin_memcpy(output, residual, row_bytes);
+      copy_row(output, residual, channels);
     } else if (residual != nullptr) {
       for_each_vector<T>(channels, [&](int64_t c, int count) {
         store_piece(output + c, scale * load_piece(source + c, count) + load_piece(residual + c, count), count);
       });
     } else if (scale == 1) {
-      __builtin_memcpy(output, source, row_bytes);
+      copy_row(output, source, channels);
     } else {
       for_each_vector<T>(channels, [&](int64_t c, int count) {
         store_piece(output + c, scale * load_piece(source + c, count), count);

@@ -30,7 +30,7 @@ void segment_sum(const SegmentSum<T>& args, int64_t begin, int64_t end) {
     if (first == last) {
       __builtin_memset(output, 0, static_cast<size_t>(channels) * sizeof(T));
     } else if (single && (args.normalize ? total != 0 : total == 1)) {
-      __builtin_memcpy(output, args.input.row(batch, members[first]), static_cast<size_t>(channels) * sizeof(T));
+      copy_row(output, args.input.row(batch, members[first]), channels);
     } else {
       const A divisor = args.normalize && total != 0 ? total : A(1);
       for_each_vector<T>(channels, [&](int64_t c, int count) {
