@@ -1,5 +1,6 @@
 """What all tests share: stubs for half-installed neighbours, seeds, and the closing list of what ran."""
 
+import importlib.util
 import os
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 
 import torchops
 
-# A CUDA build of torchvision beside a CPU build of torch fails to import because its operators are
-# missing; timm and transformers import it. Declaring the two schemas they look up lets them load.
-if not torch.cuda.is_available():
-    _torchvision_stub = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _torchvision_stub.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# timm imports torchvision, and a torchvision built for another torch fails at its import because its own
+# operators are missing. Declaring the two that it looks up lets it load; no test calls them.
+if importlib.util.find_spec("torchvision"):
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        _torchvision = torch.library.Library("torchvision", "FRAGMENT")
+        for _name in ("nms", "qnms"):
+            _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

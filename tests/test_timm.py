@@ -1,0 +1,628 @@
+"""Token merging in timm's Vision Transformers."""
+
+import copy
+import doctest
+import importlib
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchops.reference import tokens as reference
+
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm", exc_type=ImportError)
+
+from timm.layers.attention import Attention  # noqa: E402
+from timm.models import vision_transformer as vit  # noqa: E402
+
+from torchops.integrations.timm import (  # noqa: E402
+    TokenMergingAttention,
+    TokenMergingBlock,
+    apply_token_merging,
+    remove_token_merging,
+)
+
+
+def make(seed: int = 0, cls: Callable[..., nn.Module] = vit.VisionTransformer, **options: Any) -> nn.Module:
+    """64 patches, in evaluation mode."""
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 4,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
+    model = cls(**{**defaults, **options}).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)  # timm's own start is so small that nearly nothing depends on anything
+    return model
+
+
+def images(batch: int = 2, size: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def block_outputs(model: nn.Module) -> list[Tensor]:
+    """A list that holds each block's output after a pass."""
+    outputs: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, output: outputs.append(output))
+    return outputs
+
+
+def counts(model: nn.Module, input: Tensor) -> list[int]:
+    outputs = block_outputs(model)
+    with torch.no_grad():
+        model(input)
+    return [output.shape[1] for output in outputs]
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that a conversion could leave behind."""
+    return {
+        name: (type(module), sorted(vars(module)), sorted(module._modules), list(module._forward_pre_hooks.values()))
+        for name, module in model.named_modules()
+    }
+
+
+# ---- the whole pass, in eager PyTorch ------------------------------------------------------------
+
+
+def eager_attention(attn: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, tokens, _ = x.shape
+    q, k, v = attn.qkv(x).view(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
+    if size is not None:
+        scores = scores + size.log()[:, None, None, :]
+    out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    out = attn.norm(out)
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj(out), k.mean(1)
+
+
+def eager_features(
+    model: nn.Module, input: Tensor, r: list[int], proportional_attention: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merged tokens before the last norm [B, M, C], their sizes [B, M], and the way back [B, N, M]."""
+    num_protected = model.num_prefix_tokens
+    x = model.norm_pre(model._pos_embed(model.patch_embed(input)))
+    size = torch.ones(x.shape[:2], dtype=x.dtype)
+    way_back = torch.eye(x.shape[1], dtype=x.dtype).expand(len(x), -1, -1)
+    for block, removed in zip(model.blocks, r, strict=True):
+        update, metric = eager_attention(block.attn, block.norm1(x), size if proportional_attention else None)
+        x = x + block.ls1(update)
+        assign = reference.bipartite_assignment(metric, removed, num_protected)
+        groups = reference.num_groups(x.shape[1], removed, num_protected)
+        x, size = reference.merge_tokens(x, assign, groups, size)
+        way_back = way_back @ F.one_hot(assign, groups).to(x.dtype)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return x, size, way_back
+
+
+def with_gates(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        block.attn.gate = nn.Linear(24, 24)
+    return model
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model
+
+
+EVERY_NORM = {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.5, "pre_norm": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "r", "proportional_attention"),
+    [
+        ({}, [8, 8, 8, 8], True),
+        ({}, [8, 8, 8, 8], False),
+        ({}, [0, 9, 0, 7], True),
+        ({}, [0, 9, 0, 7], False),
+        ({}, [100, 0, 3, 100], True),  # clamped
+        ({"reg_tokens": 4}, [8, 8, 8, 8], True),
+        (EVERY_NORM, [8, 8, 8, 8], True),
+        ({"cls": lambda **options: with_gates(vit.VisionTransformer(**options))}, [8, 8, 8, 8], True),
+        ({"cls": lambda **options: unfused(vit.VisionTransformer(**options))}, [8, 8, 8, 8], True),
+        ({"class_token": False, "global_pool": "avg"}, [8, 8, 8, 8], True),
+        ({"cls": timm.models.deit.VisionTransformerDistilled}, [8, 8, 8, 8], True),
+    ],
+)
+def test_equals_eager(options: dict[str, Any], r: list[int], proportional_attention: bool) -> None:
+    model = make(**options).double()
+    input = images(dtype=torch.float64)
+    merged, _, way_back = eager_features(model, input, r, proportional_attention)
+    features = model.norm(way_back @ merged)
+    logits = model.forward_head(features)
+    unmerged = model(input)
+
+    apply_token_merging(model, r, proportional_attention=proportional_attention)
+    outputs = block_outputs(model)
+    torch.testing.assert_close(model(input), logits)
+    torch.testing.assert_close(outputs[-1], merged)
+    torch.testing.assert_close(model.forward_features(input), features)
+    assert (unmerged - logits).abs().max() > 1e-3
+
+
+def test_gradients_equal_eager() -> None:
+    model = make().double()
+    parameters = list(model.parameters())
+    input = images(dtype=torch.float64)
+    merged, _, way_back = eager_features(model, input, [8] * 4)
+    expected = torch.autograd.grad(model.forward_head(model.norm(way_back @ merged)).square().sum(), parameters)
+    apply_token_merging(model, 8)
+    torch.testing.assert_close(torch.autograd.grad(model(input).square().sum(), parameters), expected)
+
+
+def test_average_pooling_counts_patches() -> None:
+    """As ToMe does for MAE: weighted by size."""
+    model = make(global_pool="avg").double()
+    input = images(dtype=torch.float64)
+    merged, size, _ = eager_features(model, input, [12] * 4)
+    pooled = (merged * size.unsqueeze(-1))[:, 1:].sum(1) / 64
+    expected = model.head(model.fc_norm(pooled))
+    torch.testing.assert_close(apply_token_merging(model, 12)(input), expected)
+
+
+@pytest.mark.parametrize("global_pool", ["", "avg", "avgmax", "max", "token", "map", "prr"])
+def test_every_pooling(global_pool: str) -> None:
+    model = make(global_pool=global_pool).double()
+    input = images(dtype=torch.float64)
+    merged, _, way_back = eager_features(model, input, [8] * 4)
+    expected = model.forward_head(model.norm(way_back @ merged))
+    torch.testing.assert_close(apply_token_merging(model, 8)(input), expected)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_models_of_timm(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=96, depth=3, num_classes=7).eval()
+    input = images(size=96)
+    merged, _, way_back = eager_features(model, input, [8] * 3)
+    expected = model.forward_head(model.norm(way_back @ merged))
+    tokens = 36 + model.num_prefix_tokens
+    apply_token_merging(model, 8)
+    assert counts(model, input) == [tokens - 8, tokens - 16, tokens - 24]
+    torch.testing.assert_close(model(input), expected)
+
+
+# ---- how many tokens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("r", "expected"),
+    [
+        (16, [181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]),
+        ((16, 0), [181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11]),
+        ((16, -1.0), [165, 136, 110, 87, 67, 50, 36, 25, 17, 12, 10, 10]),
+        ([16] + [0] * 10 + [5], [181] * 11 + [176]),
+    ],
+)
+def test_published_token_counts(r: Any, expected: list[int]) -> None:
+    model = make(img_size=224, patch_size=16, embed_dim=8, num_heads=1, depth=12)
+    assert counts(apply_token_merging(model, r), images(1, 224)) == expected
+
+
+def test_prefix_tokens_stay() -> None:
+    """Whatever merges, the prefix is not part of it: each of its tokens stands for itself alone."""
+    model = apply_token_merging(make(reg_tokens=2), 100)
+    outputs = block_outputs(model)
+    features = model.forward_features(images())
+    assert outputs[-1].shape[1] < 10
+    torch.testing.assert_close(features[:, :3], model.norm(outputs[-1][:, :3]))
+
+
+# ---- nothing is left of a pass, or of a conversion ---------------------------------------------
+
+
+def test_passes_do_not_depend_on_each_other() -> None:
+    model = apply_token_merging(make(), 8)
+    first = model(images())
+    model(images(3, seed=1))
+    assert torch.equal(model(images()), first)
+    assert torch.equal(model.forward_head(model.forward_features(images())), first)
+
+
+def test_interleaved_passes() -> None:
+    model = apply_token_merging(make(), 8)
+    inputs = images(seed=1), images(seed=2)
+    passes = [model._pos_embed(model.patch_embed(input)) for input in inputs]
+    for block in model.blocks:
+        passes = [block(x) for x in passes]
+    for x, input in zip(passes, inputs, strict=True):
+        assert torch.equal(model.forward_head(model.norm(x)), model(input))
+
+
+def test_zero_is_the_original() -> None:
+    model = make()
+    expected, untouched = model(images()), state_of(model)
+    for r in (0, [0] * 4, (0, 0.0)):
+        apply_token_merging(model, 8)
+        apply_token_merging(model, r)
+        assert torch.equal(model(images()), expected)
+        assert state_of(model) == untouched
+
+
+def test_blocks_before_the_first_merge_are_the_original() -> None:
+    model = make()
+    expected = block_outputs(model)
+    model(images())
+    merging = apply_token_merging(copy.deepcopy(model), [0, 0, 4, 0])
+    outputs = block_outputs(merging)
+    merging(images())
+    assert torch.equal(outputs[0], expected[0])
+    assert torch.equal(outputs[1], expected[1])
+    mask = torch.ones(65, 65, dtype=torch.bool).tril()
+    x = torch.randn(2, 65, 24)
+    assert torch.equal(merging.blocks[1](x, attn_mask=mask), model.blocks[1](x, attn_mask=mask))
+
+
+def test_calling_again_changes_r() -> None:
+    model = make()
+    apply_token_merging(model, 8)
+    apply_token_merging(model, 3, proportional_attention=False)
+    fresh = apply_token_merging(make(), 3, proportional_attention=False)
+    assert torch.equal(model(images()), fresh(images()))
+    assert state_of(model) == state_of(fresh)
+
+
+def test_remove_restores() -> None:
+    model = make(cls=timm.models.deit.VisionTransformerDistilled)
+    expected, untouched = model(images()), state_of(model)
+    assert apply_token_merging(model, 8) is model
+    assert isinstance(model, timm.models.deit.VisionTransformerDistilled)
+    assert remove_token_merging(model) is model
+    assert state_of(model) == untouched
+    assert torch.equal(model(images()), expected)
+    assert state_of(remove_token_merging(model)) == untouched
+
+
+def test_state_dict_is_unchanged() -> None:
+    model = make()
+    names = list(model.state_dict())
+    apply_token_merging(model, 8)
+    assert list(model.state_dict()) == names
+    other = apply_token_merging(make(seed=1), 8)
+    other.load_state_dict(make().state_dict())
+    assert torch.equal(other(images()), model(images()))
+
+
+def test_copies_and_pickles() -> None:
+    model = apply_token_merging(make(), 8)
+    expected = model(images())
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert type(other) is type(model)
+        assert torch.equal(other(images()), expected)
+        assert type(remove_token_merging(other)) is vit.VisionTransformer
+    assert torch.equal(model(images()), expected)
+
+
+# ---- timm's attention and block, as they are -------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropout_and_stochastic_depth(fused: bool) -> None:
+    """Two tokens, one of them protected, cannot merge: what is left is timm's block, dropout and all."""
+    model = make(attn_drop_rate=0.3, proj_drop_rate=0.2, drop_path_rate=0.4, init_values=0.5).train()
+    model.blocks[3].attn.fused_attn = fused
+    x = torch.randn(8, 2, 24)
+    torch.manual_seed(1)
+    expected = model.blocks[3](x)
+    apply_token_merging(model, [0, 0, 0, 5])
+    torch.manual_seed(1)
+    assert torch.equal(model.blocks[3](x), expected)
+
+
+def test_attention_without_merging_is_timms() -> None:
+    attention = Attention(24, num_heads=3)
+    x = torch.randn(2, 9, 24)
+    mask = torch.randn(2, 1, 1, 9)
+    expected = attention(x), attention(x, attn_mask=mask), attention(x, is_causal=True)
+    attention.__class__ = TokenMergingAttention
+    keys: list[Tensor] = []
+    assert torch.equal(attention(x), expected[0])
+    assert torch.equal(attention(x, attn_mask=mask, keys=keys), expected[1])
+    assert torch.equal(attention(x, is_causal=True), expected[2])
+    assert [key.shape for key in keys] == [(2, 3, 9, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bias_while_all_sizes_are_one(dtype: torch.dtype) -> None:
+    model = apply_token_merging(make(), [0, 4, 4, 0]).to(dtype)
+    masks: list[Tensor | None] = []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
+        )
+    model(images(dtype=dtype))
+    assert masks[:2] == [None, None]
+    assert [mask.shape for mask in masks[2:]] == [(2, 1, 1, 61), (2, 1, 1, 57)]
+    assert {mask.dtype for mask in masks[2:]} == {dtype}  # CUDA's kernels take no other
+
+
+# ---- intermediate features -----------------------------------------------------------------------
+
+
+def test_intermediates_are_unmerged() -> None:
+    # 32 tokens of 24 channels would also go into an 8 x 8 map, of 12 channels, without complaint.
+    model = apply_token_merging(make(), [0, 32, 0, 5])
+    outputs = block_outputs(model)
+    final, maps = model.forward_intermediates(images())
+    merged = list(outputs)
+    assert [len(output[0]) for output in merged] == [65, 33, 33, 28]
+    assert [x.shape for x in maps] == [(2, 24, 8, 8)] * 4
+    assert torch.equal(final, model.forward_features(images()))
+    assert torch.equal(maps[0].flatten(2).mT, merged[0][:, 1:])
+    for x, output in zip(maps[1:], merged[1:], strict=True):
+        for image in range(2):
+            rows = {tuple(row.tolist()) for row in x[image].flatten(1).mT}
+            assert rows == {tuple(row.tolist()) for row in output[image, 1:]}
+
+    normalized = model.forward_intermediates(images(), norm=True, intermediates_only=True)
+    torch.testing.assert_close(normalized[-1].flatten(2).mT, final[:, 1:])
+    torch.testing.assert_close(normalized[1].flatten(2).mT, model.norm(maps[1].flatten(2).mT))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_forms_of_intermediates(norm: bool) -> None:
+    model = apply_token_merging(make(reg_tokens=1), 8)
+    maps = model.forward_intermediates(images(), norm=norm, intermediates_only=True)
+    rows = [x.flatten(2).mT for x in maps]
+    for given, expected in zip(model.get_intermediate_layers(images(), 2, norm=norm), rows[2:], strict=True):
+        assert torch.equal(given, expected)
+    pairs = model.get_intermediate_layers(images(), [0, 2], reshape=True, return_prefix_tokens=True, norm=norm)
+    assert torch.equal(pairs[1][0], maps[2])
+    assert pairs[1][1].shape == (2, 2, 24)
+    result = model.forward_intermediates(
+        images(), [0, 1], norm=norm, stop_early=True, output_dict=True, return_prefix_tokens=True
+    )
+    assert torch.equal(result["image_intermediates"][1], maps[1])
+    assert result["image_intermediates_prefix"][1].shape == (2, 2, 24)
+    assert result["image_features"].shape == (2, 66, 24)
+    with pytest.raises(AssertionError, match="Output format"):
+        model.forward_intermediates(images(), output_fmt="NHWC")
+
+
+# ---- training ----------------------------------------------------------------------------------------
+
+
+def test_training() -> None:
+    torch.manual_seed(0)
+    model = apply_token_merging(vit.VisionTransformer(32, 4, embed_dim=24, depth=4, num_heads=3, num_classes=5), 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    input, target = images(8), torch.arange(8) % 5
+    losses = []
+    for _ in range(12):
+        loss = F.cross_entropy(model(input), target)
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+        assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+        assert model.patch_embed.proj.weight.grad.abs().sum() > 0
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+def test_checkpointing(reentrant: bool, global_pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when two passes come before the backward: a block run again must find its own pass's sizes."""
+    monkeypatch.setattr(timm.models._manipulate, "use_reentrant_ckpt", lambda: reentrant)
+    model = apply_token_merging(make(global_pool=global_pool, drop_path_rate=0.2, proj_drop_rate=0.1), (8, -0.5))
+    model.train()
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        first, second = model(images(seed=1)), model(images(seed=2))
+        (first.square().sum() + second.sin().sum()).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients()
+    model.set_grad_checkpointing()
+    runs: list[nn.Module] = []
+    for block in model.blocks:
+        block.norm1.register_forward_hook(lambda norm, args, output: runs.append(norm))
+    for given, other in zip(gradients(), expected, strict=True):
+        assert torch.equal(given, other)
+    assert len(runs) == 2 * 2 * 4  # each block again for each pass
+
+
+def test_half_precision() -> None:
+    model = make()
+    # Pairs to merge may differ; without merging bfloat16 is 0.02 off.
+    expected = apply_token_merging(model, 8)(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = model(images())
+    assert lowered.dtype == torch.bfloat16
+    model.bfloat16()
+    converted = model(images(dtype=torch.bfloat16))
+    assert converted.dtype == torch.bfloat16
+    for output in (lowered, converted):
+        assert F.cosine_similarity(output.float(), expected).min() > 0.98
+
+
+# ---- compilers -----------------------------------------------------------------------------------------
+
+
+def test_compile() -> None:
+    torch._dynamo.reset()
+    model = apply_token_merging(make(depth=2, global_pool="avg"), 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for run in (model, compiled):
+        model.zero_grad()
+        output = run(images())
+        output.square().sum().backward()
+        gradients.append([output.detach(), *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch._dynamo.reset()
+
+
+def test_export() -> None:
+    model = apply_token_merging(make(depth=2), 8)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(program(images(3)), model(images(3)))
+
+
+# ---- what cannot be ------------------------------------------------------------------------------------
+
+
+def with_other_block(index: int, block: nn.Module) -> nn.Module:
+    model = make()
+    model.blocks[index] = block
+    return model
+
+
+class OtherBlock(vit.Block):
+    pass
+
+
+class OtherAttention(Attention):
+    pass
+
+
+def with_patched_forward() -> nn.Module:
+    model = make()
+    model.blocks[3].attn.forward = model.blocks[3].attn.forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make_model", "found"),
+    [
+        (lambda: nn.Linear(3, 3), r"model is a torch\.nn\.modules\.linear\.Linear"),
+        (
+            lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28),
+            r"model is a timm\.models\.eva\.Eva",
+        ),
+        (
+            lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=2, img_size=32),
+            r"model is a timm\.models\.beit\.Beit",
+        ),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, num_heads=(1, 1, 1, 1)), "Swin"),
+        (lambda: nn.DataParallel(make()), "model is a torch.nn.parallel.data_parallel.DataParallel"),
+        (lambda: make(block_fn=vit.ParallelScalingBlock), r"blocks\[0\] is a .*\.ParallelScalingBlock"),
+        (lambda: make(block_fn=vit.ResPostBlock), r"blocks\[0\] is a .*\.ResPostBlock"),
+        (lambda: with_other_block(3, OtherBlock(24, 3)), r"blocks\[3\] is a test_timm\.OtherBlock"),
+        (lambda: make(attn_layer="diff", embed_dim=24, num_heads=3), r"blocks\[0\]\.attn is a .*\.DiffAttention"),
+        (lambda: with_other_block(3, vit.Block(24, 3, attn_layer=OtherAttention)), r"blocks\[3\]\.attn is a .*Other"),
+        (with_patched_forward, r"blocks\[3\]\.attn has a forward of its own"),
+    ],
+)
+def test_other_models_are_refused(make_model: Callable[[], nn.Module], found: str) -> None:
+    model = make_model()
+    before = state_of(model)
+    with pytest.raises(TypeError, match=f"token merging: .*{found}.* Supported are .*VisionTransformer"):
+        apply_token_merging(model, 8)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("r", "error"),
+    [
+        (-1, ValueError),
+        ([8, 8, 8], ValueError),
+        ([8, 8, 8, -8], ValueError),
+        ((8, 2.0), ValueError),  # a schedule that falls below 0
+        (1.5, TypeError),
+        ("8", TypeError),
+        (None, TypeError),
+        ((8, 0.0, 1), TypeError),
+        ([8, 8, 8, 0.5], TypeError),
+    ],
+)
+def test_other_r_are_refused(r: Any, error: type[Exception]) -> None:
+    model = make()
+    before = state_of(model)
+    with pytest.raises(error, match="token merging: expected r "):
+        apply_token_merging(model, r)
+    assert state_of(model) == before
+    apply_token_merging(model, 8)
+    before = state_of(model)
+    with pytest.raises(error, match="token merging: expected r "):
+        apply_token_merging(model, r)
+    assert state_of(model) == before
+    assert [block.token_merger.r for block in model.blocks] == [8] * 4
+
+
+def test_masks_are_refused() -> None:
+    model = apply_token_merging(make(), 8)
+    mask = torch.ones(65, 65, dtype=torch.bool)
+    for options in ({"attn_mask": mask}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="attn_mask and is_causal cannot be followed where tokens are merged"):
+            model(images(), **options)
+    with pytest.raises(ValueError, match="attn_mask"):
+        model.get_intermediate_layers(images(), attn_mask=mask)
+    assert torch.equal(remove_token_merging(model)(images(), attn_mask=mask), make()(images(), attn_mask=mask))
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda block, args, output: output.clone(),
+        lambda block, args, output: output[:, :40],
+    ],
+)
+def test_tokens_from_elsewhere_are_refused(hook: Callable[..., Tensor]) -> None:
+    model = apply_token_merging(make(), 8)
+    handle = model.blocks[1].register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match="not what the block before it returned"):
+        model(images())
+    handle.remove()
+    model(images())
+    with pytest.raises(RuntimeError, match="not what the block before it returned"):
+        model.blocks[2](torch.randn(2, 49, 24))
+
+
+def test_partly_replaced_blocks() -> None:
+    """Calling again brings a model back in order whose owner exchanged parts of it."""
+    model = apply_token_merging(make(), 8)
+    expected = model(images())
+    block = copy.deepcopy(make().blocks[2])
+    model.blocks[2] = block
+    model.norm = copy.deepcopy(make().norm)
+    apply_token_merging(model, 8)
+    assert type(block) is TokenMergingBlock
+    assert torch.equal(model(images()), expected)
+    model.blocks[2] = copy.deepcopy(make().blocks[2])
+    assert state_of(remove_token_merging(model)) == state_of(make())
+
+
+@pytest.mark.parametrize("installed", ["none", "old"])
+def test_what_to_install(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if installed == "none":
+        monkeypatch.setitem(sys.modules, "timm.layers.attention", None)
+    else:
+        monkeypatch.setattr(Attention, "forward", lambda self, x, attn_mask=None: x)
+    monkeypatch.delitem(sys.modules, "torchops.integrations.timm")
+    with pytest.raises(ImportError, match=r"needs timm 1\.0\.26 or newer: pip install timm"):
+        importlib.import_module("torchops.integrations.timm")
+
+
+def test_examples() -> None:
+    module = importlib.import_module("torchops.integrations.timm")
+    assert module.__all__ == ["apply_token_merging", "remove_token_merging"]
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0

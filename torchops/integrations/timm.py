@@ -1,0 +1,342 @@
+"""Token merging (ToMe) in timm's Vision Transformers.
+
+The classes of a model's blocks are switched to the ones here and back again; modules, parameters and
+the state dict stay as they are. What the tokens between two blocks stand for travels with the tokens
+themselves and not with the model, so nothing has to be reset: passes can overlap (several before one
+backward, several threads), and a block that gradient checkpointing runs again finds what it found
+the first time.
+"""
+
+import functools
+import inspect
+import operator
+from typing import Any, List, NamedTuple, Optional, Tuple, TypeVar, Union
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if "is_causal" not in inspect.signature(Attention.forward).parameters:
+        raise ImportError("the installed timm is too old")
+except ImportError as error:
+    raise ImportError("torchops.integrations.timm needs timm 1.0.26 or newer: pip install timm") from error
+
+from ..nn.tokens import TokenMerger, merge_schedule, proportional_attention_bias
+from ..ops.tokens import unmerge_tokens
+
+__all__ = ["apply_token_merging", "remove_token_merging"]
+
+Model = TypeVar("Model", bound=VisionTransformer)
+
+
+def apply_token_merging(
+    model: Model, r: Union[int, List[int], Tuple[int, float]], *, proportional_attention: bool = True
+) -> Model:
+    """Makes each block of a timm Vision Transformer remove tokens, by merging the most similar ones
+    between attention and MLP (ToMe). Works with pretrained weights as they are, and in training.
+
+    Tokens are compared by their attention keys averaged over heads, and averaged weighted by size, the
+    number of patches they stand for. The model's prefix tokens (class, distillation, registers) never
+    merge. Only inside the blocks are there fewer tokens: behind the last one every patch gets the value
+    of its token back, so ``forward_features`` and ``forward_intermediates`` (each of its features)
+    return the shapes they did, and every ``global_pool`` counts a token as often as it stands for a
+    patch. Whoever wants the merged tokens finds them in the last block's output.
+
+    Args:
+        model: a ``timm.models.vision_transformer.VisionTransformer`` or subclass (ViT, DeiT, CLIP,
+            DINOv2, SigLIP and others) whose blocks are timm's ``Block`` with ``Attention``; changed in
+            place. Apply before wrapping it (torch.compile, DDP, FSDP).
+        r: how many tokens each block removes: one number, a list with a number per block, or a tuple
+            (r, inflection) for :func:`torchops.nn.merge_schedule`. Half of the unprotected tokens is the
+            most a block removes. Blocks before the first that removes any run timm's own forward; 0 in
+            every block is :func:`remove_token_merging`. Call again to change r, or after replacing
+            ``model.norm`` or blocks.
+        proportional_attention: add log(size) to the attention scores of each key. Meant for weights
+            trained without merging; models trained with merging, and MAE's, do without.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: a model, block or attention of another class (EVA, Swin, parallel blocks,
+            differential attention, ...), or an r of another type. The model is then as it was.
+        ValueError: a negative number in r, or a list of another length than the model has blocks; in
+            the forward pass, an ``attn_mask`` or ``is_causal`` in a block with merging, since there is
+            no position left to mask.
+        RuntimeError: in the forward pass, tokens that are not the previous block's output, for example
+            replaced by a hook: what they stand for is unknown.
+        ImportError: on import, when timm is not installed.
+
+    Gradient checkpointing, deepcopy, pickling, torch.compile, torch.export and torch.jit.trace work;
+    torch.jit.script does not, nor does compiling ``forward_intermediates``.
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster, 2023.
+
+    >>> import timm
+    >>> from torchops.integrations.timm import apply_token_merging
+    >>> model = timm.create_model("vit_tiny_patch16_224", depth=3)
+    >>> model = apply_token_merging(model, r=16)
+    >>> _ = model.blocks[2].register_forward_hook(lambda block, args, output: print(output.shape))
+    >>> model(torch.randn(1, 3, 224, 224)).shape
+    torch.Size([1, 149, 192])
+    torch.Size([1, 1000])
+    """
+    blocks = checked_blocks(model)
+    r_per_block = parse_r(r, len(blocks))
+    if not any(r_per_block):
+        return remove_token_merging(model)
+
+    switch_class(model, merging_class(original_class(model)))
+    # norm is where all of timm's paths through the blocks come together again.
+    remove_hook(model.norm)
+    model.norm.register_forward_pre_hook(unmerge_input)
+    for index, block in enumerate(blocks):
+        switch_class(block, TokenMergingBlock)
+        switch_class(block.attn, TokenMergingAttention)
+        block.token_merger = TokenMerger(r_per_block[index], model.num_prefix_tokens)
+        block.follows_merging = any(r_per_block[:index])
+        block.proportional_attention = proportional_attention
+    return model
+
+
+def remove_token_merging(model: Model) -> Model:
+    """Undoes :func:`apply_token_merging`: the model has its own classes again and nothing besides.
+    A model without token merging is left as it is.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: not a timm Vision Transformer.
+
+    >>> import timm
+    >>> from torchops.integrations.timm import apply_token_merging, remove_token_merging
+    >>> model = apply_token_merging(timm.create_model("vit_tiny_patch16_224", depth=3), r=16)
+    >>> type(remove_token_merging(model).blocks[0])
+    <class 'timm.models.vision_transformer.Block'>
+    """
+    blocks = checked_blocks(model)
+    if isinstance(model, TokenMergingModel):
+        switch_class(model, original_class(model))
+        remove_hook(model.norm)
+        for block in blocks:
+            if isinstance(block, TokenMergingBlock):
+                switch_class(block, Block)
+                switch_class(block.attn, Attention)
+                del block.token_merger, block.follows_merging, block.proportional_attention
+    return model
+
+
+def checked_blocks(model: nn.Module) -> List[Any]:
+    supported = (
+        "Supported are timm.models.vision_transformer.VisionTransformer and its subclasses, with blocks of "
+        "timm.models.vision_transformer.Block and timm.layers.attention.Attention themselves"
+    )
+
+    def expect(name: str, module: Any, *classes: type) -> None:
+        if type(module) not in classes:
+            raise TypeError(f"token merging: {name} is a {full_name(type(module))}. {supported}")
+        if "forward" in vars(module):
+            raise TypeError(f"token merging: {name} has a forward of its own, set on the module. {supported}")
+
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"token merging: model is a {full_name(type(model))}. {supported}")
+    for index, block in enumerate(model.blocks):
+        expect(f"model.blocks[{index}]", block, Block, TokenMergingBlock)
+        expect(f"model.blocks[{index}].attn", block.attn, Attention, TokenMergingAttention)
+    return list(model.blocks)
+
+
+def switch_class(module: Any, cls: type) -> None:
+    module.__class__ = cls
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def parse_r(r: Union[int, List[int], Tuple[int, float]], num_blocks: int) -> List[int]:
+    expected = f"token merging: expected r to be a number, a list of {num_blocks} numbers or (r, inflection), got {r}"
+    try:
+        if isinstance(r, tuple):
+            average, inflection = r
+            r_per_block = merge_schedule(operator.index(average), num_blocks, inflection)
+        elif isinstance(r, list):
+            r_per_block = [operator.index(entry) for entry in r]
+        else:
+            r_per_block = [operator.index(r)] * num_blocks
+    except (TypeError, ValueError) as error:
+        raise TypeError(expected) from error
+    if len(r_per_block) != num_blocks:
+        raise ValueError(expected)
+    if any(entry < 0 for entry in r_per_block):
+        raise ValueError(f"token merging: expected r of 0 or more in every block, got {r_per_block}")
+    return r_per_block
+
+
+class Merged(NamedTuple):
+    """What M tokens stand for, of the N that entered the first block."""
+
+    size: Tensor  # [B, M]
+    assign: Tensor  # [B, N]
+
+
+MERGED = "_torchops_merged"
+
+
+def set_merged(tokens: Tensor, merged: Optional[Merged]) -> None:
+    # The storage, since a checkpointed block is run again on another tensor over the same one.
+    setattr(tokens if torch.compiler.is_compiling() else tokens.untyped_storage(), MERGED, merged)
+
+
+def get_merged(tokens: Tensor, num_skipped: int = 0) -> Optional[Merged]:
+    """For tokens that a block returned, or a view of them without the first num_skipped."""
+    merged = getattr(tokens, MERGED, None)
+    if merged is None and not torch.compiler.is_compiling():
+        merged = getattr(tokens.untyped_storage(), MERGED, None)
+    if merged is None or tokens.dim() != 3 or tokens.shape[1] + num_skipped != merged.size.shape[1]:
+        return None
+    return merged
+
+
+class TokenMergingAttention(Attention):
+    """timm's attention, with its keys [B, H, N, D] appended to the list when one is given."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+        keys: Optional[List[Tensor]] = None,
+    ) -> Tensor:
+        module: Any = self if keys is None else KeyRecorder(self, keys)
+        return Attention.forward(module, x, attn_mask=attn_mask, is_causal=is_causal)
+
+
+class KeyRecorder:
+    """Stands in for an attention module in one call of its forward, and keeps what k_norm returned."""
+
+    def __init__(self, attention: Attention, keys: List[Tensor]) -> None:
+        self.attention = attention
+        self.keys = keys
+
+    def k_norm(self, k: Tensor) -> Tensor:
+        k = self.attention.k_norm(k)
+        self.keys.append(k)
+        return k
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attention, name)
+
+
+class TokenMergingBlock(Block):
+    """timm's block, with token merging between attention and MLP."""
+
+    token_merger: TokenMerger
+    follows_merging: bool  # whether a block before removes tokens
+    proportional_attention: bool
+
+    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
+        if self.token_merger.r == 0 and not self.follows_merging:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        if attn_mask is not None or is_causal:
+            raise ValueError(
+                "token merging: attn_mask and is_causal cannot be followed where tokens are merged; "
+                "call remove_token_merging(model) before passes with a mask"
+            )
+        merged = None
+        if self.follows_merging:
+            merged = get_merged(x)
+            if merged is None:
+                raise RuntimeError(
+                    f"token merging: the tokens {list(x.shape)} that enter this block are not what the block "
+                    "before it returned (replaced by a hook, moved, or the block was called by itself), so how "
+                    "many patches each of them stands for is unknown"
+                )
+        bias = None
+        if merged is not None and self.proportional_attention:
+            bias = proportional_attention_bias(merged.size)[:, None, None].to(x.dtype)  # [B, 1, 1, N]
+
+        if self.token_merger.r == 0:
+            x = super().forward(x, attn_mask=bias)
+        else:
+            keys: List[Tensor] = []
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=bias, keys=keys)))
+            metric = keys[0].detach().mean(1)
+            x, size, assign = self.token_merger(x, metric, None if merged is None else merged.size)
+            merged = Merged(size, assign if merged is None else assign.gather(1, merged.assign))
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        set_merged(x, merged)
+        return x
+
+
+def unmerge_input(module: nn.Module, args: Tuple[Any, ...]) -> Optional[Tuple[Any, ...]]:
+    """Forward pre-hook: merged tokens go in unmerged."""
+    merged = get_merged(args[0]) if args else None
+    return None if merged is None else (unmerge_tokens(args[0], merged.assign), *args[1:])
+
+
+def remove_hook(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is unmerge_input]:
+        del module._forward_pre_hooks[key]
+
+
+class TokenMergingModel(VisionTransformer):
+    """What :func:`merging_class` puts before a Vision Transformer class."""
+
+    original_class: type
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's, with unmerged intermediates."""
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("token merging: forward_intermediates cannot be compiled")
+        call = inspect.signature(super().forward_intermediates).bind(x, *args, **kwargs)
+        call.apply_defaults()
+        reshape = call.arguments["output_fmt"] == "NCHW"
+        if reshape:
+            call.arguments["output_fmt"] = "NLC"
+            height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        num_prefix = self.num_prefix_tokens
+
+        def unmerge(tokens: Any) -> Any:
+            if isinstance(tokens, tuple):  # with its prefix tokens
+                return (unmerge(tokens[0]), *tokens[1:])
+            merged = get_merged(tokens, num_skipped=num_prefix)
+            if merged is not None:
+                tokens = unmerge_tokens(tokens, merged.assign[:, num_prefix:] - num_prefix)
+            if reshape:
+                tokens = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous()
+            return tokens
+
+        output = super().forward_intermediates(*call.args, **call.kwargs)
+        if isinstance(output, dict):
+            return {**output, "image_intermediates": [unmerge(tokens) for tokens in output["image_intermediates"]]}
+        if isinstance(output, tuple):
+            return output[0], [unmerge(tokens) for tokens in output[1]]
+        return [unmerge(tokens) for tokens in output]
+
+    def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:
+        # The class is made at run time: copies and pickles name the original.
+        made_from: Any = super().__reduce_ex__(protocol)
+        return new_merging_model, (self.original_class,), *made_from[2:]
+
+
+@functools.cache
+def merging_class(cls: Any) -> Any:
+    members = {"__module__": __name__, "__doc__": cls.__doc__, "original_class": cls}
+    return type(f"TokenMerging{cls.__name__}", (TokenMergingModel, cls), members)
+
+
+def original_class(model: VisionTransformer) -> type:
+    return model.original_class if isinstance(model, TokenMergingModel) else type(model)
+
+
+def new_merging_model(cls: Any) -> Any:
+    merging = merging_class(cls)
+    return merging.__new__(merging)
