@@ -30,10 +30,13 @@ def test_examples_in_docstrings(name: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("function", sorted(set(torchops.ops.tokens.__all__) | set(torchops.nn.tokens.__all__)))
-def test_public_names_have_docstrings(function: str) -> None:
-    found = getattr(torchops, function, None) or getattr(torchops.nn, function)
-    assert found.__doc__ and len(found.__doc__.split()) > 10
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(("torchops.ops.", "torchops.nn."))])
+def test_public_names_have_docstrings_and_are_exported(name: str) -> None:
+    module = importlib.import_module(name)
+    package = torchops.nn if name.startswith("torchops.nn.") else torchops
+    for public in module.__all__:
+        assert len(getattr(module, public).__doc__.split()) > 10, public
+        assert getattr(package, public) is getattr(module, public)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -151,6 +151,10 @@ def topk_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     ties[2, 4] = -math.inf
     for k in (7, 28):
         yield Sample(f"ties-nan-inf-k{k}", {"scores": ties, "k": k, "fuse": True})
+    # A NaN still ranks above padding, wherever the two stand.
+    nan_behind_padding = torch.full((1, 6), math.nan, dtype=dtype, device=device)
+    padding = torch.tensor([[True, True, False, False, True, False]], device=device)
+    yield Sample("nan-behind-padding", {"scores": nan_behind_padding, "k": 4, "padding_mask": padding})
 
 
 def topk_invalid(device: str) -> Iterator[Invalid]:

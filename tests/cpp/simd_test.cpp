@@ -115,7 +115,24 @@ TEST_CASE("for_each_vector covers a row once, in order") {
   }
 }
 
-TEST_CASE("product_tile is a matrix product") {
+TEST_CASE("sum_lanes adds every lane once") {
+  vfloat value;
+  for (int lane = 0; lane < lanes<float>; ++lane) {
+    value[lane] = static_cast<float>(1 << lane);
+  }
+  CHECK(sum_lanes<float>(value) == static_cast<float>((1 << lanes<float>)-1));
+}
+
+TEST_CASE("largest_lane and smallest_lane find every lane") {
+  for (int lane = 0; lane < lanes<float>; ++lane) {
+    vfloat value = {};
+    value[lane] = 3;
+    CHECK(largest_lane<float>(value) == 3);
+    CHECK(smallest_lane<float>(-value) == -3);
+  }
+}
+
+TEST_CASE("add_product adds a matrix product") {
   constexpr int64_t depth = 37;
   constexpr int columns = panel_columns<float>;
   std::vector<float> a(tile_rows * depth);
@@ -131,14 +148,22 @@ TEST_CASE("product_tile is a matrix product") {
   for (int row = 0; row < tile_rows; ++row) {
     rows[row] = a.data() + row * depth;
   }
-  const auto tile = product_tile(rows, panel, depth);
-  for (int row = 0; row < tile_rows; ++row) {
-    for (int column = 0; column < columns; ++column) {
-      float expected = 0;
-      for (int64_t d = 0; d < depth; ++d) {
-        expected += rows[row][d] * panel[d * columns + column];
+  for (int vectors = 1; vectors <= tile_vectors; ++vectors) {
+    vfloat sum[tile_rows][tile_vectors];
+    for (auto& row : sum) {
+      for (auto& value : row) {
+        value = broadcast(2.0F);
       }
-      CHECK(tile.value[row][column / lanes<float>][column % lanes<float>] == expected);
+    }
+    add_product(rows, panel, depth, vectors, sum);
+    for (int row = 0; row < tile_rows; ++row) {
+      for (int column = 0; column < columns; ++column) {
+        float expected = 2;
+        for (int64_t d = 0; d < depth && column < vectors * lanes<float>; ++d) {
+          expected += rows[row][d] * panel[d * columns + column];
+        }
+        CHECK(sum[row][column / lanes<float>][column % lanes<float>] == expected);
+      }
     }
   }
 }

@@ -14,34 +14,45 @@ inline constexpr int tile_vectors = vector_bytes == 64 ? 4 : 3;
 template <typename A>
 inline constexpr int panel_columns = tile_vectors * (vector_bytes / static_cast<int>(sizeof(A)));
 
-template <typename A>
-struct ProductTile {
-  vec<A> value[tile_rows][tile_vectors];
-};
-
-// sum over d in 0..depth-1 of a[row][d] * panel[d][column], each in ascending order of d.
-template <typename A>
-inline ProductTile<A> product_tile(const A* const (&a)[tile_rows], const A* panel, int64_t depth) {
+// sum[row][v] += over d in 0..depth-1 of a[row][d] * panel[d][v's columns], in ascending order of d, for
+// the panel's first `vectors` vectors of columns.
+template <int vectors, typename A>
+inline void add_product(const A* const (&a)[tile_rows], const A* panel, int64_t depth,
+                        vec<A> (&sum)[tile_rows][tile_vectors]) {
   constexpr int lane_count = vector_bytes / static_cast<int>(sizeof(A));
-  vec<A> sum[tile_rows][tile_vectors] = {};
+  vec<A> part[tile_rows][vectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
-    vec<A> b[tile_vectors];
-    for (int v = 0; v < tile_vectors; ++v) {
+    vec<A> b[vectors];
+    for (int v = 0; v < vectors; ++v) {
       b[v] = load(panel + d * panel_columns<A> + v * lane_count);
     }
     for (int row = 0; row < tile_rows; ++row) {
-      for (int v = 0; v < tile_vectors; ++v) {
-        sum[row][v] += a[row][d] * b[v];
+      for (int v = 0; v < vectors; ++v) {
+        part[row][v] += a[row][d] * b[v];
       }
     }
   }
-  ProductTile<A> tile;
   for (int row = 0; row < tile_rows; ++row) {
-    for (int v = 0; v < tile_vectors; ++v) {
-      tile.value[row][v] = sum[row][v];
+    for (int v = 0; v < vectors; ++v) {
+      sum[row][v] += part[row][v];
     }
   }
-  return tile;
+}
+
+// The same for a number of vectors that is known when it runs, 1..tile_vectors.
+template <typename A>
+inline void add_product(const A* const (&a)[tile_rows], const A* panel, int64_t depth, int vectors,
+                        vec<A> (&sum)[tile_rows][tile_vectors]) {
+  switch (vectors) {
+    case 1:
+      return add_product<1>(a, panel, depth, sum);
+    case 2:
+      return add_product<2>(a, panel, depth, sum);
+    case 3:
+      return add_product<3>(a, panel, depth, sum);
+    default:
+      return add_product<tile_vectors>(a, panel, depth, sum);
+  }
 }
 
 }  // namespace torchops::kernels::inline TORCHOPS_LEVEL

@@ -176,14 +176,33 @@ void copy_row(T* to, const T* from, int64_t size) {
 
 // ---- reductions -------------------------------------------------------------------------------
 
-// Always in the order of the lanes.
-template <typename Vector>
-auto sum_lanes(Vector value) {
-  auto sum = value[0];
-  for (size_t lane = 1; lane < sizeof(value) / sizeof(sum); ++lane) {
-    sum += value[lane];
+// Halves combined with halves by a function of two vectors or two lanes: the same order for every vector
+// of a level.
+template <typename Lane, int bytes = vector_bytes, typename Combine>
+Lane combine_lanes(typename vector_of<Lane, bytes>::type value, const Combine& combine) {
+  if constexpr (bytes == sizeof(Lane)) {
+    return value[0];
+  } else {
+    using Half = typename vector_of<Lane, bytes / 2>::type;
+    Half halves[2];
+    __builtin_memcpy(halves, &value, sizeof(value));
+    return combine_lanes<Lane, bytes / 2>(combine(halves[0], halves[1]), combine);
   }
-  return sum;
+}
+
+template <typename Lane>
+Lane sum_lanes(vec<Lane> value) {
+  return combine_lanes<Lane>(value, [](auto one, auto other) { return one + other; });
+}
+
+template <typename Lane>
+Lane largest_lane(vec<Lane> value) {
+  return combine_lanes<Lane>(value, [](auto one, auto other) { return one > other ? one : other; });
+}
+
+template <typename Lane>
+Lane smallest_lane(vec<Lane> value) {
+  return combine_lanes<Lane>(value, [](auto one, auto other) { return one < other ? one : other; });
 }
 
 // Calls body(first, count) for the pieces of a row of `size` elements: whole vectors, then the rest.

@@ -23,7 +23,7 @@ GroupMembers group_members(const at::Tensor& assign, int64_t num_groups) {
   const auto* assigned = assign.const_data_ptr<int64_t>();
   auto* all_offsets = result.offsets.mutable_data_ptr<int64_t>();
   auto* all_members = result.members.mutable_data_ptr<int64_t>();
-  parallel_units(batch, num_tokens + num_groups, [&](int64_t begin, int64_t end) {
+  parallel_units(batch, 4 * (num_tokens + num_groups), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       // A counting sort: offsets[m + 1] counts group m, then points to its next free place, and at last
       // to its end.

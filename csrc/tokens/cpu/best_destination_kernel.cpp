@@ -33,11 +33,7 @@ accumulate_t<T> largest_magnitude(const T* row, int64_t size) {
     const auto magnitude = value < 0 ? -value : value;
     largest = magnitude > largest ? magnitude : largest;
   });
-  accumulate_t<T> result = 0;
-  for (int lane = 0; lane < lanes<T>; ++lane) {
-    result = largest[lane] > result ? largest[lane] : result;
-  }
-  return result;
+  return largest_lane<accumulate_t<T>>(largest);
 }
 
 // output = row / divisor as float.
@@ -61,7 +57,7 @@ void normalize(const T* row, int64_t size, float* output) {
   using A = accumulate_t<T>;
   constexpr A too_small = sizeof(A) == sizeof(float) ? A(1e-30) : A(1e-250);
   constexpr A too_large = sizeof(A) == sizeof(float) ? A(1e+30) : A(1e+250);
-  const A sum = sum_lanes(squares(row, size));
+  const A sum = sum_lanes<A>(squares(row, size));
   if (!(sum < too_small || sum > too_large)) {
     divide(row, size, A(__builtin_sqrt(sum)), output);
     return;
@@ -91,6 +87,13 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
   const auto is_padding = [&](int64_t batch, int64_t position) {
     return args.padding != nullptr && args.padding[batch * args.num_tokens + position];
   };
+
+  const vfloat none = broadcast(rounding + no_similarity);
+  const vint last_column = vint{} + INT32_MAX;
+  vint lane_numbers;
+  for (int lane = 0; lane < lanes<float>; ++lane) {
+    lane_numbers[lane] = lane;
+  }
 
   int64_t packed_batch = -1;
   int64_t num_destinations = 0;
@@ -132,27 +135,25 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
       const int64_t rows = count - tile < tile_rows ? count - tile : tile_rows;
       Best best;
       for (int row = 0; row < tile_rows; ++row) {
-        best.similarity[row] = vfloat{} + (rounding + no_similarity);
+        best.similarity[row] = none;
         best.vector[row] = vint{};
       }
       for (int64_t p = 0; p < num_panels; ++p) {
-        ProductTile<float> cosine = {};
+        const int64_t columns_left = num_destinations - p * columns;
+        const int vectors = static_cast<int>(columns_left < columns ? (columns_left + lanes<float> - 1) / lanes<float>
+                                                                    : int64_t{tile_vectors});
+        vfloat cosine[tile_rows][tile_vectors] = {};
         for (int64_t d = 0; d < depth; d += chain_length) {
           const float* a[tile_rows];
           for (int row = 0; row < tile_rows; ++row) {
             a[row] = sources + (tile + (row < rows ? row : 0)) * depth + d;
           }
-          const auto part =
-              product_tile(a, panels + (p * depth + d) * columns, depth - d < chain_length ? depth - d : chain_length);
-          for (int row = 0; row < tile_rows; ++row) {
-            for (int v = 0; v < tile_vectors; ++v) {
-              cosine.value[row][v] += part.value[row][v];
-            }
-          }
+          add_product(a, panels + (p * depth + d) * columns, depth - d < chain_length ? depth - d : chain_length,
+                      vectors, cosine);
         }
         for (int row = 0; row < tile_rows; ++row) {
-          for (int v = 0; v < tile_vectors; ++v) {
-            const vfloat value = cosine.value[row][v] * similarity_steps + rounding;
+          for (int v = 0; v < vectors; ++v) {
+            const vfloat value = cosine[row][v] * similarity_steps + rounding;
             const vfloat candidate = value == value ? value : vfloat{} + (rounding + nan_similarity);
             const auto better = candidate > best.similarity[row];
             const vint here = vint{} + static_cast<int32_t>(p * tile_vectors + v);
@@ -163,20 +164,13 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
       }
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t s = first + tile + row;
-        int64_t best_column = -1;
-        float best_similarity = rounding + no_similarity;
-        for (int lane = 0; lane < lanes<float>; ++lane) {
-          const float similarity = best.similarity[row][lane];
-          const int64_t column = int64_t{best.vector[row][lane]} * lanes<float> + lane;
-          if (column < num_destinations &&
-              (similarity > best_similarity || (similarity == best_similarity && column < best_column))) {
-            best_column = column;
-            best_similarity = similarity;
-          }
-        }
-        const bool found = best_column >= 0 && !is_padding(batch, args.first_source() + 2 * s);
+        const vint column = best.vector[row] * lanes<float> + lane_numbers;
+        const vfloat similarity = column < static_cast<int32_t>(num_destinations) ? best.similarity[row] : none;
+        const float highest = largest_lane<float>(similarity);
+        const int32_t best_column = smallest_lane<int32_t>(similarity == highest ? column : last_column);
+        const bool found = num_destinations > 0 && !is_padding(batch, args.first_source() + 2 * s);
         args.destination[batch * args.num_sources + s] = found ? positions[best_column] : -1;
-        args.similarity[batch * args.num_sources + s] = static_cast<int32_t>(best_similarity - rounding);
+        args.similarity[batch * args.num_sources + s] = static_cast<int32_t>(highest - rounding);
       }
     }
   }

@@ -4,42 +4,86 @@
 
 namespace torchops::kernels::tokens::TORCHOPS_LEVEL {
 
+namespace {
+
+// The members of one group.
+template <typename T>
+struct Group {
+  Rows<const T> input;
+  const accumulate_t<T>* weights;  // of the batch row's tokens, or null for 1
+  int64_t batch;
+  const int64_t* begin;
+  const int64_t* end;
+
+  accumulate_t<T> weight(int64_t token) const { return weights == nullptr ? accumulate_t<T>(1) : weights[token]; }
+};
+
+// output[c] = sum of weight * input[c] / divisor for `vectors` vectors of channels from c = first_channel.
+template <int vectors, typename T>
+void sum_vectors(const Group<T>& group, accumulate_t<T> divisor, int64_t first_channel, T* output) {
+  vec<accumulate_t<T>> sum[vectors] = {};
+  for (const int64_t* token = group.begin; token != group.end; ++token) {
+    const T* row = group.input.row(group.batch, *token) + first_channel;
+    const auto weight = group.weight(*token);
+    for (int v = 0; v < vectors; ++v) {
+      const auto product = weight * load(row + v * lanes<T>);
+      sum[v] = token == group.begin ? product : sum[v] + product;
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    store(output + first_channel + v * lanes<T>, sum[v] / divisor);
+  }
+}
+
+template <typename T>
+void sum_partial_vector(const Group<T>& group, accumulate_t<T> divisor, int64_t first_channel, int count, T* output) {
+  vec<accumulate_t<T>> sum = {};
+  for (const int64_t* token = group.begin; token != group.end; ++token) {
+    const auto row = load_partial(group.input.row(group.batch, *token) + first_channel, count);
+    const auto product = group.weight(*token) * row;
+    sum = token == group.begin ? product : sum + product;
+  }
+  store_partial(output + first_channel, sum / divisor, count);
+}
+
+}  // namespace
+
 template <typename T>
 void segment_sum(const SegmentSum<T>& args, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const int64_t channels = args.num_channels;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t batch = unit / args.num_groups;
-    const int64_t group = unit % args.num_groups;
-    const int64_t* offsets = args.offsets + batch * (args.num_groups + 1);
+    const int64_t* offsets = args.offsets + batch * (args.num_groups + 1) + unit % args.num_groups;
     const int64_t* members = args.members + batch * args.num_tokens;
-    const A* weights = args.weight == nullptr ? nullptr : args.weight + batch * args.num_tokens;
-    const int64_t first = offsets[group];
-    const int64_t last = offsets[group + 1];
-    const auto weight_of = [&](int64_t position) { return weights == nullptr ? A(1) : weights[members[position]]; };
+    const Group<T> group{args.input, args.weight == nullptr ? nullptr : args.weight + batch * args.num_tokens, batch,
+                         members + offsets[0], members + offsets[1]};
     T* output = args.output + unit * channels;
 
     A total = 0;
-    for (int64_t position = first; position < last; ++position) {
-      total += weight_of(position);
+    for (const int64_t* token = group.begin; token != group.end; ++token) {
+      total += group.weight(*token);
     }
     if (args.total != nullptr) {
       args.total[unit] = total;
     }
-    const bool single = last - first == 1;
-    if (first == last) {
+    const bool single = group.end - group.begin == 1;
+    if (group.begin == group.end) {
       __builtin_memset(output, 0, static_cast<size_t>(channels) * sizeof(T));
     } else if (single && (args.normalize ? total != 0 : total == 1)) {
-      copy_row(output, args.input.row(batch, members[first]), channels);
+      copy_row(output, args.input.row(batch, *group.begin), channels);
     } else {
       const A divisor = args.normalize && total != 0 ? total : A(1);
-      for_each_vector<T>(channels, [&](int64_t c, int count) {
-        vec<A> sum = weight_of(first) * load_piece(args.input.row(batch, members[first]) + c, count);
-        for (int64_t position = first + 1; position < last; ++position) {
-          sum += weight_of(position) * load_piece(args.input.row(batch, members[position]) + c, count);
-        }
-        store_piece(output + c, sum / divisor, count);
-      });
+      int64_t c = 0;
+      for (; c + 4 * lanes<T> <= channels; c += 4 * lanes<T>) {
+        sum_vectors<4>(group, divisor, c, output);
+      }
+      for (; c + lanes<T> <= channels; c += lanes<T>) {
+        sum_vectors<1>(group, divisor, c, output);
+      }
+      if (c < channels) {
+        sum_partial_vector(group, divisor, c, static_cast<int>(channels - c), output);
+      }
     }
   }
 }

@@ -31,7 +31,7 @@ void weight_gradient(const WeightGradient<T>& args, int64_t begin, int64_t end) 
       });
     }
     args.grad_weight[unit] =
-        sum_lanes(sum) / (normalized ? total : A(1)) + args.grad_total[batch * args.num_groups + group];
+        sum_lanes<A>(sum) / (normalized ? total : A(1)) + args.grad_total[batch * args.num_groups + group];
   }
 }
 

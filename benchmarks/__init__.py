@@ -1,0 +1,14 @@
+"""Benchmarks of torchops against what one would write without it: ``python -m benchmarks <family>``.
+
+A family is a module of this package, found by name, with
+
+- ``rows(options) -> Iterator[Row]``: what is measured (see :mod:`benchmarks.harness.rows`);
+- ``NOTES``: sentences for the reader of the figures, printed under the tables and kept in the JSON.
+
+Benchmarks are not tests: nothing here fails because of a time.
+"""
+
+import os
+
+# The profiler, which measures memory, otherwise logs every start and stop. Read when torch is loaded.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,0 +1,92 @@
+"""What a run ran on."""
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchops
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    config = torchops.utils.config()
+    del config["library"]  # a path, which says nothing to anybody else
+    machine = {
+        "device": device.type,
+        "cpu": cpu_name(),
+        "cores": num_cores(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": config,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+    }
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+class OtherLoad:
+    """What other processes use of all cores while it exists: figures taken beside much of it are no good."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.others = self.seconds_of_others()
+
+    def share(self) -> float | None:
+        """Between 0 and 1, or None where the system does not tell."""
+        if self.others is None:
+            return None
+        core_seconds = (time.perf_counter() - self.start) * (os.cpu_count() or 1)
+        return round(max(0.0, self.seconds_of_others() - self.others) / core_seconds, 2)
+
+    @staticmethod
+    def seconds_of_others() -> float | None:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system = (int(ticks) for ticks in stat.read_text().split()[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def num_cores() -> int:
+    """Logical cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The model's name, with family and model number: virtual machines shorten the name."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", info.read_text(), re.MULTILINE))
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+
+
+def slug(device: torch.device) -> str:
+    """The processor's name as part of a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85)"
+    is "intel-xeon"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name().partition(" (family")[0]
+    name = re.sub(r"\(R\)|\(TM\)|\bCPU\b|\bProcessor\b|@.*", " ", name)
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str | None:
+    """The commit checked out, marked where the operators' sources differ from it; None without git."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "--", "csrc", "torchops"], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + (" with changes" if changes.stdout else "")

@@ -1,0 +1,104 @@
+"""What a run of a family brings, and its JSON."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TORCHOPS = "torchops"
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    lower: float
+    median: float
+    upper: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> "Quartiles":
+        return Quartiles(*statistics.quantiles(samples, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True)
+class ContenderResult:
+    """What one contender took in one row.
+
+    samples are in seconds per call, one a round; calls is how many calls a sample is the mean of.
+    ratio is this contender's time / torchops's time, taken round by round, so that what slows a whole
+    round down (a busy machine, a lower clock) drops out.
+    """
+
+    seconds: Quartiles
+    ratio: Quartiles
+    peak_extra_bytes: int
+    is_bound: bool
+    target: float | None
+    calls: int
+    samples: list[float]
+
+    @property
+    def is_loss(self) -> bool:
+        return not self.is_bound and self.ratio.median < 1
+
+    @property
+    def misses_target(self) -> bool:
+        return self.target is not None and self.ratio.median < self.target
+
+
+@dataclass(frozen=True)
+class RowResult:
+    operation: str
+    shape: str
+    dtype: str
+    direction: str
+    contenders: dict[str, ContenderResult]
+
+    @property
+    def label(self) -> str:
+        return f"{self.operation}, {self.shape}, {self.dtype}, {self.direction}"
+
+    def others(self) -> Iterator[tuple[str, ContenderResult]]:
+        """Everyone but torchops."""
+        return ((name, contender) for name, contender in self.contenders.items() if name != TORCHOPS)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run of one family: conditions is what it ran on and how."""
+
+    family: str
+    conditions: dict[str, Any]
+    notes: str
+    rows: list[RowResult]
+
+    def operations(self) -> dict[str, list[RowResult]]:
+        """Rows by operation, in the order in which they ran."""
+        groups: dict[str, list[RowResult]] = {}
+        for row in self.rows:
+            groups.setdefault(row.operation, []).append(row)
+        return groups
+
+    def save(self, path: Path) -> None:
+        """One line a row, so that two runs can be compared with diff."""
+        document = dataclasses.asdict(self)
+        rows = ",\n  ".join(json.dumps(row) for row in document.pop("rows"))
+        head = json.dumps(document, indent=1).removesuffix("\n}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n')
+
+    @staticmethod
+    def load(path: Path) -> "Report":
+        document = json.loads(path.read_text())
+        rows = [
+            RowResult(**{**row, "contenders": {name: contender(c) for name, c in row["contenders"].items()}})
+            for row in document.pop("rows")
+        ]
+        return Report(**document, rows=rows)
+
+
+def contender(document: dict[str, Any]) -> ContenderResult:
+    quartiles = {name: Quartiles(**document.pop(name)) for name in ("seconds", "ratio")}
+    return ContenderResult(**document, **quartiles)
