@@ -11,7 +11,7 @@ struct Rows {
   int64_t batch_stride;
   int64_t row_stride;
 
-  T* row(int64_t batch, int64_t index) const { return data + batch * batch_stride + index * row_stride; }
+  constexpr T* row(int64_t batch, int64_t index) const { return data + batch * batch_stride + index * row_stride; }
 };
 
 }  // namespace torchops::kernels

@@ -15,7 +15,7 @@ void gather_rows(const GatherRows<T>& args, int64_t begin, int64_t end) {
     T* output = args.output + unit * channels;
     const T* source = group < 0 ? nullptr : args.source.row(batch, group);
     const T* residual = args.residual.data == nullptr ? nullptr : args.residual.row(batch, token);
-    const auto scale = args.scale == nullptr ? accumulate_t<T>(1) : args.scale[unit];
+    const auto scale = group < 0 ? accumulate_t<T>(0) : args.scale(unit, group);
 
     if (source == nullptr && residual == nullptr) {
       __builtin_memset(output, 0, row_bytes);

@@ -54,24 +54,6 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_cpu(const at::Tensor& input, con
   return {merged, total};
 }
 
-// What a token's row counts in its group: weight / total where normalised, else weight.
-template <typename A>
-at::Tensor member_scales(const at::Tensor& assign, const std::optional<at::Tensor>& weight, const at::Tensor& total,
-                         bool normalize) {
-  const auto num_tokens = assign.size(1), num_groups = total.size(1);
-  auto scales = at::empty(assign.sizes(), total.options());
-  const auto* groups = assign.const_data_ptr<int64_t>();
-  const auto* weights = accumulation_data<A>(weight);
-  const auto* totals = total.const_data_ptr<A>();
-  auto* out = scales.template mutable_data_ptr<A>();
-  for (int64_t unit = 0; unit < assign.numel(); ++unit) {
-    const A weight_of_token = weights == nullptr ? A(1) : weights[unit];
-    const A divisor = groups[unit] < 0 || !normalize ? A(1) : totals[unit / num_tokens * num_groups + groups[unit]];
-    out[unit] = divisor == 0 ? weight_of_token : weight_of_token / divisor;
-  }
-  return scales;
-}
-
 std::tuple<at::Tensor, at::Tensor> merge_tokens_backward_cpu(
     const at::Tensor& grad_merged, const at::Tensor& grad_total, const std::optional<at::Tensor>& input,
     const at::Tensor& assign, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& merged,
@@ -93,13 +75,14 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_backward_cpu(
     using A = kernels::accumulate_t<T>;
     if (output_mask[0]) {
       grad_input = at::empty({batch, num_tokens, channels}, grad.options());
-      const auto scales = member_scales<A>(groups, w, totals, normalize);
       const kernels::tokens::GatherRows<T> args{rows<T>(grad),
                                                 groups.template const_data_ptr<int64_t>(),
-                                                scales.template const_data_ptr<A>(),
+                                                accumulation_data<A>(w),
+                                                normalize ? totals.template const_data_ptr<A>() : nullptr,
                                                 {},
                                                 static_cast<T*>(grad_input.mutable_data_ptr()),
                                                 num_tokens,
+                                                num_groups,
                                                 channels};
       parallel_units(batch * num_tokens, channels,
                      [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(tokens, gather_rows<T>)(args, begin, end); });

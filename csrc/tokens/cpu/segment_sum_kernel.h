@@ -1,28 +1,9 @@
 #pragma once
 
 #include "core/cpu/level.h"
-#include "core/cpu/rows.h"
-#include "core/cpu/scalar.h"
+#include "tokens/segment_sum.h"
 
 namespace torchops::kernels::tokens {
-
-// The weighted sum of each group's rows, in ascending token order:
-//   total[b, m] = sum of the members' weights,  output[b, m] = sum of weight * input,
-// divided by the total where `normalize` is set and the total is not 0. A normalised group of one
-// member with a weight other than 0 is a copy of it, bit for bit.
-template <typename T>
-struct SegmentSum {
-  Rows<const T> input;            // [B, N, C]
-  const accumulate_t<T>* weight;  // [B, N], or null for 1
-  const int64_t* offsets;         // [B, M + 1]: group m's members are members[offsets[m]..offsets[m+1]-1]
-  const int64_t* members;         // [B, N]: tokens sorted by group, ascending in each
-  T* output;                      // [B, M, C]
-  accumulate_t<T>* total;         // [B, M], or null
-  int64_t num_tokens;             // N
-  int64_t num_groups;             // M
-  int64_t num_channels;           // C
-  bool normalize;
-};
 
 // Units are groups, b * M + m.
 #define TORCHOPS_DECLARE(level)                                            \

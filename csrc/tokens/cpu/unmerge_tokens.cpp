@@ -26,9 +26,11 @@ at::Tensor unmerge_tokens_cpu(const at::Tensor& merged, const at::Tensor& assign
     const kernels::tokens::GatherRows<T> args{rows<T>(source),
                                               groups.const_data_ptr<int64_t>(),
                                               nullptr,
+                                              nullptr,
                                               added.defined() ? rows<T>(added) : kernels::Rows<const T>{},
                                               static_cast<T*>(output.mutable_data_ptr()),
                                               num_tokens,
+                                              merged.size(1),
                                               channels};
     parallel_units(batch * num_tokens, channels,
                    [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(tokens, gather_rows<T>)(args, begin, end); });
