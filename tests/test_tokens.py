@@ -292,6 +292,16 @@ def test_mixture_of_depths_by_hand() -> None:
     assert layer.router.weight.grad.abs().sum() > 0, "the router learns through the weights"
 
 
+def test_mixture_of_depths_always_runs_protected_tokens() -> None:
+    layer = MixtureOfDepths(nn.Linear(6, 6), dim=6, ratio=0.5, num_protected=2)
+    nn.init.zeros_(layer.router.weight)
+    nn.init.zeros_(layer.router.bias)
+    input = torch.randn(1, 8, 6)
+    padding = torch.tensor([[False, False, True, True, False, False, False, False]])
+    changed = (layer(input, padding) != input).any(-1)
+    assert changed.tolist() == [[True, True, False, False, True, True, True, False]]
+
+
 def test_pyra_starts_as_the_identity_and_follows_its_formula() -> None:
     modulation = PyraModulation(6, 3).double()
     input = torch.randn(2, 10, 6, dtype=torch.float64)

@@ -30,6 +30,8 @@ def proportional_attention_bias(size: Tensor) -> Tensor:
     """log(size), what ToMe adds to the attention scores of each key: a token that stands for n tokens
     weighs as much as n equal ones. A token of size 0 (padding) gets -inf, which hides it.
 
+    For scaled_dot_product_attention it is ``attn_mask=bias[:, None, None].to(query.dtype)``.
+
     Args:
         size: [B, N], as :class:`TokenMerger` returns it.
 
@@ -202,9 +204,13 @@ class MixtureOfDepths(nn.Module):
     sees the selected tokens in sequence order.
 
     Args:
-        block: module from [B, k, C] to [B, k, C].
+        block: module from [B, M, C] to [B, M, C].
         dim: C.
-        ratio: share of the tokens to run; 1 or more runs the block on all of them without a router.
+        ratio: share of the tokens to run, of those that are not protected; 1 or more runs the block on all
+            of them without a router.
+        num_protected: the first tokens of every row, which always run (class and register tokens).
+
+    Shapes: forward(input [B, N, C], padding_mask [B, N]) returns [B, N, C]. Padding is selected last.
 
     Source: Zhang et al., p-MoD: Building Mixture-of-Depths MLLMs via Progressive Ratio Decay, 2024.
 
@@ -213,25 +219,26 @@ class MixtureOfDepths(nn.Module):
     torch.Size([2, 10, 8])
     """
 
-    def __init__(self, block: nn.Module, dim: int, ratio: float) -> None:
+    def __init__(self, block: nn.Module, dim: int, ratio: float, num_protected: int = 0) -> None:
         super().__init__()
         self.block = block
         self.ratio = ratio
+        self.num_protected = num_protected
         self.router = nn.Linear(dim, 1) if ratio < 1 else None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         if self.router is None:
             return input + self.block(input)
         scores = self.router(input)
-        k = int(self.ratio * input.shape[1])
-        assign = topk_assignment(scores.squeeze(-1), k)
-        selected = merge_tokens(input, assign, k)[0]
-        weight = merge_tokens(0.2 * torch.tanh(scores) + 1, assign, k)[0]
+        k = int(self.ratio * (input.shape[1] - self.num_protected))
+        assign = topk_assignment(scores.squeeze(-1), k, self.num_protected, False, padding_mask)
+        selected = merge_tokens(input, assign, self.num_protected + k)[0]
+        weight = merge_tokens(0.2 * torch.tanh(scores) + 1, assign, self.num_protected + k)[0]
         update = weight * self.block(selected)
         return unmerge_tokens(update.to(input.dtype), assign, input)
 
     def extra_repr(self) -> str:
-        return f"ratio={self.ratio}"
+        return f"ratio={self.ratio}, num_protected={self.num_protected}"
 
 
 def merge_schedule(r: int, num_layers: int, inflection: float = 0.0) -> List[int]:

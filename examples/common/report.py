@@ -1,0 +1,84 @@
+"""What the user sees: plain sentences, tables and plots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .distributed import IS_MAIN
+
+console = Console(quiet=not IS_MAIN, highlight=False)
+if not console.is_terminal:
+    console.width = 140
+
+
+def print_table(title: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table whose first column is text and whose others are numbers."""
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = table.caption_justify = "left"
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@dataclass
+class Point:
+    """One variant in a panel. The points of a series have one colour and are joined by a line."""
+
+    series: str
+    label: str
+    x: float
+    y: float
+
+
+@dataclass
+class Panel:
+    """One diagram of a figure.
+
+    Args:
+        title, x_label, y_label: what stands around it.
+        points: what it shows.
+        band: a range of y that is shaded, such as a standard error around what the others compare with.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    points: Sequence[Point]
+    band: tuple[float, float]
+
+
+def plot(title: str, panels: Sequence[Panel], path: Path) -> None:
+    """Draws panels side by side into an image file."""
+    figure = Figure(figsize=(5.2 * len(panels), 5.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for panel, axis in zip(panels, axes[0], strict=True):
+        axis.axhspan(*panel.band, color="grey", alpha=0.15)
+        for index, series in enumerate(dict.fromkeys(point.series for point in panel.points)):
+            points = [point for point in panel.points if point.series == series]
+            color = f"C{index}"
+            axis.plot([point.x for point in points], [point.y for point in points], "o-", color=color, label=series)
+            for point in points:
+                axis.annotate(
+                    point.label,
+                    (point.x, point.y),
+                    (0, 6 if index % 2 else -14),  # neighbours in the list above and below, so that both can be read
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=color,
+                )
+        axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        axis.margins(0.08)
+        axis.grid(alpha=0.3)
+    handles, series = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, series, loc="lower center", ncols=len(series), frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=130)
