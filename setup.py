@@ -1,6 +1,9 @@
 """Drives the CMake build of torchops; what the package is stands in pyproject.toml.
 
 Environment variables:
+    FORCE_CUDA           1 builds the CUDA kernels or fails, 0 does not; by default they are built where torch
+                         is a CUDA build and nvcc is found
+    TORCH_CUDA_ARCH_LIST architectures to compile for (default: 8.0;9.0+PTX)
     TORCHOPS_CMAKE_ARGS  further arguments for cmake, e.g. "-DTORCHOPS_TESTS=ON"
     MAX_JOBS             parallel compile jobs (default: all cores)
 """
@@ -38,6 +41,7 @@ class CMakeBuild(build_ext):
             f"-B{build}",
             f"-DTORCHOPS_TORCH_DIR={torch.submodule_search_locations[0]}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DTORCHOPS_CUDA={ {'1': 'ON', '0': 'OFF'}.get(os.environ.get('FORCE_CUDA', ''), 'AUTO') }",
             *(["-GNinja"] if shutil.which("ninja") else []),
             *shlex.split(os.environ.get("TORCHOPS_CMAKE_ARGS", "")),
         ]

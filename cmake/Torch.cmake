@@ -45,7 +45,7 @@ target_link_libraries(torchops_torch INTERFACE "${TORCHOPS_TORCH_DIR}/lib/libc10
 # does not reach. So compile with -fopenmp and link the copy that lies beside torch, if there is one.
 find_package(OpenMP REQUIRED COMPONENTS CXX)
 add_library(torchops_openmp INTERFACE)
-target_compile_options(torchops_openmp INTERFACE ${OpenMP_CXX_FLAGS})
+target_compile_options(torchops_openmp INTERFACE $<$<COMPILE_LANGUAGE:CXX>:${OpenMP_CXX_FLAGS}>)
 file(GLOB bundled_openmp "${TORCHOPS_TORCH_DIR}/lib/libgomp*.so*" "${TORCHOPS_TORCH_DIR}/../torch.libs/libgomp*.so*")
 if(bundled_openmp)
   list(GET bundled_openmp 0 bundled_openmp)

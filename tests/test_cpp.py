@@ -16,7 +16,9 @@ LEVELS_HERE = torchops.utils.cpu_capabilities()
 
 
 def programs() -> list[Path]:
-    found = sorted(path for path in FOLDER.glob("*_test*") if path.is_file() and path.suffix == "")
+    found = sorted(
+        path for path in FOLDER.glob("*_test*") if path.is_file() and path.suffix == "" and "_coverage" not in path.name
+    )
     # A program for a level that this CPU does not have would be an illegal instruction.
     return [p for p in found if not p.name.startswith("simd_test_") or p.name.split("_")[-1] in LEVELS_HERE]
 
@@ -33,8 +35,13 @@ def cases_of_programs() -> list:
 
 def test_programs_are_built() -> None:
     names = {program.name for program in programs()}
-    sources = {path.stem for path in (Path(__file__).parent / "cpp").glob("*_test.cpp")} - {"simd_test"}
-    expected = sources | {f"simd_test_{level}" for level in LEVELS_HERE}
+    folder = Path(__file__).parent / "cpp"
+    expected = {path.stem for path in folder.glob("*_test.cpp")} - {"simd_test"}
+    expected |= {f"simd_test_{level}" for level in LEVELS_HERE}
+    if "TORCHOPS_CPP_TESTS" not in os.environ:  # the kernel tests bring sanitizers of their own
+        kernel_tests = {path.stem for path in (folder / "simt").glob("*_test.cpp")}
+        ways = ("", "_asan", "_tsan")
+        expected |= {f"{name}{way}" for name in kernel_tests - {"mutation_test"} for way in ways} | {"mutation_test"}
     assert names >= expected, (
         f"missing {sorted(expected - names)} in {FOLDER}: build them with "
         "TORCHOPS_CMAKE_ARGS=-DTORCHOPS_TESTS=ON pip install --no-build-isolation -e ."

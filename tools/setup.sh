@@ -33,13 +33,18 @@ if ! has_torch "$python"; then
 fi
 PATH="$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH"
 
-if [ "$purpose" = test ] && [ ! -e /usr/include/catch2 ] && [ ! -e /usr/local/include/catch2 ]; then
-  say "Installing Catch2 for the C++ tests"
+# Catch2 runs the C++ tests, Boost.Context the fibers that CUDA kernels are executed on there.
+missing=()
+header() { [ -e "/usr/include/$1" ] || [ -e "/usr/local/include/$1" ]; }
+header catch2 || missing+=(catch2)
+header boost/context || missing+=(libboost-context-dev)
+if [ "$purpose" = test ] && [ ${#missing[@]} -gt 0 ]; then
   as_root=$([ "$(id -u)" = 0 ] || echo sudo)
   if command -v apt-get >/dev/null && { [ -z "$as_root" ] || command -v sudo >/dev/null; }; then
-    $as_root apt-get update -qq && $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq catch2
+    say "Installing ${missing[*]} for the C++ tests"
+    $as_root apt-get update -qq && $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}"
   else
-    say "The C++ tests need Catch2: install your system's package of it (catch2) and run this again."
+    say "The C++ tests need your system's packages of Catch2 and Boost.Context (on Debian: ${missing[*]})."
     exit 1
   fi
 fi

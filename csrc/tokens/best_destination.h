@@ -1,7 +1,7 @@
 #pragma once
 
-#include "core/cpu/rows.h"
-#include "core/cpu/scalar.h"
+#include "core/rows.h"
+#include "core/scalar.h"
 
 namespace torchops::kernels::tokens {
 

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "core/cpu/scalar.h"
+#include "core/scalar.h"
 
 // Vectors for kernel files, on GCC's vector extension: arithmetic, comparisons and ?: work lane by
 // lane. Their width follows the level the file is compiled for, and everything here lives in the

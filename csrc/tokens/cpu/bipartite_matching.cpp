@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/cpu/aligned_buffer.h"
-#include "core/cpu/tensors.h"
+#include "core/tensors.h"
 #include "core/parallel.h"
 #include "tokens/bipartite_matching.h"
 #include "tokens/cpu/assignment.h"

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "core/cpu/tensors.h"
+#include "core/tensors.h"
 #include "core/parallel.h"
 #include "tokens/cpu/assignment.h"
 #include "tokens/cpu/gather_rows_kernel.h"

@@ -2,8 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "core/cpu/rows.h"
-#include "core/cpu/scalar.h"
+#include "core/rows.h"
+#include "core/scalar.h"
 
 // From torch's tensors to what kernels take.
 

@@ -1,0 +1,30 @@
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "core/cuda/launch.h"
+#include "tokens/bipartite_matching.h"
+#include "tokens/cuda/assign_matched_tokens.cuh"
+#include "tokens/cuda/bipartite_matching.h"
+
+namespace torchops {
+namespace {
+
+// Tokens that stay are numbered in sequence order, the others follow their destination.
+at::Tensor bipartite_assignment_cuda(const at::Tensor& metric, int64_t r, int64_t num_protected,
+                                     const std::optional<at::Tensor>& padding_mask) {
+  check_bipartite_matching("bipartite_assignment", metric, r, num_protected, padding_mask);
+  const c10::cuda::CUDAGuard guard(metric.device());
+  const auto best = best_destinations_cuda(metric, r, num_protected, padding_mask);
+  auto assign = at::empty({metric.size(0), metric.size(1)}, metric.options().dtype(at::kLong));
+  device::launch({metric.size(0), kernels::tokens::matched_tokens_threads, device::BlockMemory::bytes},
+                 kernels::tokens::assign_matched_tokens, best.args, assign.mutable_data_ptr<int64_t>());
+  return assign;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+  m.impl("bipartite_assignment", bipartite_assignment_cuda);
+}
+
+}  // namespace torchops

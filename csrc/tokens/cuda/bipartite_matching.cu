@@ -1,0 +1,54 @@
+#include "tokens/bipartite_matching.h"
+
+#include <ATen/ops/empty.h>
+
+#include "core/tensors.h"
+#include "core/cuda/launch.h"
+#include "tokens/cuda/best_destination.cuh"
+#include "tokens/cuda/bipartite_matching.h"
+
+namespace torchops {
+
+BestDestinations best_destinations_cuda(const at::Tensor& metric, int64_t r, int64_t num_protected,
+                                        const std::optional<at::Tensor>& padding_mask) {
+  const auto batch = metric.size(0), num_tokens = metric.size(1);
+  const auto features = with_contiguous_rows(metric);
+  const int64_t first_source = num_protected + num_protected % 2;
+  const int64_t num_sources = num_tokens > first_source ? (num_tokens - first_source + 1) / 2 : 0;
+  BestDestinations best{at::empty({batch, num_sources}, metric.options().dtype(at::kInt)),
+                        at::empty({batch, num_sources}, metric.options().dtype(at::kLong)),
+                        std::nullopt,
+                        {}};
+  if (padding_mask) {
+    best.padding = padding_mask->contiguous();
+  }
+  const bool* padding = best.padding ? best.padding->const_data_ptr<bool>() : nullptr;
+  best.args = {best.similarity.const_data_ptr<int32_t>(),
+               best.destination.const_data_ptr<int64_t>(),
+               padding,
+               num_tokens,
+               num_sources,
+               first_source,
+               clamped_r(num_tokens, r, num_protected).expect_int()};
+  if (best.args.num_removed == 0) {
+    return best;
+  }
+  for_dtype(metric.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const kernels::tokens::BestDestination<T> args{rows<T>(features),
+                                                   padding,
+                                                   best.similarity.mutable_data_ptr<int32_t>(),
+                                                   best.destination.mutable_data_ptr<int64_t>(),
+                                                   num_tokens,
+                                                   metric.size(2),
+                                                   num_protected,
+                                                   num_sources};
+    constexpr int64_t tile = kernels::tokens::match_tile;
+    device::launch({batch * ((num_sources + tile - 1) / tile), kernels::tokens::match_threads,
+                    kernels::tokens::match_shared_bytes<T>},
+                   kernels::tokens::best_destination<T>, args);
+  });
+  return best;
+}
+
+}  // namespace torchops

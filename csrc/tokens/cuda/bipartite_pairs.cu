@@ -1,0 +1,35 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "core/cuda/launch.h"
+#include "tokens/bipartite_matching.h"
+#include "tokens/cuda/bipartite_matching.h"
+#include "tokens/cuda/pair_matched_tokens.cuh"
+
+namespace torchops {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> bipartite_pairs_cuda(const at::Tensor& metric, int64_t r, int64_t num_protected,
+                                                        const std::optional<at::Tensor>& padding_mask) {
+  check_bipartite_matching("bipartite_pairs", metric, r, num_protected, padding_mask);
+  const c10::cuda::CUDAGuard guard(metric.device());
+  const auto best = best_destinations_cuda(metric, r, num_protected, padding_mask);
+  auto sources = at::empty({metric.size(0), best.args.num_removed}, metric.options().dtype(at::kLong));
+  auto destinations = at::empty_like(sources);
+  auto unordered = at::empty_like(sources);
+  device::launch({metric.size(0), kernels::tokens::matched_tokens_threads, device::BlockMemory::bytes},
+                 kernels::tokens::pair_matched_tokens, best.args, unordered.mutable_data_ptr<int64_t>(),
+                 sources.mutable_data_ptr<int64_t>(), destinations.mutable_data_ptr<int64_t>());
+  return {sources, destinations};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+  m.impl("bipartite_pairs", bipartite_pairs_cuda);
+}
+
+}  // namespace torchops

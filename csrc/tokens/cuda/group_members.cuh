@@ -1,0 +1,98 @@
+#pragma once
+
+#include "core/cuda/block.cuh"
+
+namespace torchops::kernels::tokens {
+
+// The tokens of each group by a stable counting sort.
+struct GroupMembers {
+  const int64_t* assign;  // [B, N]; a value out of 0..M-1 belongs to no group
+  int64_t* offsets;       // [B, M + 1]: group m's members are members[offsets[m]..offsets[m+1]-1]
+  int64_t* members;       // [B, N]: tokens sorted by group, ascending in each
+  int32_t* counts;        // [B, group_members_warps, M], scratch
+  int64_t num_tokens;     // N
+  int64_t num_groups;     // M
+};
+
+inline constexpr int group_members_warps = 8;
+
+// A block of group_members_warps warps per batch row, grid [B]. Each warp has its own stretch of tokens
+// and counts its members of every group, so that its places follow from the counts of the warps before.
+// Shared memory: 32 integers.
+static __global__ void group_members(GroupMembers args) {
+  device::SharedMemory memory;
+  auto* shared = memory.take<int32_t>(device::max_warps);
+  const int warp = device::warp_index(), lane = device::lane_index();
+  const int64_t groups = args.num_groups;
+  const int64_t* assign = args.assign + blockIdx.x * args.num_tokens;
+  int64_t* offsets = args.offsets + blockIdx.x * (groups + 1);
+  int64_t* members = args.members + blockIdx.x * args.num_tokens;
+  int32_t* counts = args.counts + blockIdx.x * group_members_warps * groups;
+  int32_t* own_counts = counts + warp * groups;
+
+  constexpr int64_t round = group_members_warps * device::warp_size;
+  const int64_t stretch = (args.num_tokens + round - 1) / round * device::warp_size;
+  const int64_t begin = warp * stretch;
+  const int64_t end = begin + stretch < args.num_tokens ? begin + stretch : args.num_tokens;
+
+  for (int64_t i = threadIdx.x; i < group_members_warps * groups; i += blockDim.x) {
+    counts[i] = 0;
+  }
+  device::syncthreads();
+  for (int64_t i = begin + lane; i < end; i += device::warp_size) {
+    if (0 <= assign[i] && assign[i] < groups) {
+      device::atomic_add(&own_counts[assign[i]], 1);
+    }
+  }
+  device::syncthreads();
+
+  // counts becomes the place of each warp's first member of each group.
+  int32_t placed = 0;
+  for (int64_t first = 0; first < groups; first += blockDim.x) {
+    const int64_t group = first + threadIdx.x;
+    int32_t size = 0;
+    for (int w = 0; w < group_members_warps && group < groups; ++w) {
+      size += counts[w * groups + group];
+    }
+    int32_t total;
+    int32_t place = placed + device::exclusive_sum(size, shared, total);
+    placed += total;
+    if (group < groups) {
+      offsets[group] = place;
+      for (int w = 0; w < group_members_warps; ++w) {
+        const int32_t count = counts[w * groups + group];
+        counts[w * groups + group] = place;
+        place += count;
+      }
+    }
+  }
+  if (threadIdx.x == 0) {
+    offsets[groups] = placed;
+  }
+  device::syncthreads();
+
+  for (int64_t first = begin; first < end; first += device::warp_size) {
+    const int64_t token = first + lane;
+    const int64_t group = token < end ? assign[token] : -1;
+    const bool kept = 0 <= group && group < groups;
+    // Lanes of the same group find each other, the group of the lowest remaining lane first.
+    uint32_t same = 0;
+    for (uint32_t remaining = device::ballot(kept); remaining != 0;) {
+      const int64_t leading = device::shuffle(group, device::ffs(remaining) - 1);
+      const uint32_t with_leader = device::ballot(kept && group == leading);
+      same = group == leading ? with_leader : same;
+      remaining &= ~with_leader;
+    }
+    const int rank = device::popc(same & ((uint32_t{1} << lane) - 1));
+    if (kept) {
+      members[own_counts[group] + rank] = token;
+    }
+    device::syncwarp();
+    if (kept && rank == 0) {
+      own_counts[group] += device::popc(same);
+    }
+    device::syncwarp();
+  }
+}
+
+}  // namespace torchops::kernels::tokens

@@ -1,0 +1,44 @@
+#include "tokens/topk_assignment.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "core/tensors.h"
+#include "core/cuda/launch.h"
+#include "tokens/cuda/topk_assignment.cuh"
+
+namespace torchops {
+namespace {
+
+at::Tensor topk_assignment_cuda(const at::Tensor& scores, int64_t k, int64_t num_protected, bool fuse,
+                                const std::optional<at::Tensor>& padding_mask) {
+  check_topk_assignment(scores, k, num_protected, padding_mask);
+  const c10::cuda::CUDAGuard guard(scores.device());
+  const auto batch = scores.size(0), num_tokens = scores.size(1);
+  const auto values = scores.contiguous();
+  const auto padding = padding_mask ? padding_mask->contiguous() : at::Tensor();
+  auto assign = at::empty({batch, num_tokens}, scores.options().dtype(at::kLong));
+  for_dtype(scores.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const kernels::tokens::TopkAssignment<T> args{static_cast<const T*>(values.const_data_ptr()),
+                                                  padding.defined() ? padding.template const_data_ptr<bool>() : nullptr,
+                                                  assign.template mutable_data_ptr<int64_t>(),
+                                                  num_tokens,
+                                                  num_protected,
+                                                  std::min(k, num_tokens - num_protected),
+                                                  fuse};
+    device::launch({batch, kernels::tokens::topk_threads, device::BlockMemory::bytes},
+                   kernels::tokens::topk_assignment<T>, args);
+  });
+  return assign;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+  m.impl("topk_assignment", topk_assignment_cuda);
+}
+
+}  // namespace torchops
