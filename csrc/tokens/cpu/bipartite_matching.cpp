@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "core/cpu/aligned_buffer.h"
-#include "core/tensors.h"
 #include "core/parallel.h"
+#include "core/tensors.h"
 #include "tokens/bipartite_matching.h"
 #include "tokens/cpu/assignment.h"
 #include "tokens/cpu/best_destination_kernel.h"

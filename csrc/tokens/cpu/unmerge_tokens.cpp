@@ -3,8 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "core/tensors.h"
 #include "core/parallel.h"
+#include "core/tensors.h"
 #include "tokens/cpu/assignment.h"
 #include "tokens/cpu/gather_rows_kernel.h"
 #include "tokens/cpu/segment_sum_kernel.h"

@@ -2,8 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
-#include "core/tensors.h"
 #include "core/cuda/launch.h"
+#include "core/tensors.h"
 #include "tokens/cuda/best_destination.cuh"
 #include "tokens/cuda/bipartite_matching.h"
 

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 
-#include "core/tensors.h"
 #include "core/cuda/launch.h"
+#include "core/tensors.h"
 #include "tokens/cuda/topk_assignment.cuh"
 
 namespace torchops {

@@ -3,9 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "core/tensors.h"
 #include "core/cuda/launch.h"
 #include "core/cuda/rows.h"
+#include "core/tensors.h"
 #include "tokens/cuda/assignment.h"
 #include "tokens/cuda/gather_rows.cuh"
 #include "tokens/cuda/segment_sum.cuh"
