@@ -324,11 +324,14 @@ std::vector<Metric<T>> metrics() {
       }
     }
     result.push_back({batch, tokens, features, num_protected, simt::narrowed<T>(numbers), {}});
-    Mask padding(static_cast<size_t>(batch * tokens));
-    for (int64_t i = 0; i < batch * tokens; ++i) {
-      padding[i] = i % tokens >= num_protected && i % 3 == 1;
+    // Some padding, and so much that some of it has to be dropped.
+    for (const bool most : {false, true}) {
+      Mask padding(static_cast<size_t>(batch * tokens));
+      for (int64_t i = 0; i < batch * tokens; ++i) {
+        padding[i] = i % tokens >= num_protected && (most ? i % 5 != 0 : i % 3 == 1);
+      }
+      result.push_back({batch, tokens, features, num_protected, simt::narrowed<T>(numbers), padding});
     }
-    result.push_back({batch, tokens, features, num_protected, simt::narrowed<T>(numbers), padding});
   }
   return result;
 }
