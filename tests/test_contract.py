@@ -1,7 +1,9 @@
 """Every operator against every contract, driven by the case tables in tests/cases."""
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -47,6 +49,17 @@ def test_every_registered_operator_has_a_case() -> None:
         if schema.name.startswith("torchops::")
     }
     assert registered == {case.name for case in cases.ALL}
+
+
+SOURCES = Path(__file__).parent.parent / "csrc"
+
+
+@pytest.mark.skipif(not SOURCES.exists(), reason="needs the sources")
+@pytest.mark.parametrize("floor, suffix", [("cpu", "cpp"), ("cuda", "cu")])
+def test_every_operator_is_on_every_floor(floor: str, suffix: str) -> None:
+    """A build without CUDA would not miss a CUDA kernel that was forgotten."""
+    sources = "".join(path.read_text() for path in SOURCES.glob(f"*/{floor}/*.{suffix}"))
+    assert {case.name for case in cases.ALL} == set(re.findall(r'm\.impl\("(\w+)"', sources))
 
 
 @PUBLIC_OPS
