@@ -16,9 +16,15 @@ static __global__ void assign_matched_tokens(MatchedTokens args, int64_t* assign
   }
   device::syncthreads();
   const device::BlockMemory memory;
-  for_removed_tokens(
-      args, memory, [&](int64_t source, int64_t destination, int32_t) { groups[source] = -2 - destination; },
-      [&](int64_t position, int32_t) { groups[position] = -1; });
+  const auto merge = [&](int64_t source, int64_t destination, int32_t) {
+    // The destination's number is not known yet.
+    groups[source] = -2 - destination;
+  };
+  const auto drop = [&](int64_t position, int32_t) {
+    // It follows nobody.
+    groups[position] = -1;
+  };
+  for_removed_tokens(args, memory, merge, drop);
 
   int64_t numbered = 0;
   for (int64_t first = 0; first < args.num_tokens; first += threads) {

@@ -17,12 +17,15 @@ static __global__ void pair_matched_tokens(MatchedTokens args, int64_t* unordere
   }
   device::syncthreads();
   const device::BlockMemory memory;
-  for_removed_tokens(
-      args, memory, [&](int64_t source, int64_t, int32_t place) { unordered[row + place] = source; },
-      [&](int64_t position, int32_t place) {
-        sources[row + place] = position;
-        destinations[row + place] = -1;
-      });
+  const auto merge = [&](int64_t source, int64_t, int32_t place) {
+    // Its rank takes all others to be known.
+    unordered[row + place] = source;
+  };
+  const auto drop = [&](int64_t position, int32_t place) {
+    sources[row + place] = position;
+    destinations[row + place] = -1;
+  };
+  for_removed_tokens(args, memory, merge, drop);
 
   // Sources stand in ascending order of position, so each one's rank is the number of better ones.
   for (int64_t i = threadIdx.x; i < args.num_removed && unordered[row + i] >= 0; i += blockDim.x) {
