@@ -8,6 +8,9 @@ template <typename T>
 void gather_rows(const GatherRows<T>& args, int64_t begin, int64_t end) {
   const int64_t channels = args.num_channels;
   const size_t row_bytes = static_cast<size_t>(channels) * sizeof(T);
+  if (channels == 0) {
+    return;  // rows of nothing may have no address
+  }
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t batch = unit / args.num_tokens;
     const int64_t token = unit % args.num_tokens;

@@ -68,6 +68,9 @@ void segment_sum(const SegmentSum<T>& args, int64_t begin, int64_t end) {
       args.total[unit] = total;
     }
     const bool single = group.end - group.begin == 1;
+    if (channels == 0) {
+      continue;  // rows of nothing may have no address
+    }
     if (group.begin == group.end) {
       __builtin_memset(output, 0, static_cast<size_t>(channels) * sizeof(T));
     } else if (single && (args.normalize ? total != 0 : total == 1)) {
