@@ -1,7 +1,7 @@
 """What a case table says of an operator, and the comparisons that the contract makes."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +54,6 @@ class OpCase:
     differentiable: Sequence[str] = ()
     # device -> (inputs under autocast, inputs that give the same without it); None where it changes nothing.
     autocast: Callable[[str], tuple[Inputs, Inputs]] | None = None
-    dtypes: Sequence[torch.dtype] = field(default=FLOATS)
 
     @property
     def is_backward(self) -> bool:

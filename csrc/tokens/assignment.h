@@ -1,5 +1,7 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <limits>
 
@@ -8,5 +10,12 @@ namespace torchops {
 // Bound on the number of groups, so that sizes computed from it cannot overflow. The number of tokens
 // is no bound: groups may be empty.
 inline constexpr int64_t largest_num_groups = std::numeric_limits<int32_t>::max();
+
+// The tokens of each group: group m of row b has members[b, offsets[b, m]] ... members[b, offsets[b, m + 1] - 1],
+// in ascending order.
+struct GroupMembers {
+  at::Tensor offsets;  // [B, M + 1]
+  at::Tensor members;  // [B, N]
+};
 
 }  // namespace torchops

@@ -4,6 +4,8 @@
 
 #include <optional>
 
+#include "tokens/assignment.h"
+
 // What the CPU operators that read or make assignments share.
 
 namespace torchops {
@@ -11,12 +13,6 @@ namespace torchops {
 // The assignment as contiguous [B, N]; throws a ValueError that names the first value outside -1..M-1.
 at::Tensor checked_assignment(const char* op, const at::Tensor& assign, int64_t num_groups);
 
-// The tokens of each group: group m of row b has members[b, offsets[b, m]] ... members[b, offsets[b, m + 1] - 1],
-// in ascending order.
-struct GroupMembers {
-  at::Tensor offsets;  // [B, M + 1]
-  at::Tensor members;  // [B, N]
-};
 GroupMembers group_members(const at::Tensor& assign, int64_t num_groups);
 
 // The mask as contiguous [B, N]; throws a ValueError if a protected token is padding.
