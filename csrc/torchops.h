@@ -4,4 +4,5 @@
 // the same name as in Python. All of them go through torch's dispatcher, so gradients, autocast and
 // tracing work as they do from Python.
 
+#include "span_attention/span_attention.h"
 #include "tokens/tokens.h"

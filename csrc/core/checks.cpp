@@ -59,15 +59,34 @@ void Checks::given(const char* name, const std::optional<at::Tensor>& tensor, co
   TORCH_CHECK_VALUE(tensor.has_value(), op_, ": expected ", name, " to be a tensor because ", reason, ", got None");
 }
 
-void Checks::not_negative(const char* name, const c10::SymInt& value) const {
-  TORCH_CHECK_VALUE(value.sym_ge(0).expect_true(__FILE__, __LINE__), op_, ": expected ", name, " >= 0, got ", value);
+void Checks::integer(const char* name, const at::Tensor& tensor) const {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kLong || dtype == at::kInt, op_, ": expected ", name,
+                    " of dtype Long or Int, got ", dtype);
+}
+
+void Checks::at_least(const char* name, const c10::SymInt& value, int64_t lowest) const {
+  TORCH_CHECK_VALUE(value.sym_ge(lowest).expect_true(__FILE__, __LINE__), op_, ": expected ", name, " >= ", lowest,
+                    ", got ", value);
 }
 
 void Checks::at_most(const char* name, const c10::SymInt& value, const char* highest_name,
                      const c10::SymInt& highest) const {
-  not_negative(name, value);
+  at_least(name, value, 0);
   TORCH_CHECK_VALUE(value.sym_le(highest).expect_true(__FILE__, __LINE__), op_, ": expected ", name,
                     " <= ", highest_name, " = ", highest, ", got ", value);
+}
+
+void Checks::between(const char* name, const c10::SymInt& value, int64_t lowest, int64_t highest) const {
+  TORCH_CHECK_VALUE(value.sym_ge(lowest).expect_true(__FILE__, __LINE__) &&
+                        value.sym_le(highest).expect_true(__FILE__, __LINE__),
+                    op_, ": expected ", name, " in ", lowest, "..", highest, ", got ", value);
+}
+
+void Checks::multiple_of(const char* name, const c10::SymInt& value, const char* unit_name,
+                         const c10::SymInt& unit) const {
+  TORCH_CHECK_VALUE((value % unit).sym_eq(0).expect_true(__FILE__, __LINE__), op_, ": expected ", name,
+                    " to be a multiple of ", unit_name, " = ", unit, ", got ", value);
 }
 
 }  // namespace torchops

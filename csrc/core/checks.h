@@ -27,9 +27,13 @@ class Checks {
   void same_dtype(const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) const;
   // An optional tensor that is needed because of `reason`.
   void given(const char* name, const std::optional<at::Tensor>& tensor, const char* reason) const;
-  void not_negative(const char* name, const c10::SymInt& value) const;
+  // int64 or int32.
+  void integer(const char* name, const at::Tensor& tensor) const;
+  void at_least(const char* name, const c10::SymInt& value, int64_t lowest) const;
   // 0 <= value <= highest, where highest_name says what the bound is.
   void at_most(const char* name, const c10::SymInt& value, const char* highest_name, const c10::SymInt& highest) const;
+  void between(const char* name, const c10::SymInt& value, int64_t lowest, int64_t highest) const;
+  void multiple_of(const char* name, const c10::SymInt& value, const char* unit_name, const c10::SymInt& unit) const;
 
  private:
   const char* op_;

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "core/heads.h"
 #include "core/rows.h"
 #include "core/scalar.h"
 
@@ -45,6 +46,25 @@ kernels::Rows<const T> rows(const at::Tensor& tensor) {
 template <typename T>
 kernels::Rows<T> mutable_rows(const at::Tensor& tensor) {
   return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.stride(0), tensor.stride(1)};
+}
+
+// [B, H, L, D] with contiguous rows.
+template <typename T>
+kernels::Heads<const T> heads(const at::Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// The same to write to; no data where the tensor is undefined.
+template <typename T>
+kernels::Heads<T> mutable_heads(const at::Tensor& tensor) {
+  return tensor.defined() ? kernels::Heads<T>{static_cast<T*>(tensor.mutable_data_ptr()), tensor.stride(0),
+                                              tensor.stride(1), tensor.stride(2)}
+                          : kernels::Heads<T>{};
+}
+
+template <typename T>
+const T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
 }  // namespace torchops

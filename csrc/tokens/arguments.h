@@ -15,11 +15,6 @@
 namespace torchops {
 
 template <typename T>
-const T* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
-
-template <typename T>
 kernels::tokens::SegmentSum<T> segment_sum_arguments(const at::Tensor& input,    // [B, N, C]
                                                      const at::Tensor& weight,   // [B, N]
                                                      const at::Tensor& offsets,  // [B, M + 1]

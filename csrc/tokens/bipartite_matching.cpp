@@ -11,8 +11,8 @@ c10::SymInt clamped_r(const c10::SymInt& num_tokens, const c10::SymInt& r, const
 
 c10::SymInt num_groups(c10::SymInt num_tokens, c10::SymInt r, c10::SymInt num_protected) {
   const Checks check("num_groups");
-  check.not_negative("num_tokens", num_tokens);
-  check.not_negative("r", r);
+  check.at_least("num_tokens", num_tokens, 0);
+  check.at_least("r", r, 0);
   check.at_most("num_protected", num_protected, "num_tokens", num_tokens);
   return num_tokens - clamped_r(num_tokens, r, num_protected);
 }
@@ -22,7 +22,7 @@ void check_bipartite_matching(const char* op, const at::Tensor& metric, const c1
   const Checks check(op);
   check.rank("metric", metric, "[B, N, K]");
   check.floating("metric", metric);
-  check.not_negative("r", r);
+  check.at_least("r", r, 0);
   check.at_most("num_protected", num_protected, "N", metric.sym_size(1));
   if (padding_mask) {
     check.shape("padding_mask", *padding_mask, "[B, N]", {metric.sym_size(0), metric.sym_size(1)});

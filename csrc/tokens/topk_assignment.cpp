@@ -20,7 +20,7 @@ void check_topk_assignment(const at::Tensor& scores, const c10::SymInt& k, const
   const Checks check("topk_assignment");
   check.rank("scores", scores, "[B, N]");
   check.floating("scores", scores);
-  check.not_negative("k", k);
+  check.at_least("k", k, 0);
   check.at_most("num_protected", num_protected, "N", scores.sym_size(1));
   if (padding_mask) {
     check.shape("padding_mask", *padding_mask, "[B, N]", scores.sym_sizes());

@@ -4,4 +4,5 @@ Written to be read: no attention is paid to speed, and every function takes the 
 operator of its name. The tests hold the operators to it.
 """
 
+from . import span_attention as span_attention
 from . import tokens as tokens

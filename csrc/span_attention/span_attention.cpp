@@ -1,0 +1,322 @@
+#include <ATen/OpMathType.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "core/autograd.h"
+#include "core/checks.h"
+#include "span_attention/arguments.h"
+#include "span_attention/span_attention.h"
+
+namespace torchops {
+
+TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  m.def(
+      "span_attention(Tensor query, Tensor key, Tensor value, *, SymInt block_size=1, SymInt left=-1, SymInt right=-1,"
+      " bool is_causal=False, float? scale=None, Tensor? key_bias=None, Tensor? sink=None, Tensor? query_start=None,"
+      " Tensor? key_start=None) -> Tensor");
+  m.def(
+      "span_attention_lse(Tensor query, Tensor key, Tensor value, *, SymInt block_size=1, SymInt left=-1,"
+      " SymInt right=-1, bool is_causal=False, float? scale=None, Tensor? key_bias=None, Tensor? sink=None,"
+      " Tensor? query_start=None, Tensor? key_start=None) -> (Tensor output, Tensor logsumexp)");
+  m.def(
+      "_span_attention_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value,"
+      " Tensor output, Tensor logsumexp, *, SymInt block_size, SymInt left, SymInt right, bool is_causal,"
+      " float? scale, Tensor? key_bias, Tensor? sink, Tensor? query_start, Tensor? key_start, bool[5] output_mask)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_sink)");
+}
+
+// ---- checks -----------------------------------------------------------------------------------
+
+void check_span_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                          const SpanOptions& options) {
+  const Checks check(op);
+  check.rank("query", query, "[B, Hq, Lq, D]");
+  check.rank("key", key, "[B, Hkv, Lk, D]");
+  check.rank("value", value, "[B, Hkv, Lk, Dv]");
+  check.floating("query", query);
+  for (const auto& [name, tensor] : {std::pair{"key", &key}, std::pair{"value", &value}}) {
+    check.same_dtype(name, *tensor, "query", query);
+    check.same_device(name, *tensor, "query", query);
+  }
+  const auto batch = query.sym_size(0), num_heads = query.sym_size(1), head_dim = query.sym_size(3);
+  const auto num_kv_heads = key.sym_size(1), num_keys = key.sym_size(2);
+  check.between("query's last dimension", head_dim, 1, largest_head_dim);
+  check.shape("key", key, "[B, Hkv, Lk, D]", {{batch, num_kv_heads, num_keys, head_dim}});
+  check.shape("value", value, "[B, Hkv, Lk, Dv]", {{batch, num_kv_heads, num_keys, value.sym_size(3)}});
+  check.between("value's last dimension", value.sym_size(3), 1, largest_head_dim);
+  check.at_least("key's number of heads", num_kv_heads, 1);
+  check.multiple_of("query's number of heads", num_heads, "key's", num_kv_heads);
+  check.at_least("block_size", options.block_size, 1);
+  check.at_least("left", options.left, -1);
+  check.at_least("right", options.right, -1);
+  if (options.key_bias) {
+    check.shape("key_bias", *options.key_bias, "[B, Lk]", {{batch, num_keys}});
+    check.floating("key_bias", *options.key_bias);
+    check.same_device("key_bias", *options.key_bias, "query", query);
+  }
+  if (options.sink) {
+    check.shape("sink", *options.sink, "[Hq]", {{num_heads}});
+    check.floating("sink", *options.sink);
+    check.same_device("sink", *options.sink, "query", query);
+  }
+  for (const auto& [name, start] :
+       {std::pair{"query_start", &options.query_start}, std::pair{"key_start", &options.key_start}}) {
+    if (*start) {
+      check.shape(name, **start, "[B]", {{batch}});
+      check.integer(name, **start);
+      check.same_device(name, **start, "query", query);
+    }
+  }
+}
+
+void check_span_attention_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_logsumexp,
+                                   const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                   const at::Tensor& output, const at::Tensor& logsumexp, const SpanOptions& options,
+                                   std::array<bool, 5> output_mask) {
+  constexpr const char* op = "_span_attention_backward";
+  check_span_attention(op, query, key, value, options);
+  const Checks check(op);
+  const c10::SymInt row_sizes[] = {query.sym_size(0), query.sym_size(1), query.sym_size(2), value.sym_size(3)};
+  for (const auto& [name, tensor] : {std::pair{"grad_output", &grad_output}, std::pair{"output", &output}}) {
+    check.shape(name, *tensor, "[B, Hq, Lq, Dv]", row_sizes);
+    check.same_dtype(name, *tensor, "query", query);
+    check.same_device(name, *tensor, "query", query);
+  }
+  const auto check_per_row = [&](const char* name, const at::Tensor& tensor) {
+    check.shape(name, tensor, "[B, Hq, Lq]", c10::SymIntArrayRef(row_sizes, 3));
+    check.dtype(name, tensor, at::toOpMathType(query.scalar_type()));
+    check.same_device(name, tensor, "query", query);
+  };
+  check_per_row("logsumexp", logsumexp);
+  if (grad_logsumexp) {
+    check_per_row("grad_logsumexp", *grad_logsumexp);
+  }
+  if (output_mask[3]) {
+    check.given("key_bias", options.key_bias, "its gradient is asked for");
+  }
+  if (output_mask[4]) {
+    check.given("sink", options.sink, "its gradient is asked for");
+  }
+}
+
+// ---- shapes -----------------------------------------------------------------------------------
+
+// [B, H, L, last_dim], with heads inside of positions where the model's are.
+at::Tensor empty_with_layout_of(const at::Tensor& model, const c10::SymInt& last_dim) {
+  const auto batch = model.sym_size(0), heads = model.sym_size(1), length = model.sym_size(2);
+  if (TORCH_GUARD_OR_FALSE(model.sym_stride(1).sym_lt(model.sym_stride(2)))) {
+    return at::empty_symint({batch, length, heads, last_dim}, model.options()).transpose(1, 2);
+  }
+  return at::empty_symint({batch, heads, length, last_dim}, model.options());
+}
+
+at::Tensor empty_logsumexp(const at::Tensor& query) {
+  return at::empty_symint(query.sym_sizes().slice(0, 3), query.options().dtype(at::toOpMathType(query.scalar_type())));
+}
+
+SpanGradients empty_gradients(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              const SpanOptions& options, std::array<bool, 5> output_mask) {
+  const auto rows = [](bool wanted, const at::Tensor& of) {
+    return wanted ? empty_with_layout_of(of, of.sym_size(3)) : at::Tensor();
+  };
+  const auto side = [](bool wanted, const std::optional<at::Tensor>& of) {
+    return wanted ? at::empty_symint(of->sym_sizes(), of->options()) : at::Tensor();
+  };
+  return {rows(output_mask[0], query), rows(output_mask[1], key), rows(output_mask[2], value),
+          side(output_mask[3], options.key_bias), side(output_mask[4], options.sink)};
+}
+
+namespace {
+
+at::Tensor span_attention_meta(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
+                               std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+                               const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+                               const std::optional<at::Tensor>& key_start) {
+  check_span_attention("span_attention", query, key, value,
+                       {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
+  return empty_with_layout_of(query, value.sym_size(3));
+}
+
+std::tuple<at::Tensor, at::Tensor> span_attention_lse_meta(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
+    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+    const std::optional<at::Tensor>& key_start) {
+  check_span_attention("span_attention_lse", query, key, value,
+                       {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
+  return {empty_with_layout_of(query, value.sym_size(3)), empty_logsumexp(query)};
+}
+
+SpanGradients span_attention_backward_meta(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& value, const at::Tensor& output, const at::Tensor& logsumexp,
+    c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal, std::optional<double> scale,
+    const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& sink,
+    const std::optional<at::Tensor>& query_start, const std::optional<at::Tensor>& key_start,
+    std::array<bool, 5> output_mask) {
+  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
+  check_span_attention_backward(grad_output, grad_logsumexp, query, key, value, output, logsumexp, options,
+                                output_mask);
+  return empty_gradients(query, key, value, options, output_mask);
+}
+
+// ---- gradient ---------------------------------------------------------------------------------
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct SpanAttention : torch::autograd::Function<SpanAttention> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key,
+                               const at::Tensor& value, c10::SymInt block_size, c10::SymInt left, c10::SymInt right,
+                               bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+                               const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+                               const std::optional<at::Tensor>& key_start) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, logsumexp] = span_attention_lse(query, key, value, block_size, left, right, is_causal, scale,
+                                                  key_bias, sink, query_start, key_start);
+    const auto bias = value_or_undefined(key_bias), logit = value_or_undefined(sink);
+    ctx->save_for_backward({query, key, value, output, logsumexp, bias, logit, value_or_undefined(query_start),
+                            value_or_undefined(key_start)});
+    ctx->saved_data["block_size"] = block_size;
+    ctx->saved_data["left"] = left;
+    ctx->saved_data["right"] = right;
+    ctx->saved_data["is_causal"] = is_causal;
+    ctx->saved_data["scale"] = scale;
+    TensorArguments::save(ctx, {query, key, value, bias, logit});
+    // Most losses do not use the log-sum-exp: its gradient then stays undefined.
+    ctx->set_materialize_grads(false);
+    return {output, logsumexp};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("torchops::_span_attention_backward", "")
+            .typed<SpanGradients(const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 c10::SymInt, c10::SymInt, c10::SymInt, bool, std::optional<double>,
+                                 const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                                 const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                                 std::array<bool, 5>)>();
+    variable_list result(12);
+    if (!grads[0].defined() && !grads[1].defined()) {
+      return result;
+    }
+    const auto saved = ctx->get_saved_variables();
+    const auto grad_output = grads[0].defined() ? grads[0] : at::zeros_like(saved[3]);
+    std::array<bool, 5> output_mask;
+    for (int position = 0; position < 5; ++position) {
+      output_mask[position] = TensorArguments::needs_grad(ctx, position);
+    }
+    std::tie(result[0], result[1], result[2], result[8], result[9]) = op.call(
+        grad_output, optional_tensor(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4],
+        ctx->saved_data["block_size"].toSymInt(), ctx->saved_data["left"].toSymInt(),
+        ctx->saved_data["right"].toSymInt(), ctx->saved_data["is_causal"].toBool(),
+        ctx->saved_data["scale"].toOptional<double>(), optional_tensor(saved[5]), optional_tensor(saved[6]),
+        optional_tensor(saved[7]), optional_tensor(saved[8]), output_mask);
+    return result;
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> span_attention_lse_autograd(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
+    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+    const std::optional<at::Tensor>& key_start) {
+  const auto outputs = SpanAttention::apply(query, key, value, block_size, left, right, is_causal, scale, key_bias,
+                                            sink, query_start, key_start);
+  return {outputs[0], outputs[1]};
+}
+
+// With a gradient to come it needs the log-sum-exp too; the check comes first, for errors name the operator.
+at::Tensor span_attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                   c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
+                                   std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+                                   const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+                                   const std::optional<at::Tensor>& key_start) {
+  const auto requires_grad = [](const std::optional<at::Tensor>& tensor) { return tensor && tensor->requires_grad(); };
+  if (at::GradMode::is_enabled() && (query.requires_grad() || key.requires_grad() || value.requires_grad() ||
+                                     requires_grad(key_bias) || requires_grad(sink))) {
+    check_span_attention("span_attention", query, key, value,
+                         {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
+    return SpanAttention::apply(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink,
+                                query_start, key_start)[0];
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return span_attention(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start,
+                        key_start);
+}
+
+// ---- autocast ---------------------------------------------------------------------------------
+
+// Scores are computed in float32 whatever the inputs: biases and sinks keep their dtype.
+template <auto op, c10::DeviceType device, c10::DispatchKey dispatch_key>
+auto lowered(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size,
+             c10::SymInt left, c10::SymInt right, bool is_causal, std::optional<double> scale,
+             const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& sink,
+             const std::optional<at::Tensor>& query_start, const std::optional<at::Tensor>& key_start) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);
+  const auto lower = [dtype = at::autocast::get_autocast_dtype(device)](const at::Tensor& tensor) {
+    return at::autocast::cached_cast(dtype, tensor, device);
+  };
+  return op(lower(query), lower(key), lower(value), block_size, left, right, is_causal, scale, key_bias, sink,
+            query_start, key_start);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+  m.impl("span_attention", span_attention_meta);
+  m.impl("span_attention_lse", span_attention_lse_meta);
+  m.impl("_span_attention_backward", span_attention_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+  m.impl("span_attention", span_attention_autograd);
+  m.impl("span_attention_lse", span_attention_lse_autograd);
+  m.impl("_span_attention_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {
+  m.impl("span_attention", lowered<span_attention, at::kCPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("span_attention_lse", lowered<span_attention_lse, at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
+  m.impl("span_attention", lowered<span_attention, at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("span_attention_lse", lowered<span_attention_lse, at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+// ---- C++ API ----------------------------------------------------------------------------------
+
+at::Tensor span_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                          c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
+                          std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+                          const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+                          const std::optional<at::Tensor>& key_start) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::span_attention", "").typed<decltype(span_attention)>();
+  return op.call(query, key, value, std::move(block_size), std::move(left), std::move(right), is_causal, scale,
+                 key_bias, sink, query_start, key_start);
+}
+
+std::tuple<at::Tensor, at::Tensor> span_attention_lse(const at::Tensor& query, const at::Tensor& key,
+                                                      const at::Tensor& value, c10::SymInt block_size,
+                                                      c10::SymInt left, c10::SymInt right, bool is_causal,
+                                                      std::optional<double> scale,
+                                                      const std::optional<at::Tensor>& key_bias,
+                                                      const std::optional<at::Tensor>& sink,
+                                                      const std::optional<at::Tensor>& query_start,
+                                                      const std::optional<at::Tensor>& key_start) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torchops::span_attention_lse", "")
+                             .typed<decltype(span_attention_lse)>();
+  return op.call(query, key, value, std::move(block_size), std::move(left), std::move(right), is_causal, scale,
+                 key_bias, sink, query_start, key_start);
+}
+
+}  // namespace torchops
