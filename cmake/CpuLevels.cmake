@@ -2,12 +2,13 @@
 # the library is loaded (csrc/core/cpu/level.h). A level is a name and its compiler flags.
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  set(TORCHOPS_CPU_LEVELS baseline avx2 avx512)
+  set(TORCHOPS_CPU_LEVELS baseline avx2 avx512 avx512_bf16)
   # csrc/core/cpu/level.cpp asks the CPU for exactly these features.
   set(TORCHOPS_FLAGS_baseline -march=x86-64-v2)
   set(TORCHOPS_FLAGS_avx2 ${TORCHOPS_FLAGS_baseline} -mavx2 -mfma -mf16c)
   set(TORCHOPS_FLAGS_avx512 ${TORCHOPS_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq
                             -mprefer-vector-width=512)
+  set(TORCHOPS_FLAGS_avx512_bf16 ${TORCHOPS_FLAGS_avx512} -mavx512bf16)
 else()
   set(TORCHOPS_CPU_LEVELS baseline)
 endif()

@@ -8,6 +8,9 @@
 // and t <= p where it is causal. Both ends of what a query sees rise with the query, so that the pairs
 // form a band: a tile of queries sees keys from the first one's first to the last one's last.
 
+// Kernels are compiled at several instruction sets that must not share a function: these are never called.
+#define TORCHOPS_INLINE inline __attribute__((always_inline)) constexpr
+
 namespace torchops::kernels::span_attention {
 
 struct Range {
@@ -48,12 +51,12 @@ struct Sequence {
 
 namespace detail {
 
-constexpr int64_t clamp(int64_t value, int64_t low, int64_t high) {
+TORCHOPS_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }
 
 // The first position of the block that a position lies in.
-constexpr int64_t block_start(int64_t position, int64_t block_size) {
+TORCHOPS_INLINE int64_t block_start(int64_t position, int64_t block_size) {
   const int64_t remainder = position % block_size;
   return position - (remainder < 0 ? remainder + block_size : remainder);
 }
@@ -61,13 +64,13 @@ constexpr int64_t block_start(int64_t position, int64_t block_size) {
 }  // namespace detail
 
 // Positions beyond +-2^57 count as if they lay there.
-constexpr Sequence make_sequence(int64_t query_start, int64_t key_start, int64_t num_queries, int64_t num_keys) {
+TORCHOPS_INLINE Sequence make_sequence(int64_t query_start, int64_t key_start, int64_t num_queries, int64_t num_keys) {
   constexpr int64_t limit = int64_t{1} << 57;
   return {detail::clamp(query_start, -limit, limit), detail::clamp(key_start, -limit, limit), num_queries, num_keys};
 }
 
 // The keys that a query sees.
-constexpr Range visible_keys(const Span& span, const Sequence& sequence, int64_t query) {
+TORCHOPS_INLINE Range visible_keys(const Span& span, const Sequence& sequence, int64_t query) {
   const int64_t position = sequence.query_start + query;
   const int64_t block = detail::block_start(position, span.block_size);
   int64_t end = block + span.right + span.block_size;
@@ -77,7 +80,7 @@ constexpr Range visible_keys(const Span& span, const Sequence& sequence, int64_t
 }
 
 // The queries that see a key.
-constexpr Range visible_queries(const Span& span, const Sequence& sequence, int64_t key) {
+TORCHOPS_INLINE Range visible_queries(const Span& span, const Sequence& sequence, int64_t key) {
   const int64_t position = sequence.key_start + key;
   const int64_t block = detail::block_start(position, span.block_size);
   int64_t begin = block - span.right;
@@ -87,10 +90,10 @@ constexpr Range visible_queries(const Span& span, const Sequence& sequence, int6
 }
 
 // What some query of [queries.begin, queries.end) sees, and the other way round.
-constexpr Range visible_keys(const Span& span, const Sequence& sequence, Range queries) {
+TORCHOPS_INLINE Range visible_keys(const Span& span, const Sequence& sequence, Range queries) {
   return {visible_keys(span, sequence, queries.begin).begin, visible_keys(span, sequence, queries.end - 1).end};
 }
-constexpr Range visible_queries(const Span& span, const Sequence& sequence, Range keys) {
+TORCHOPS_INLINE Range visible_queries(const Span& span, const Sequence& sequence, Range keys) {
   return {visible_queries(span, sequence, keys.begin).begin, visible_queries(span, sequence, keys.end - 1).end};
 }
 

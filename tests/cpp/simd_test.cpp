@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "catch.h"
-#include "core/cpu/packed_product.h"
+#include "core/cpu/matrix_product.h"
 
 using namespace torchops::kernels;
 
@@ -132,38 +132,47 @@ TEST_CASE("largest_lane and smallest_lane find every lane") {
   }
 }
 
-TEST_CASE("add_product adds a matrix product") {
+TEST_CASE("matrix_product is the product of matrices, wherever their elements lie") {
   constexpr int64_t depth = 37;
-  constexpr int columns = panel_columns<float>;
-  std::vector<float> a(tile_rows * depth);
-  alignas(64) static float panel[depth * columns];
+  constexpr int64_t rows = 2 * tile_rows;
+  constexpr int64_t most_vectors = 2 * tile_vectors + 1;
+  constexpr int64_t columns = most_vectors * lanes<float>;
   // Small integers: every order of summation gives the same float.
+  std::vector<float> a(rows * depth), b(depth * columns);
   for (size_t i = 0; i < a.size(); ++i) {
     a[i] = static_cast<float>(static_cast<int>(i * 7 % 13) - 6);
   }
-  for (int64_t i = 0; i < depth * columns; ++i) {
-    panel[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
+  for (size_t i = 0; i < b.size(); ++i) {
+    b[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
   }
-  const float* rows[tile_rows];
-  for (int row = 0; row < tile_rows; ++row) {
-    rows[row] = a.data() + row * depth;
-  }
-  for (int vectors = 1; vectors <= tile_vectors; ++vectors) {
-    vfloat sum[tile_rows][tile_vectors];
-    for (auto& row : sum) {
-      for (auto& value : row) {
-        value = broadcast(2.0F);
+  const bool transposed = GENERATE(false, true);
+  const Operand<float> left{a.data(), transposed ? 1 : depth, transposed ? rows : 1};
+  for (int64_t vectors = 1; vectors <= most_vectors; ++vectors) {
+    std::vector<float> product(rows * columns, 0.5F);
+    matrix_product(rows, vectors, depth, left, b.data(), columns, [&](int64_t row, int64_t vector, auto& sums) {
+      for (const vfloat& sum : sums) {
+        store(product.data() + row * columns + vector++ * lanes<float>, sum);
       }
-    }
-    add_product(rows, panel, depth, vectors, sum);
-    for (int row = 0; row < tile_rows; ++row) {
-      for (int column = 0; column < columns; ++column) {
-        float expected = 2;
+    });
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; ++column) {
+        float expected = column < vectors * lanes<float> ? 0 : 0.5F;
         for (int64_t d = 0; d < depth && column < vectors * lanes<float>; ++d) {
-          expected += rows[row][d] * panel[d * columns + column];
+          expected += left.data[row * left.stride + d * left.step] * b[d * columns + column];
         }
-        CHECK(sum[row][column / lanes<float>][column % lanes<float>] == expected);
+        CHECK(product[row * columns + column] == expected);
       }
     }
+  }
+}
+
+TEST_CASE("exp2 is 2 to the power") {
+  CHECK(exp2_of(0.0F) == 1);
+  CHECK(exp2_of(-INFINITY) == 0);
+  CHECK(exp2_of(-127.0F) == 0);
+  CHECK(std::isnan(exp2_of(NAN)));
+  for (float x = -126; x <= 127; x += 0.0173F) {
+    const double expected = std::exp2(static_cast<double>(x));
+    CHECK(std::abs(exp2_of(x) / expected - 1) < 2.5e-7);
   }
 }

@@ -20,6 +20,9 @@ bool cpu_has_level(const std::string& level) {
     return cpu_has_level("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   }
+  if (level == "avx512_bf16") {
+    return cpu_has_level("avx512") && __builtin_cpu_supports("avx512bf16");
+  }
 #endif
   return level == "baseline";
 }

@@ -10,7 +10,7 @@
 // namespace named after the level. This header declares them at all levels and picks one.
 
 #if defined(__x86_64__)
-#define TORCHOPS_FOR_EACH_LEVEL(macro) macro(baseline) macro(avx2) macro(avx512)
+#define TORCHOPS_FOR_EACH_LEVEL(macro) macro(baseline) macro(avx2) macro(avx512) macro(avx512_bf16)
 #else
 #define TORCHOPS_FOR_EACH_LEVEL(macro) macro(baseline)
 #endif
@@ -47,7 +47,8 @@ Kernel select_level(const std::array<Kernel, level_count>& kernel_at_level) {
 #define TORCHOPS_KERNEL(family, ...)                                                                \
   ::torchops::kernels::select_level(std::array{&::torchops::kernels::family::baseline::__VA_ARGS__, \
                                                &::torchops::kernels::family::avx2::__VA_ARGS__,     \
-                                               &::torchops::kernels::family::avx512::__VA_ARGS__})
+                                               &::torchops::kernels::family::avx512::__VA_ARGS__,   \
+                                               &::torchops::kernels::family::avx512_bf16::__VA_ARGS__})
 #else
 #define TORCHOPS_KERNEL(family, ...) \
   ::torchops::kernels::select_level(std::array{&::torchops::kernels::family::baseline::__VA_ARGS__})

@@ -51,6 +51,26 @@ vec<Lane> broadcast(Lane value) {
   return value - vec<Lane>{};
 }
 
+// 0, 1, 2, ...
+template <typename Lane>
+vec<Lane> lane_numbers() {
+  vec<Lane> numbers;
+  for (int lane = 0; lane < vector_bytes / static_cast<int>(sizeof(Lane)); ++lane) {
+    numbers[lane] = static_cast<Lane>(lane);
+  }
+  return numbers;
+}
+
+// The integer of an accumulator's size.
+template <typename A>
+struct lane_integer {
+  using type = int32_t;
+};
+template <>
+struct lane_integer<double> {
+  using type = int64_t;
+};
+
 template <typename To, typename From>
 To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));

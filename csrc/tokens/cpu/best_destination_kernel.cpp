@@ -1,6 +1,6 @@
 #include "tokens/cpu/best_destination_kernel.h"
 
-#include "core/cpu/packed_product.h"
+#include "core/cpu/matrix_product.h"
 #include "core/cpu/simd.h"
 
 namespace torchops::kernels::tokens::TORCHOPS_LEVEL {
@@ -90,10 +90,6 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
 
   const vfloat none = broadcast(rounding + no_similarity);
   const vint last_column = vint{} + INT32_MAX;
-  vint lane_numbers;
-  for (int lane = 0; lane < lanes<float>; ++lane) {
-    lane_numbers[lane] = lane;
-  }
 
   int64_t packed_batch = -1;
   int64_t num_destinations = 0;
@@ -140,31 +136,36 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
       }
       for (int64_t p = 0; p < num_panels; ++p) {
         const int64_t columns_left = num_destinations - p * columns;
-        const int vectors = static_cast<int>(columns_left < columns ? (columns_left + lanes<float> - 1) / lanes<float>
-                                                                    : int64_t{tile_vectors});
-        vfloat cosine[tile_rows][tile_vectors] = {};
-        for (int64_t d = 0; d < depth; d += chain_length) {
-          const float* a[tile_rows];
+        const int64_t vectors =
+            columns_left < columns ? (columns_left + lanes<float> - 1) / lanes<float> : int64_t{tile_vectors};
+        with_vectors(vectors, [&](auto vector_count) {
+          constexpr int count_of_vectors = decltype(vector_count)::value;
+          vfloat cosine[tile_rows][count_of_vectors] = {};
+          for (int64_t d = 0; d < depth; d += chain_length) {
+            vfloat part[tile_rows][count_of_vectors];
+            product_tile({sources + tile * depth + d, depth, 1}, panels + (p * depth + d) * columns, columns,
+                         depth - d < chain_length ? depth - d : chain_length, part);
+            for (int row = 0; row < tile_rows; ++row) {
+              for (int v = 0; v < count_of_vectors; ++v) {
+                cosine[row][v] += part[row][v];
+              }
+            }
+          }
           for (int row = 0; row < tile_rows; ++row) {
-            a[row] = sources + (tile + (row < rows ? row : 0)) * depth + d;
+            for (int v = 0; v < count_of_vectors; ++v) {
+              const vfloat value = cosine[row][v] * similarity_steps + rounding;
+              const vfloat candidate = value == value ? value : vfloat{} + (rounding + nan_similarity);
+              const auto better = candidate > best.similarity[row];
+              const vint here = vint{} + static_cast<int32_t>(p * tile_vectors + v);
+              best.similarity[row] = better ? candidate : best.similarity[row];
+              best.vector[row] = better ? here : best.vector[row];
+            }
           }
-          add_product(a, panels + (p * depth + d) * columns, depth - d < chain_length ? depth - d : chain_length,
-                      vectors, cosine);
-        }
-        for (int row = 0; row < tile_rows; ++row) {
-          for (int v = 0; v < vectors; ++v) {
-            const vfloat value = cosine[row][v] * similarity_steps + rounding;
-            const vfloat candidate = value == value ? value : vfloat{} + (rounding + nan_similarity);
-            const auto better = candidate > best.similarity[row];
-            const vint here = vint{} + static_cast<int32_t>(p * tile_vectors + v);
-            best.similarity[row] = better ? candidate : best.similarity[row];
-            best.vector[row] = better ? here : best.vector[row];
-          }
-        }
+        });
       }
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t s = first + tile + row;
-        const vint column = best.vector[row] * lanes<float> + lane_numbers;
+        const vint column = best.vector[row] * lanes<float> + lane_numbers<int32_t>();
         const vfloat similarity = column < static_cast<int32_t>(num_destinations) ? best.similarity[row] : none;
         const float highest = largest_lane<float>(similarity);
         const int32_t best_column = smallest_lane<int32_t>(similarity == highest ? column : last_column);

@@ -1,0 +1,540 @@
+#include "span_attention/cpu/backward_kernel.h"
+
+#include "core/cpu/exponential.h"
+#include "span_attention/cpu/tiles.h"
+
+namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
+namespace {
+
+// One key-value head and its query heads, packed.
+template <typename E>
+struct Pack {
+  E* keys_transposed;    // panels [Lk / panel][D][panel]
+  E* values_transposed;  // panels [Lk / panel][Dv][panel]
+  E* keys;               // right operand [Lk][D]
+  E* queries_left;       // left operand [group][Lq][D]
+  E* queries;            // right operand [group][Lq][D], the same where E is no pair
+  E* grads_left;         // left operand [group][Lq][Dv]: grad_output
+  E* grads;              // right operand [group][Lq][Dv]
+
+  Pack(Arena* arena, const Sizes& sizes) {
+    const int64_t num_keys = round_up(sizes.num_keys, key_tile<E>);
+    const int64_t num_queries = sizes.group_size() * round_up(sizes.num_queries, query_tile);
+    keys_transposed = arena->take<E>(num_keys * depth_of<E>(sizes.head_dim));
+    values_transposed = arena->take<E>(num_keys * depth_of<E>(sizes.value_dim));
+    keys = arena->take<E>(depth_of<E>(num_keys) * columns_of<E>(sizes.head_dim));
+    queries = arena->take<E>(depth_of<E>(num_queries) * columns_of<E>(sizes.head_dim));
+    grads = arena->take<E>(depth_of<E>(num_queries) * columns_of<E>(sizes.value_dim));
+    queries_left = is_pair<E> ? arena->take<E>(num_queries * left_stride<E>(sizes.head_dim)) : queries;
+    grads_left = is_pair<E> ? arena->take<E>(num_queries * left_stride<E>(sizes.value_dim)) : grads;
+  }
+};
+
+// Where a tile of queries meets a tile of keys.
+template <typename E>
+struct Meeting {
+  using A = sum_t<E>;
+
+  A* probabilities;          // [query_tile][key_tile]
+  A* score_grads;            // [query_tile][key_tile]
+  E* probabilities_by_key;   // left operand [key_tile][query_tile], transposed in memory
+  E* score_grads_by_key;     // left operand [key_tile][query_tile], transposed in memory
+  E* score_grads_by_query;   // left operand [query_tile][key_tile]
+  A* bias;                   // [key_tile], in units of log2
+  A* logsumexp;              // [query_tile], in units of log2
+  A* delta;                  // [query_tile]
+
+  explicit Meeting(Arena* arena) {
+    constexpr int64_t size = query_tile * key_tile<E>;
+    probabilities = arena->take<A>(size);
+    score_grads = arena->take<A>(size);
+    const auto operand = [&](A* numbers) {
+      return is_pair<E> ? arena->take<E>(size / element<E>::depth) : reinterpret_cast<E*>(numbers);
+    };
+    probabilities_by_key = operand(probabilities);
+    score_grads_by_key = operand(score_grads);
+    score_grads_by_query = operand(score_grads);
+    bias = arena->take<A>(key_tile<E>);
+    logsumexp = arena->take<A>(query_tile);
+    delta = arena->take<A>(query_tile);
+  }
+};
+
+// Sums for a tile of keys.
+template <typename E>
+struct KeySums {
+  using A = sum_t<E>;
+
+  A* keys;    // [key_tile][D], without the scale
+  A* values;  // [key_tile][Dv]
+  A* bias;    // [key_tile]
+
+  KeySums(Arena* arena, const Sizes& sizes) {
+    keys = arena->take<A>(key_tile<E> * columns_of<E>(sizes.head_dim));
+    values = arena->take<A>(key_tile<E> * columns_of<E>(sizes.value_dim));
+    bias = arena->take<A>(key_tile<E>);
+  }
+};
+
+template <typename A>
+void clear(A* numbers, int64_t count) {
+  __builtin_memset(numbers, 0, static_cast<size_t>(count) * sizeof(A));
+}
+
+// One key-value head of the batch, and the steps of its backward.
+template <typename T>
+struct Head {
+  using E = multiplicand_t<T>;
+  using A = sum_t<E>;
+
+  const AttentionBackward<T>& args;
+  int64_t batch;
+  int64_t kv_head;
+  Pack<E> pack;
+  Sequence sequence;
+
+  Head(const AttentionBackward<T>& backward, int64_t first_head, void* packs, int64_t in_wave)
+      : args(backward),
+        batch((first_head + in_wave) / sizes().num_kv_heads),
+        kv_head((first_head + in_wave) % sizes().num_kv_heads),
+        pack(pack_of(packs, in_wave, sizes())),
+        sequence(backward.inputs.sequence(batch)) {}
+
+  static Pack<E> pack_of(void* packs, int64_t in_wave, const Sizes& sizes) {
+    Arena arena(static_cast<char*>(packs) + in_wave * backward_pack_bytes<T>(sizes));
+    return Pack<E>(&arena, sizes);
+  }
+
+  const Sizes& sizes() const { return args.inputs.sizes; }
+  int64_t head(int64_t in_group) const { return kv_head * sizes().group_size() + in_group; }
+  bool wants_query() const { return args.grad_query.data != nullptr; }
+  bool wants_scores_by_key() const { return args.grad_key.data != nullptr || args.grad_key_bias != nullptr; }
+  int64_t query_columns() const { return columns_of<E>(sizes().head_dim); }
+  int64_t value_columns() const { return columns_of<E>(sizes().value_dim); }
+  // Rows of a head's packed queries.
+  int64_t padded_queries() const { return round_up(sizes().num_queries, query_tile); }
+  int64_t num_rows(int64_t first_query) const {
+    const int64_t left = sizes().num_queries - first_query;
+    return left < query_tile ? left : query_tile;
+  }
+  Range key_range(int64_t first_key) const {
+    const int64_t end = first_key + key_tile<E>;
+    return {first_key, end < sizes().num_keys ? end : sizes().num_keys};
+  }
+
+  // Probabilities and the gradients to scores, and their sums for the queries and for the keys of the tiles
+  // where those are given.
+  void meet(const Meeting<E>& meeting, int64_t in_group, int64_t first_query, int64_t first_key, A* query_sums,
+            const KeySums<E>* key_sums) const {
+    const int64_t rows = round_up(num_rows(first_query), tile_rows);
+    load_queries(meeting, in_group, first_query, rows);
+    load_bias(meeting, first_key);
+    compute_probabilities(meeting, in_group, first_query, first_key, rows);
+    const int64_t packed_row = in_group * padded_queries() + first_query;
+    if (key_sums != nullptr && args.grad_value.data != nullptr) {
+      if constexpr (is_pair<E>) {
+        interleave_rows(meeting.probabilities, rows, meeting.probabilities_by_key);
+      }
+      add_product(key_tile<E>, value_columns(), depth_of<E>(rows),
+                  Operand<E>{meeting.probabilities_by_key, 1, key_tile<E>},
+                  pack.grads + packed_row / element<E>::depth * value_columns(), key_sums->values);
+    }
+    const bool for_keys = key_sums != nullptr && wants_scores_by_key();
+    if (!for_keys && query_sums == nullptr) {
+      return;
+    }
+    compute_score_grads(meeting, packed_row, first_key, rows);
+    if (for_keys) {
+      if constexpr (is_pair<E>) {
+        interleave_rows(meeting.score_grads, rows, meeting.score_grads_by_key);
+      }
+      if (args.grad_key.data != nullptr) {
+        add_product(key_tile<E>, query_columns(), depth_of<E>(rows),
+                    Operand<E>{meeting.score_grads_by_key, 1, key_tile<E>},
+                    pack.queries + packed_row / element<E>::depth * query_columns(), key_sums->keys);
+      }
+      if (args.grad_key_bias != nullptr) {
+        add_rows(meeting.score_grads, num_rows(first_query), key_sums->bias);
+      }
+    }
+    if (query_sums != nullptr) {
+      if constexpr (is_pair<E>) {
+        pair_columns(meeting.score_grads, rows, meeting.score_grads_by_query);
+      }
+      add_product(rows, query_columns(), key_tile<E> / element<E>::depth,
+                  Operand<E>{meeting.score_grads_by_query, key_tile<E> / element<E>::depth, 1},
+                  pack.keys + first_key / element<E>::depth * query_columns(), query_sums);
+    }
+  }
+
+  void store_query_grads(int64_t in_group, int64_t first_query, const A* sums) const {
+    for (int64_t row = 0; row < num_rows(first_query); ++row) {
+      store_row(args.grad_query.row(batch, head(in_group), first_query + row), sums + row * query_columns(),
+                sizes().head_dim, args.inputs.scale);
+    }
+  }
+
+  void store_key_grads(int64_t first_key, const KeySums<E>& sums) const {
+    const Range keys = key_range(first_key);
+    for (int64_t key = keys.begin; key < keys.end; ++key) {
+      const int64_t row = key - keys.begin;
+      if (args.grad_key.data != nullptr) {
+        store_row(args.grad_key.row(batch, kv_head, key), sums.keys + row * query_columns(), sizes().head_dim,
+                  args.inputs.scale);
+      }
+      if (args.grad_value.data != nullptr) {
+        store_row(args.grad_value.row(batch, kv_head, key), sums.values + row * value_columns(), sizes().value_dim,
+                  A(1));
+      }
+      if (args.grad_key_bias != nullptr) {
+        args.grad_key_bias[(batch * sizes().num_kv_heads + kv_head) * sizes().num_keys + key] = sums.bias[row];
+      }
+    }
+  }
+
+  void clear_key_sums(const KeySums<E>& sums) const {
+    clear(sums.keys, key_tile<E> * query_columns());
+    clear(sums.values, key_tile<E> * value_columns());
+    clear(sums.bias, key_tile<E>);
+  }
+
+ private:
+  void load_queries(const Meeting<E>& meeting, int64_t in_group, int64_t first_query, int64_t rows) const {
+    const int64_t first = (batch * sizes().num_heads + head(in_group)) * sizes().num_queries + first_query;
+    const A infinity = static_cast<A>(__builtin_inf());
+    for (int64_t row = 0; row < rows; ++row) {
+      const bool there = row < num_rows(first_query);
+      const A logsumexp = there ? args.logsumexp[first + row] : -infinity;
+      // A query that sees nothing has no probabilities, whatever gradient comes back to its -inf.
+      const bool sees_nothing = logsumexp == -infinity;
+      meeting.logsumexp[row] = sees_nothing ? infinity : logsumexp * log2_e<A>;
+      meeting.delta[row] = sees_nothing ? A(0) : args.delta[first + row];
+    }
+  }
+
+  void load_bias(const Meeting<E>& meeting, int64_t first_key) const {
+    if (args.inputs.key_bias == nullptr) {
+      return;
+    }
+    const A* const bias = args.inputs.key_bias + batch * sizes().num_keys + first_key;
+    for (int64_t key = 0; key < key_tile<E>; ++key) {
+      meeting.bias[key] = first_key + key < sizes().num_keys ? bias[key] * log2_e<A> : A(0);
+    }
+  }
+
+  void compute_probabilities(const Meeting<E>& meeting, int64_t in_group, int64_t first_query, int64_t first_key,
+                             int64_t rows) const {
+    const Attention<T>& inputs = args.inputs;
+    const int64_t last_query = first_query + num_rows(first_query) - 1;
+    if (visible_keys(inputs.span, sequence, last_query).begin <= first_key &&
+        first_key + key_tile<E> <= visible_keys(inputs.span, sequence, first_query).end) {
+      compute_probabilities(meeting, in_group, first_query, first_key, rows, [](auto...) {});
+    } else {
+      const TileSpans spans(inputs.span, sequence, first_query);
+      compute_probabilities(meeting, in_group, first_query, first_key, rows,
+                            [&](int64_t row, int64_t key, vec<A>(&scores)[tile_vectors]) {
+                              spans.hide<A>(row, first_key + key, scores);
+                            });
+    }
+  }
+
+  template <typename Hide>
+  void compute_probabilities(const Meeting<E>& meeting, int64_t in_group, int64_t first_query, int64_t first_key,
+                             int64_t rows, const Hide& hide) const {
+    constexpr int64_t panel = panel_columns<A>;
+    const int64_t depth = depth_of<E>(sizes().head_dim);
+    const int64_t stride = left_stride<E>(sizes().head_dim);
+    const A scale = args.inputs.scale * log2_e<A>;
+    const bool biased = args.inputs.key_bias != nullptr;
+    const E* const queries = pack.queries_left + (in_group * padded_queries() + first_query) * stride;
+    for (int64_t first = 0; first < key_tile<E>; first += panel) {
+      panel_product(rows, depth, Operand<E>{queries, stride, 1},
+                     pack.keys_transposed + (first_key + first) * depth,
+                     [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
+                       A* const to = meeting.probabilities + row * key_tile<E> + first;
+                       for (int v = 0; v < tile_vectors; ++v) {
+                         scores[v] = scores[v] * scale - meeting.logsumexp[row];
+                         if (biased) {
+                           scores[v] += load(meeting.bias + first + v * lane_count<E>);
+                         }
+                       }
+                       hide(row, first, scores);
+                       for (int v = 0; v < tile_vectors; ++v) {
+                         store(to + v * lane_count<E>, exp2(scores[v]));
+                       }
+                     });
+    }
+  }
+
+  void compute_score_grads(const Meeting<E>& meeting, int64_t packed_row, int64_t first_key, int64_t rows) const {
+    constexpr int64_t panel = panel_columns<A>;
+    const int64_t depth = depth_of<E>(sizes().value_dim);
+    const int64_t stride = left_stride<E>(sizes().value_dim);
+    for (int64_t first = 0; first < key_tile<E>; first += panel) {
+      panel_product(rows, depth, Operand<E>{pack.grads_left + packed_row * stride, stride, 1},
+                     pack.values_transposed + (first_key + first) * depth,
+                     [&](int64_t row, const vec<A>(&grads)[tile_vectors]) {
+                       const int64_t at = row * key_tile<E> + first;
+                       for (int v = 0; v < tile_vectors; ++v) {
+                         const int64_t here = at + v * lane_count<E>;
+                         store(meeting.score_grads + here,
+                               load(meeting.probabilities + here) * (grads[v] - meeting.delta[row]));
+                       }
+                     });
+    }
+  }
+
+  static void add_product(int64_t rows, int64_t columns, int64_t depth, Operand<E> left, const E* right, A* sums) {
+    matrix_product(rows, columns / lane_count<E>, depth, left, right, columns,
+                   [&](int64_t row, int64_t vector, auto& products) {
+                     A* to = sums + row * columns + vector * lane_count<E>;
+                     for (const auto& product : products) {
+                       store(to, load(to) + product);
+                       to += lane_count<E>;
+                     }
+                   });
+  }
+
+  // As an operand whose depth is along the queries: neighbouring rows are pairs.
+  static void interleave_rows(const A* numbers, int64_t rows, E* pairs) {
+    for (int64_t row = 0; row < rows; row += 2) {
+      for (int64_t key = 0; key < key_tile<E>; key += lane_count<E>) {
+        const A* const from = numbers + row * key_tile<E> + key;
+        store_interleaved(pairs + row / 2 * key_tile<E> + key, load(from), load(from + key_tile<E>));
+      }
+    }
+  }
+
+  // As an operand whose depth is along the keys: neighbouring columns are pairs.
+  static void pair_columns(const A* numbers, int64_t rows, E* pairs) {
+    for (int64_t at = 0; at < rows * key_tile<E>; at += 2 * lane_count<E>) {
+      store_pairs(pairs + at / 2, load(numbers + at), load(numbers + at + lane_count<E>));
+    }
+  }
+
+  static void add_rows(const A* numbers, int64_t rows, A* sums) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t key = 0; key < key_tile<E>; key += lane_count<E>) {
+        store(sums + key, load(sums + key) + load(numbers + row * key_tile<E> + key));
+      }
+    }
+  }
+
+  static void store_row(T* to, const A* sums, int64_t size, A factor) {
+    for_each_vector<T>(size, [&](int64_t d, int lanes_used) {
+      store_piece(to + d, load(sums + d) * factor, lanes_used);
+    });
+  }
+};
+
+}  // namespace
+
+template <typename T>
+void row_delta(const RowDelta<T>& args, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  const Sizes& sizes = args.sizes;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t query = unit % sizes.num_queries;
+    const int64_t head = unit / sizes.num_queries % sizes.num_heads;
+    const int64_t batch = unit / sizes.num_queries / sizes.num_heads;
+    const T* const grad = args.grad_output.row(batch, head, query);
+    const T* const output = args.output.row(batch, head, query);
+    vec<A> sum = {};
+    for_each_vector<T>(sizes.value_dim, [&](int64_t d, int lanes_used) {
+      sum += load_piece(grad + d, lanes_used) * load_piece(output + d, lanes_used);
+    });
+    args.delta[unit] = sum_lanes<A>(sum) - (args.grad_logsumexp == nullptr ? A(0) : args.grad_logsumexp[unit]);
+  }
+}
+
+template <typename A>
+void sink_gradient(const SinkGradient<A>& args, int64_t begin, int64_t end) {
+  const Sizes& sizes = args.sizes;
+  for (int64_t head = begin; head < end; ++head) {
+    vec<A> sum = {};
+    for (int64_t batch = 0; batch < sizes.batch; ++batch) {
+      const int64_t first = (batch * sizes.num_heads + head) * sizes.num_queries;
+      for_each_vector<A>(sizes.num_queries, [&](int64_t query, int lanes_used) {
+        const vec<A> logsumexp = load_piece(args.logsumexp + first + query, lanes_used);
+        const vec<A> probability = exp2((args.sink[head] - logsumexp) * log2_e<A>);
+        const vec<A> product = probability * load_piece(args.delta + first + query, lanes_used);
+        // Lanes behind the last query have a delta of 0; a row of nothing has no sink that counts.
+        sum -= logsumexp == -static_cast<A>(__builtin_inf()) ? vec<A>{} : product;
+      });
+    }
+    args.grad_sink[head] = sum_lanes<A>(sum);
+  }
+}
+
+template <typename T>
+int64_t backward_pack_bytes(const Sizes& sizes) {
+  Arena arena(nullptr);
+  Pack<multiplicand_t<T>>(&arena, sizes);
+  return arena.bytes();
+}
+
+template <typename T>
+int64_t backward_query_units(const Sizes& sizes) {
+  return sizes.group_size() * tiles_of(sizes.num_queries, query_tile);
+}
+
+template <typename T>
+int64_t backward_key_units(const Sizes& sizes) {
+  return tiles_of(sizes.num_keys, key_tile<multiplicand_t<T>>);
+}
+
+template <typename T>
+int64_t backward_pack_units(const Sizes& sizes) {
+  return backward_key_units<T>(sizes) + backward_query_units<T>(sizes);
+}
+
+template <typename T>
+void backward_pack(const AttentionBackward<T>& args, int64_t first_head, void* packs, int64_t begin, int64_t end) {
+  using E = multiplicand_t<T>;
+  const Attention<T>& inputs = args.inputs;
+  const Sizes& sizes = inputs.sizes;
+  const int64_t units = backward_pack_units<T>(sizes);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Head<T> head(args, first_head, packs, unit / units);
+    const Pack<E>& pack = head.pack;
+    const int64_t in_head = unit % units;
+    if (in_head < backward_key_units<T>(sizes)) {
+      const int64_t key = in_head * key_tile<E>;
+      const Range keys = head.key_range(key);
+      const int64_t count = keys.end - keys.begin;
+      const T* const rows = inputs.key.row(head.batch, head.kv_head, key);
+      pack_transposed(rows, inputs.key.row_stride, count, sizes.head_dim, key_tile<E>,
+                      pack.keys_transposed + key * depth_of<E>(sizes.head_dim));
+      pack_right(rows, inputs.key.row_stride, count, sizes.head_dim, key_tile<E>,
+                 pack.keys + key / element<E>::depth * head.query_columns());
+      pack_transposed(inputs.value.row(head.batch, head.kv_head, key), inputs.value.row_stride, count, sizes.value_dim,
+                      key_tile<E>, pack.values_transposed + key * depth_of<E>(sizes.value_dim));
+    } else {
+      const int64_t tiles = tiles_of(sizes.num_queries, query_tile);
+      const int64_t in_group = (in_head - backward_key_units<T>(sizes)) / tiles;
+      const int64_t query = (in_head - backward_key_units<T>(sizes)) % tiles * query_tile;
+      const int64_t packed_row = in_group * head.padded_queries() + query;
+      const auto pack_rows = [&](const Heads<const T>& tensor, int64_t size, E* left, E* right) {
+        const T* const rows = tensor.row(head.batch, head.head(in_group), query);
+        const int64_t count = head.num_rows(query);
+        pack_right(rows, tensor.row_stride, count, size, query_tile,
+                   right + packed_row / element<E>::depth * columns_of<E>(size));
+        if constexpr (is_pair<E>) {
+          pack_left(rows, tensor.row_stride, count, size, query_tile, left + packed_row * left_stride<E>(size));
+        }
+      };
+      pack_rows(inputs.query, sizes.head_dim, pack.queries_left, pack.queries);
+      pack_rows(args.grad_output, sizes.value_dim, pack.grads_left, pack.grads);
+    }
+  }
+}
+
+template <typename T>
+int64_t backward_scratch_bytes(const Sizes& sizes, bool whole_heads) {
+  using E = multiplicand_t<T>;
+  Arena arena(nullptr);
+  Meeting<E>{&arena};
+  KeySums<E>(&arena, sizes);
+  const int64_t rows = whole_heads ? sizes.group_size() * round_up(sizes.num_queries, query_tile) : query_tile;
+  arena.take<sum_t<E>>(rows * columns_of<E>(sizes.head_dim));
+  return arena.bytes();
+}
+
+template <typename T>
+void backward_heads(const AttentionBackward<T>& args, int64_t first_head, void* packs, void* scratch, int64_t begin,
+                    int64_t end) {
+  using E = multiplicand_t<T>;
+  const Sizes& sizes = args.inputs.sizes;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Head<T> head(args, first_head, packs, unit);
+    Arena arena(scratch);
+    const Meeting<E> meeting(&arena);
+    const KeySums<E> key_sums(&arena, sizes);
+    const int64_t size = head.padded_queries() * head.query_columns();
+    auto* const query_sums = arena.take<sum_t<E>>(sizes.group_size() * size);
+    clear(query_sums, sizes.group_size() * size);
+    for (int64_t key = 0; key < sizes.num_keys; key += key_tile<E>) {
+      head.clear_key_sums(key_sums);
+      const Range queries = visible_queries(args.inputs.span, head.sequence, head.key_range(key));
+      for (int64_t in_group = 0; in_group < sizes.group_size() && !queries.empty(); ++in_group) {
+        for (int64_t query = queries.begin / query_tile * query_tile; query < queries.end; query += query_tile) {
+          head.meet(meeting, in_group, query, key, query_sums + in_group * size + query * head.query_columns(),
+                    &key_sums);
+        }
+      }
+      head.store_key_grads(key, key_sums);
+    }
+    for (int64_t in_group = 0; in_group < sizes.group_size(); ++in_group) {
+      for (int64_t query = 0; query < sizes.num_queries; query += query_tile) {
+        head.store_query_grads(in_group, query, query_sums + in_group * size + query * head.query_columns());
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward_queries(const AttentionBackward<T>& args, int64_t first_head, void* packs, void* scratch, int64_t begin,
+                      int64_t end) {
+  using E = multiplicand_t<T>;
+  const Sizes& sizes = args.inputs.sizes;
+  const int64_t units = backward_query_units<T>(sizes);
+  const int64_t tiles = tiles_of(sizes.num_queries, query_tile);
+  Arena arena(scratch);
+  const Meeting<E> meeting(&arena);
+  auto* const query_sums = arena.take<sum_t<E>>(query_tile * columns_of<E>(sizes.head_dim));
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Head<T> head(args, first_head, packs, unit / units);
+    const int64_t in_group = unit % units / tiles;
+    const int64_t query = balanced_tile(unit % units % tiles, tiles) * query_tile;
+    clear(query_sums, query_tile * head.query_columns());
+    const Range keys = visible_keys(args.inputs.span, head.sequence, Range{query, query + head.num_rows(query)});
+    for (int64_t key = keys.begin / key_tile<E> * key_tile<E>; key < keys.end; key += key_tile<E>) {
+      head.meet(meeting, in_group, query, key, query_sums, nullptr);
+    }
+    head.store_query_grads(in_group, query, query_sums);
+  }
+}
+
+template <typename T>
+void backward_keys(const AttentionBackward<T>& args, int64_t first_head, void* packs, void* scratch, int64_t begin,
+                   int64_t end) {
+  using E = multiplicand_t<T>;
+  const Sizes& sizes = args.inputs.sizes;
+  const int64_t units = backward_key_units<T>(sizes);
+  Arena arena(scratch);
+  const Meeting<E> meeting(&arena);
+  const KeySums<E> key_sums(&arena, sizes);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Head<T> head(args, first_head, packs, unit / units);
+    const int64_t key = balanced_tile(unit % units, units) * key_tile<E>;
+    head.clear_key_sums(key_sums);
+    const Range queries = visible_queries(args.inputs.span, head.sequence, head.key_range(key));
+    for (int64_t in_group = 0; in_group < sizes.group_size() && !queries.empty(); ++in_group) {
+      for (int64_t query = queries.begin / query_tile * query_tile; query < queries.end; query += query_tile) {
+        head.meet(meeting, in_group, query, key, nullptr, &key_sums);
+      }
+    }
+    head.store_key_grads(key, key_sums);
+  }
+}
+
+#define TORCHOPS_INSTANTIATE(T)                                                                             \
+  template void row_delta(const RowDelta<T>&, int64_t, int64_t);                                            \
+  template int64_t backward_pack_bytes<T>(const Sizes&);                                                    \
+  template int64_t backward_pack_units<T>(const Sizes&);                                                    \
+  template void backward_pack(const AttentionBackward<T>&, int64_t, void*, int64_t, int64_t);               \
+  template int64_t backward_scratch_bytes<T>(const Sizes&, bool);                                           \
+  template void backward_heads(const AttentionBackward<T>&, int64_t, void*, void*, int64_t, int64_t);       \
+  template int64_t backward_query_units<T>(const Sizes&);                                                   \
+  template void backward_queries(const AttentionBackward<T>&, int64_t, void*, void*, int64_t, int64_t);     \
+  template int64_t backward_key_units<T>(const Sizes&);                                                     \
+  template void backward_keys(const AttentionBackward<T>&, int64_t, void*, void*, int64_t, int64_t);
+TORCHOPS_INSTANTIATE(double)
+TORCHOPS_INSTANTIATE(float)
+TORCHOPS_INSTANTIATE(bfloat16)
+TORCHOPS_INSTANTIATE(float16)
+#undef TORCHOPS_INSTANTIATE
+template void sink_gradient(const SinkGradient<double>&, int64_t, int64_t);
+template void sink_gradient(const SinkGradient<float>&, int64_t, int64_t);
+
+}  // namespace torchops::kernels::span_attention::TORCHOPS_LEVEL

@@ -1,0 +1,297 @@
+#include "span_attention/cpu/forward_kernel.h"
+
+#include "core/cpu/exponential.h"
+#include "span_attention/cpu/tiles.h"
+
+namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
+namespace {
+
+// Keys whose scores are computed at a time: several tiles, so that sums are rescaled less often.
+template <typename E>
+constexpr int64_t key_block = 2 * key_tile<E>;
+
+// One key-value head, packed.
+template <typename E>
+struct Pack {
+  E* keys;    // panels [Lk / panel][D][panel]
+  E* values;  // right operand [Lk][Dv]
+
+  Pack(Arena* arena, const Sizes& sizes) {
+    const int64_t num_keys = round_up(sizes.num_keys, key_tile<E>);
+    keys = arena->take<E>(num_keys * depth_of<E>(sizes.head_dim));
+    values = arena->take<E>(depth_of<E>(num_keys) * columns_of<E>(sizes.value_dim));
+  }
+
+  E* keys_from(int64_t key, const Sizes& sizes) const { return keys + key * depth_of<E>(sizes.head_dim); }
+  E* values_from(int64_t key, const Sizes& sizes) const {
+    return values + key / element<E>::depth * columns_of<E>(sizes.value_dim);
+  }
+};
+
+// A tile of queries on its way through the keys. Scores are in units of log2: 2^score.
+template <typename E>
+struct Scratch {
+  using A = sum_t<E>;
+
+  E* queries;       // left operand [query_tile][D]
+  A* scores;        // [query_tile][key_block], then 2^(score - largest) where E is A
+  E* weights;       // [query_tile][key_block], the same as E
+  A* output;        // [query_tile][Dv]
+  vec<A>* highest;  // [query_tile]: the largest of a block's scores, lane by lane
+  vec<A>* sum;      // [query_tile]: the sum of weights, lane by lane
+  A* largest;       // [query_tile]
+  A* rescale;       // [query_tile]
+  A* bias;          // [key_block]
+
+  Scratch(Arena* arena, const Sizes& sizes) {
+    queries = arena->take<E>(query_tile * left_stride<E>(sizes.head_dim));
+    scores = arena->take<A>(query_tile * key_block<E>);
+    weights = is_pair<E> ? arena->take<E>(query_tile * key_block<E> / element<E>::depth)
+                         : reinterpret_cast<E*>(scores);
+    output = arena->take<A>(query_tile * columns_of<E>(sizes.value_dim));
+    highest = arena->take<vec<A>>(query_tile);
+    sum = arena->take<vec<A>>(query_tile);
+    largest = arena->take<A>(query_tile);
+    rescale = arena->take<A>(query_tile);
+    bias = arena->take<A>(key_block<E>);
+  }
+};
+
+// Scores of a block of keys and their largest, row by row.
+template <typename E, typename T>
+void compute_scores(const Attention<T>& args, const Pack<E>& pack, const Scratch<E>& scratch, const TileSpans& spans,
+                    int64_t num_rows, int64_t first_key, int64_t num_keys) {
+  using A = sum_t<E>;
+  constexpr int64_t panel = panel_columns<A>;
+  const int64_t depth = depth_of<E>(args.sizes.head_dim);
+  const int64_t padded_rows = round_up(num_rows, tile_rows);
+  const A scale = args.scale * log2_e<A>;
+  const A* const bias = args.key_bias == nullptr ? nullptr : scratch.bias;
+  for (int64_t row = 0; row < padded_rows; ++row) {
+    scratch.highest[row] = broadcast(-static_cast<A>(__builtin_inf()));
+  }
+  for (int64_t first = 0; first < num_keys; first += panel) {
+    const bool all_visible = spans.all_visible(first_key + first, first_key + first + panel, num_rows);
+    const E* const keys = pack.keys_from(first_key + first, args.sizes);
+    const auto finish = [&](auto hide, auto add_bias) {
+      panel_product(padded_rows, depth, Operand<E>{scratch.queries, left_stride<E>(args.sizes.head_dim), 1}, keys,
+                     [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
+                       for (int v = 0; v < tile_vectors; ++v) {
+                         scores[v] *= scale;
+                         if constexpr (decltype(add_bias)::value) {
+                           scores[v] += load(bias + first + v * lane_count<E>);
+                         }
+                       }
+                       if constexpr (decltype(hide)::value) {
+                         spans.template hide<A>(row, first_key + first, scores);
+                       }
+                       vec<A> highest = scratch.highest[row];
+                       A* const to = scratch.scores + row * key_block<E> + first;
+                       for (int v = 0; v < tile_vectors; ++v) {
+                         highest = scores[v] > highest ? scores[v] : highest;
+                         store(to + v * lane_count<E>, scores[v]);
+                       }
+                       scratch.highest[row] = highest;
+                     });
+    };
+    if (bias != nullptr) {
+      all_visible ? finish(count<0>{}, count<1>{}) : finish(count<1>{}, count<1>{});
+    } else {
+      all_visible ? finish(count<0>{}, count<0>{}) : finish(count<1>{}, count<0>{});
+    }
+  }
+}
+
+// Scores become weights, 2^(score - largest); what was summed up before is to be multiplied by `rescale`.
+template <typename E>
+void compute_weights(const Scratch<E>& scratch, int64_t num_rows, int64_t num_keys) {
+  using A = sum_t<E>;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const A before = scratch.largest[row];
+    const A here = largest_lane<A>(scratch.highest[row]);
+    const A largest = here > before ? here : before;
+    // While a row has seen nothing, any number serves to subtract.
+    const A shift = largest == -static_cast<A>(__builtin_inf()) ? A(0) : largest;
+    const A rescale = largest == before ? A(1) : exp2_of(before - shift);
+    vec<A> sum = scratch.sum[row] * rescale;
+    const A* const scores = scratch.scores + row * key_block<E>;
+    E* const weights = scratch.weights + row * (key_block<E> / element<E>::depth);
+    for (int64_t key = 0; key < num_keys; key += lane_count<E> * element<E>::depth) {
+      const vec<A> weight = exp2(load(scores + key) - shift);
+      sum += weight;
+      if constexpr (is_pair<E>) {
+        const vec<A> next = exp2(load(scores + key + lane_count<E>) - shift);
+        sum += next;
+        store_pairs(weights + key / 2, weight, next);
+      } else {
+        store(weights + key, weight);
+      }
+    }
+    scratch.sum[row] = sum;
+    scratch.largest[row] = largest;
+    scratch.rescale[row] = rescale;
+  }
+}
+
+template <typename E, typename T>
+void compute_tile(const AttentionForward<T>& args, const Pack<E>& pack, const Scratch<E>& scratch, int64_t batch,
+                  int64_t head, int64_t first_query) {
+  using A = sum_t<E>;
+  const Attention<T>& inputs = args.inputs;
+  const Sizes& sizes = inputs.sizes;
+  const Sequence sequence = inputs.sequence(batch);
+  const int64_t queries_left = sizes.num_queries - first_query;
+  const int64_t num_rows = queries_left < query_tile ? queries_left : query_tile;
+  const int64_t padded_rows = round_up(num_rows, tile_rows);
+  const int64_t columns = columns_of<E>(sizes.value_dim);
+
+  pack_left(inputs.query.row(batch, head, first_query), inputs.query.row_stride, num_rows, sizes.head_dim, padded_rows,
+            scratch.queries);
+  for (int64_t row = 0; row < padded_rows; ++row) {
+    scratch.largest[row] = -static_cast<A>(__builtin_inf());
+    scratch.sum[row] = vec<A>{};
+  }
+  __builtin_memset(scratch.output, 0, static_cast<size_t>(padded_rows * columns) * sizeof(A));
+
+  const TileSpans spans(inputs.span, sequence, first_query);
+  const Range keys = visible_keys(inputs.span, sequence, Range{first_query, first_query + num_rows});
+  constexpr int64_t panel = panel_columns<A>;
+  for (int64_t first = keys.begin / panel * panel; first < keys.end; first += key_block<E>) {
+    const int64_t visible = keys.end - first < key_block<E> ? keys.end - first : key_block<E>;
+    const int64_t num_keys = round_up(visible, panel);
+    if (inputs.key_bias != nullptr) {
+      const A* const bias = inputs.key_bias + batch * sizes.num_keys + first;
+      for (int64_t key = 0; key < num_keys; ++key) {
+        scratch.bias[key] = first + key < sizes.num_keys ? bias[key] * log2_e<A> : A(0);
+      }
+    }
+    compute_scores(inputs, pack, scratch, spans, num_rows, first, num_keys);
+    compute_weights(scratch, padded_rows, num_keys);
+    // Keys before the first visible one, and behind the last, have no weight.
+    const int64_t skipped = keys.begin > first ? (keys.begin - first) / element<E>::depth : 0;
+    const int64_t stride = key_block<E> / element<E>::depth;
+    matrix_product(padded_rows, columns / lane_count<E>, depth_of<E>(visible) - skipped,
+                   Operand<E>{scratch.weights + skipped, stride, 1}, pack.values_from(first, sizes) + skipped * columns,
+                   columns, [&](int64_t row, int64_t vector, auto& sums) {
+                     A* to = scratch.output + row * columns + vector * lane_count<E>;
+                     for (const auto& sum : sums) {
+                       store(to, load(to) * scratch.rescale[row] + sum);
+                       to += lane_count<E>;
+                     }
+                   });
+  }
+
+  for (int64_t row = 0; row < num_rows; ++row) {
+    A sum = sum_lanes<A>(scratch.sum[row]);
+    A largest = scratch.largest[row];
+    A rescale = 1;
+    if (inputs.sink != nullptr) {
+      const A sink = inputs.sink[head] * log2_e<A>;
+      if (sink > largest) {
+        rescale = exp2_of(largest - sink);
+        sum = sum * rescale + 1;
+        largest = sink;
+      } else if (sink > -static_cast<A>(__builtin_inf())) {
+        sum += exp2_of(sink - largest);
+      }
+    }
+    if (args.logsumexp != nullptr) {
+      const A log2_sum = sizeof(A) == sizeof(float) ? static_cast<A>(__builtin_log2f(static_cast<float>(sum)))
+                                                    : static_cast<A>(__builtin_log2(static_cast<double>(sum)));
+      args.logsumexp[(batch * sizes.num_heads + head) * sizes.num_queries + first_query + row] =
+          (largest + log2_sum) / log2_e<A>;
+    }
+    const A factor = sum == 0 ? A(0) : rescale / sum;
+    T* const to = args.output.row(batch, head, first_query + row);
+    const A* const from = scratch.output + row * columns;
+    for_each_vector<T>(sizes.value_dim, [&](int64_t d, int lanes_used) {
+      store_piece(to + d, load(from + d) * factor, lanes_used);
+    });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+int64_t forward_pack_bytes(const Sizes& sizes) {
+  Arena arena(nullptr);
+  Pack<multiplicand_t<T>>(&arena, sizes);
+  return arena.bytes();
+}
+
+template <typename T>
+int64_t forward_scratch_bytes(const Sizes& sizes) {
+  Arena arena(nullptr);
+  Scratch<multiplicand_t<T>>(&arena, sizes);
+  return arena.bytes();
+}
+
+template <typename T>
+int64_t forward_pack_units(const Sizes& sizes) {
+  return tiles_of(sizes.num_keys, key_tile<multiplicand_t<T>>);
+}
+
+template <typename T>
+void forward_pack(const Attention<T>& args, int64_t first_head, void* packs, int64_t begin, int64_t end) {
+  using E = multiplicand_t<T>;
+  const Sizes& sizes = args.sizes;
+  const int64_t tiles = forward_pack_units<T>(sizes);
+  const int64_t bytes = forward_pack_bytes<T>(sizes);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t batch = (first_head + unit / tiles) / sizes.num_kv_heads;
+    const int64_t head = (first_head + unit / tiles) % sizes.num_kv_heads;
+    const int64_t key = unit % tiles * key_tile<E>;
+    const int64_t keys_left = sizes.num_keys - key;
+    const int64_t num_keys = keys_left < key_tile<E> ? keys_left : key_tile<E>;
+    const Range seen = visible_keys(args.span, args.sequence(batch), Range{0, sizes.num_queries});
+    if (key + num_keys <= seen.begin || seen.end <= key) {
+      continue;
+    }
+    Arena of_head(static_cast<char*>(packs) + unit / tiles * bytes);
+    const Pack<E> pack(&of_head, sizes);
+    pack_transposed(args.key.row(batch, head, key), args.key.row_stride, num_keys, sizes.head_dim, key_tile<E>,
+                    pack.keys_from(key, sizes));
+    pack_right(args.value.row(batch, head, key), args.value.row_stride, num_keys, sizes.value_dim, key_tile<E>,
+               pack.values_from(key, sizes));
+  }
+}
+
+template <typename T>
+int64_t forward_units(const Sizes& sizes) {
+  return sizes.group_size() * tiles_of(sizes.num_queries, query_tile);
+}
+
+template <typename T>
+void forward(const AttentionForward<T>& args, int64_t first_head, void* packs, void* scratch, int64_t begin,
+             int64_t end) {
+  using E = multiplicand_t<T>;
+  const Sizes& sizes = args.inputs.sizes;
+  const int64_t tiles = tiles_of(sizes.num_queries, query_tile);
+  const int64_t bytes = forward_pack_bytes<T>(sizes);
+  Arena of_thread(scratch);
+  const Scratch<E> buffers(&of_thread, sizes);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t in_wave = unit / forward_units<T>(sizes);
+    const int64_t batch = (first_head + in_wave) / sizes.num_kv_heads;
+    const int64_t kv_head = (first_head + in_wave) % sizes.num_kv_heads;
+    const int64_t in_head = unit % forward_units<T>(sizes);
+    Arena of_head(static_cast<char*>(packs) + in_wave * bytes);
+    compute_tile(args, Pack<E>(&of_head, sizes), buffers, batch, kv_head * sizes.group_size() + in_head / tiles,
+                 balanced_tile(in_head % tiles, tiles) * query_tile);
+  }
+}
+
+#define TORCHOPS_INSTANTIATE(T)                                                                          \
+  template int64_t forward_pack_bytes<T>(const Sizes&);                                                  \
+  template int64_t forward_scratch_bytes<T>(const Sizes&);                                               \
+  template int64_t forward_pack_units<T>(const Sizes&);                                                  \
+  template void forward_pack(const Attention<T>&, int64_t, void*, int64_t, int64_t);                     \
+  template int64_t forward_units<T>(const Sizes&);                                                       \
+  template void forward(const AttentionForward<T>&, int64_t, void*, void*, int64_t, int64_t);
+TORCHOPS_INSTANTIATE(double)
+TORCHOPS_INSTANTIATE(float)
+TORCHOPS_INSTANTIATE(bfloat16)
+TORCHOPS_INSTANTIATE(float16)
+#undef TORCHOPS_INSTANTIATE
+
+}  // namespace torchops::kernels::span_attention::TORCHOPS_LEVEL

@@ -1,0 +1,201 @@
+#include "span_attention/span_attention.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "core/cpu/aligned_buffer.h"
+#include "core/parallel.h"
+#include "span_attention/arguments.h"
+#include "span_attention/cpu/backward_kernel.h"
+#include "span_attention/cpu/forward_kernel.h"
+
+namespace torchops {
+namespace {
+
+using kernels::span_attention::Sizes;
+
+// Key-value heads that are packed at a time: enough for all threads, and no more than the memory allows.
+int64_t heads_in_a_wave(const Sizes& sizes, int64_t bytes_of_head) {
+  constexpr int64_t bytes_of_wave = int64_t{64} << 20;
+  const int64_t threads = at::get_num_threads();
+  const int64_t fitting = bytes_of_wave / bytes_of_head / threads * threads;
+  return std::min(std::max(threads, fitting), sizes.batch * sizes.num_kv_heads);
+}
+
+// Calls work(first head, heads, packs) for each wave.
+template <typename Work>
+void for_each_wave(const Sizes& sizes, int64_t bytes_of_head, const Work& work) {
+  const int64_t num_heads = sizes.batch * sizes.num_kv_heads;
+  const int64_t wave = heads_in_a_wave(sizes, bytes_of_head);
+  AlignedBuffer<char> packs(static_cast<size_t>(wave * bytes_of_head));
+  for (int64_t first = 0; first < num_heads; first += wave) {
+    work(first, std::min(wave, num_heads - first), packs.data());
+  }
+}
+
+// Every unit is worth a thread.
+template <typename Work>
+void parallel_tiles(int64_t count, int64_t scratch_bytes, const Work& work) {
+  parallel_units(count, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+    AlignedBuffer<char> scratch(static_cast<size_t>(scratch_bytes));
+    work(scratch.data(), begin, end);
+  });
+}
+
+void forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const SpanOptions& options,
+             const at::Tensor& output, const at::Tensor& logsumexp) {
+  if (output.numel() == 0) {
+    return;
+  }
+  const SpanTensors tensors(query, key, value, options);
+  for_dtype(query.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = kernels::accumulate_t<T>;
+    const kernels::span_attention::AttentionForward<T> args{
+        tensors.arguments<T>(), mutable_heads<T>(output),
+        logsumexp.defined() ? logsumexp.mutable_data_ptr<A>() : nullptr};
+    const Sizes& sizes = args.inputs.sizes;
+    const auto pack_bytes = TORCHOPS_KERNEL(span_attention, forward_pack_bytes<T>)(sizes);
+    const auto pack_units = TORCHOPS_KERNEL(span_attention, forward_pack_units<T>)(sizes);
+    const auto units = TORCHOPS_KERNEL(span_attention, forward_units<T>)(sizes);
+    const auto scratch_bytes = TORCHOPS_KERNEL(span_attention, forward_scratch_bytes<T>)(sizes);
+    for_each_wave(sizes, pack_bytes, [&](int64_t first, int64_t heads, char* packs) {
+      parallel_units(heads * pack_units, sizes.head_dim * 256, [&](int64_t begin, int64_t end) {
+        TORCHOPS_KERNEL(span_attention, forward_pack<T>)(args.inputs, first, packs, begin, end);
+      });
+      parallel_tiles(heads * units, scratch_bytes, [&](char* scratch, int64_t begin, int64_t end) {
+        TORCHOPS_KERNEL(span_attention, forward<T>)(args, first, packs, scratch, begin, end);
+      });
+    });
+  });
+}
+
+at::Tensor span_attention_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
+                              std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+                              const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+                              const std::optional<at::Tensor>& key_start) {
+  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
+  check_span_attention("span_attention", query, key, value, options);
+  auto output = empty_with_layout_of(query, value.sym_size(3));
+  forward(query, key, value, options, output, {});
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor> span_attention_lse_cpu(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
+    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+    const std::optional<at::Tensor>& key_start) {
+  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
+  check_span_attention("span_attention_lse", query, key, value, options);
+  auto output = empty_with_layout_of(query, value.sym_size(3));
+  auto logsumexp = empty_logsumexp(query);
+  forward(query, key, value, options, output, logsumexp);
+  return {output, logsumexp};
+}
+
+SpanGradients span_attention_backward_cpu(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query,
+    const at::Tensor& key, const at::Tensor& value, const at::Tensor& output, const at::Tensor& logsumexp,
+    c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal, std::optional<double> scale,
+    const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& sink,
+    const std::optional<at::Tensor>& query_start, const std::optional<at::Tensor>& key_start,
+    std::array<bool, 5> output_mask) {
+  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
+  check_span_attention_backward(grad_output, grad_logsumexp, query, key, value, output, logsumexp, options,
+                                output_mask);
+  auto gradients = empty_gradients(query, key, value, options, output_mask);
+  auto& [grad_query, grad_key, grad_value, grad_key_bias, grad_sink] = gradients;
+  const SpanTensors tensors(query, key, value, options);
+  const auto sizes = tensors.sizes();
+  const auto grad = with_contiguous_rows(grad_output), rows_out = with_contiguous_rows(output);
+  const auto lse = logsumexp.contiguous();
+  const auto grad_lse = grad_logsumexp ? grad_logsumexp->contiguous() : at::Tensor();
+  const auto delta = at::empty(lse.sizes(), lse.options());
+  const auto bias_shares =
+      output_mask[3] ? at::empty({sizes.batch, sizes.num_kv_heads, sizes.num_keys}, lse.options()) : at::Tensor();
+  const auto wide_grad_sink = output_mask[4] ? at::empty(options.sink->sizes(), lse.options()) : at::Tensor();
+
+  for_dtype(query.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = kernels::accumulate_t<T>;
+    const kernels::span_attention::RowDelta<T> delta_args{heads<T>(grad), heads<T>(rows_out),
+                                                          data_or_null<A>(grad_lse), delta.mutable_data_ptr<A>(),
+                                                          sizes};
+    parallel_units(delta.numel(), sizes.value_dim, [&](int64_t begin, int64_t end) {
+      TORCHOPS_KERNEL(span_attention, row_delta<T>)(delta_args, begin, end);
+    });
+    if (output_mask[4]) {
+      const kernels::span_attention::SinkGradient<A> sink_args{
+          tensors.sink().const_data_ptr<A>(), lse.const_data_ptr<A>(), delta.const_data_ptr<A>(),
+          wide_grad_sink.mutable_data_ptr<A>(), sizes};
+      parallel_units(sizes.num_heads, sizes.batch * sizes.num_queries, [&](int64_t begin, int64_t end) {
+        TORCHOPS_KERNEL(span_attention, sink_gradient<A>)(sink_args, begin, end);
+      });
+    }
+
+    const bool for_queries = output_mask[0];
+    const bool for_keys = output_mask[1] || output_mask[2] || output_mask[3];
+    if (!for_queries && !for_keys) {
+      return;
+    }
+    const kernels::span_attention::AttentionBackward<T> args{
+        tensors.arguments<T>(),
+        heads<T>(grad),
+        lse.const_data_ptr<A>(),
+        delta.const_data_ptr<A>(),
+        mutable_heads<T>(grad_query),
+        mutable_heads<T>(grad_key),
+        mutable_heads<T>(grad_value),
+        bias_shares.defined() ? bias_shares.mutable_data_ptr<A>() : nullptr};
+    const auto pack_bytes = TORCHOPS_KERNEL(span_attention, backward_pack_bytes<T>)(sizes);
+    const auto pack_units = TORCHOPS_KERNEL(span_attention, backward_pack_units<T>)(sizes);
+    const auto query_units = TORCHOPS_KERNEL(span_attention, backward_query_units<T>)(sizes);
+    const auto key_units = TORCHOPS_KERNEL(span_attention, backward_key_units<T>)(sizes);
+    const auto whole_bytes = TORCHOPS_KERNEL(span_attention, backward_scratch_bytes<T>)(sizes, true);
+    const auto tile_bytes = TORCHOPS_KERNEL(span_attention, backward_scratch_bytes<T>)(sizes, false);
+    for_each_wave(sizes, pack_bytes, [&](int64_t first, int64_t heads, char* packs) {
+      parallel_units(heads * pack_units, sizes.head_dim * 512, [&](int64_t begin, int64_t end) {
+        TORCHOPS_KERNEL(span_attention, backward_pack<T>)(args, first, packs, begin, end);
+      });
+      // A pass over whole heads computes the probabilities once instead of twice; heads that do not fill
+      // the threads are cut into tiles.
+      const int64_t threads = at::get_num_threads();
+      const int64_t whole = for_queries && for_keys ? heads / threads * threads : 0;
+      parallel_tiles(whole, whole_bytes, [&](char* scratch, int64_t begin, int64_t end) {
+        TORCHOPS_KERNEL(span_attention, backward_heads<T>)(args, first, packs, scratch, begin, end);
+      });
+      char* const rest = packs + whole * pack_bytes;
+      parallel_tiles(for_queries ? (heads - whole) * query_units : 0, tile_bytes,
+                     [&](char* scratch, int64_t begin, int64_t end) {
+                       TORCHOPS_KERNEL(span_attention, backward_queries<T>)
+                       (args, first + whole, rest, scratch, begin, end);
+                     });
+      parallel_tiles(for_keys ? (heads - whole) * key_units : 0, tile_bytes,
+                     [&](char* scratch, int64_t begin, int64_t end) {
+                       TORCHOPS_KERNEL(span_attention, backward_keys<T>)
+                       (args, first + whole, rest, scratch, begin, end);
+                     });
+    });
+  });
+  if (output_mask[3]) {
+    grad_key_bias.copy_(bias_shares.sum(1));
+  }
+  if (output_mask[4]) {
+    grad_sink.copy_(wide_grad_sink);
+  }
+  return gradients;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchops, CPU, m) {
+  m.impl("span_attention", span_attention_cpu);
+  m.impl("span_attention_lse", span_attention_lse_cpu);
+  m.impl("_span_attention_backward", span_attention_backward_cpu);
+}
+
+}  // namespace torchops
