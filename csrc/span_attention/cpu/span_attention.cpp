@@ -20,7 +20,7 @@ using kernels::span_attention::Sizes;
 int64_t heads_in_a_wave(const Sizes& sizes, int64_t bytes_of_head) {
   constexpr int64_t bytes_of_wave = int64_t{64} << 20;
   const int64_t threads = at::get_num_threads();
-  const int64_t fitting = bytes_of_wave / bytes_of_head / threads * threads;
+  const int64_t fitting = bytes_of_wave / std::max<int64_t>(bytes_of_head, 1) / threads * threads;
   return std::min(std::max(threads, fitting), sizes.batch * sizes.num_kv_heads);
 }
 
