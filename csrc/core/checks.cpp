@@ -61,8 +61,8 @@ void Checks::given(const char* name, const std::optional<at::Tensor>& tensor, co
 
 void Checks::integer(const char* name, const at::Tensor& tensor) const {
   const auto dtype = tensor.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kLong || dtype == at::kInt, op_, ": expected ", name,
-                    " of dtype Long or Int, got ", dtype);
+  TORCH_CHECK_VALUE(dtype == at::kLong || dtype == at::kInt, op_, ": expected ", name, " of dtype Long or Int, got ",
+                    dtype);
 }
 
 void Checks::at_least(const char* name, const c10::SymInt& value, int64_t lowest) const {
@@ -78,9 +78,9 @@ void Checks::at_most(const char* name, const c10::SymInt& value, const char* hig
 }
 
 void Checks::between(const char* name, const c10::SymInt& value, int64_t lowest, int64_t highest) const {
-  TORCH_CHECK_VALUE(value.sym_ge(lowest).expect_true(__FILE__, __LINE__) &&
-                        value.sym_le(highest).expect_true(__FILE__, __LINE__),
-                    op_, ": expected ", name, " in ", lowest, "..", highest, ", got ", value);
+  TORCH_CHECK_VALUE(
+      value.sym_ge(lowest).expect_true(__FILE__, __LINE__) && value.sym_le(highest).expect_true(__FILE__, __LINE__),
+      op_, ": expected ", name, " in ", lowest, "..", highest, ", got ", value);
 }
 
 void Checks::multiple_of(const char* name, const c10::SymInt& value, const char* unit_name,

@@ -196,12 +196,11 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
     static const auto op =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("torchops::_span_attention_backward", "")
-            .typed<SpanGradients(const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
-                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 c10::SymInt, c10::SymInt, c10::SymInt, bool, std::optional<double>,
-                                 const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                                 const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                                 std::array<bool, 5>)>();
+            .typed<SpanGradients(
+                const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&,
+                const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, bool,
+                std::optional<double>, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, std::array<bool, 5>)>();
     variable_list result(12);
     if (!grads[0].defined() && !grads[1].defined()) {
       return result;
@@ -212,12 +211,12 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
     for (int position = 0; position < 5; ++position) {
       output_mask[position] = TensorArguments::needs_grad(ctx, position);
     }
-    std::tie(result[0], result[1], result[2], result[8], result[9]) = op.call(
-        grad_output, optional_tensor(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4],
-        ctx->saved_data["block_size"].toSymInt(), ctx->saved_data["left"].toSymInt(),
-        ctx->saved_data["right"].toSymInt(), ctx->saved_data["is_causal"].toBool(),
-        ctx->saved_data["scale"].toOptional<double>(), optional_tensor(saved[5]), optional_tensor(saved[6]),
-        optional_tensor(saved[7]), optional_tensor(saved[8]), output_mask);
+    std::tie(result[0], result[1], result[2], result[8], result[9]) =
+        op.call(grad_output, optional_tensor(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4],
+                ctx->saved_data["block_size"].toSymInt(), ctx->saved_data["left"].toSymInt(),
+                ctx->saved_data["right"].toSymInt(), ctx->saved_data["is_causal"].toBool(),
+                ctx->saved_data["scale"].toOptional<double>(), optional_tensor(saved[5]), optional_tensor(saved[6]),
+                optional_tensor(saved[7]), optional_tensor(saved[8]), output_mask);
     return result;
   }
 };
@@ -305,9 +304,8 @@ at::Tensor span_attention(const at::Tensor& query, const at::Tensor& key, const 
 }
 
 std::tuple<at::Tensor, at::Tensor> span_attention_lse(const at::Tensor& query, const at::Tensor& key,
-                                                      const at::Tensor& value, c10::SymInt block_size,
-                                                      c10::SymInt left, c10::SymInt right, bool is_causal,
-                                                      std::optional<double> scale,
+                                                      const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
+                                                      c10::SymInt right, bool is_causal, std::optional<double> scale,
                                                       const std::optional<at::Tensor>& key_bias,
                                                       const std::optional<at::Tensor>& sink,
                                                       const std::optional<at::Tensor>& query_start,

@@ -33,6 +33,13 @@ A exp2_of(A x) {
   return exp2(broadcast(x))[0];
 }
 
+inline float log2(float x) {
+  return __builtin_log2f(x);
+}
+inline double log2(double x) {
+  return __builtin_log2(x);
+}
+
 template <typename A>
 inline constexpr A log2_e = A(1.44269504088896340735992468100189214L);
 

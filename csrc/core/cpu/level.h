@@ -44,11 +44,10 @@ Kernel select_level(const std::array<Kernel, level_count>& kernel_at_level) {
 // TORCHOPS_KERNEL(tokens, gather_rows<float>)(args, begin, end) calls the level in use of the kernel
 // torchops::kernels::tokens::<level>::gather_rows<float>.
 #if defined(__x86_64__)
-#define TORCHOPS_KERNEL(family, ...)                                                                \
-  ::torchops::kernels::select_level(std::array{&::torchops::kernels::family::baseline::__VA_ARGS__, \
-                                               &::torchops::kernels::family::avx2::__VA_ARGS__,     \
-                                               &::torchops::kernels::family::avx512::__VA_ARGS__,   \
-                                               &::torchops::kernels::family::avx512_bf16::__VA_ARGS__})
+#define TORCHOPS_KERNEL(family, ...)                                                                        \
+  ::torchops::kernels::select_level(std::array{                                                             \
+      &::torchops::kernels::family::baseline::__VA_ARGS__, &::torchops::kernels::family::avx2::__VA_ARGS__, \
+      &::torchops::kernels::family::avx512::__VA_ARGS__, &::torchops::kernels::family::avx512_bf16::__VA_ARGS__})
 #else
 #define TORCHOPS_KERNEL(family, ...) \
   ::torchops::kernels::select_level(std::array{&::torchops::kernels::family::baseline::__VA_ARGS__})

@@ -61,13 +61,13 @@ vec<Lane> lane_numbers() {
   return numbers;
 }
 
-// The integer of an accumulator's size.
-template <typename A>
-struct lane_integer {
+// The integer that goes with lanes of a size.
+template <size_t size>
+struct lane_index {
   using type = int32_t;
 };
 template <>
-struct lane_integer<double> {
+struct lane_index<8> {
   using type = int64_t;
 };
 
@@ -192,6 +192,29 @@ void copy_row(T* to, const T* from, int64_t size) {
     __builtin_memcpy(out, block, sizeof(block));
   }
   __builtin_memcpy(out, in, static_cast<size_t>(bytes));
+}
+
+// ---- transposition ----------------------------------------------------------------------------
+
+// A square of as many rows as a vector has lanes.
+template <typename Vector, int size>
+inline __attribute__((always_inline)) void transpose(Vector (&rows)[size]) {
+  using Index = vec<typename lane_index<sizeof(Vector) / size>::type>;
+  Index low, high;  // the lanes of two vectors by turns: their first halves, and their second halves
+  for (int lane = 0; lane < size; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * size;
+    high[lane] = size / 2 + low[lane];
+  }
+  for (int step = 1; step < size; step *= 2) {
+    Vector next[size];
+    for (int row = 0; row < size / 2; ++row) {
+      next[2 * row] = __builtin_shuffle(rows[row], rows[row + size / 2], low);
+      next[2 * row + 1] = __builtin_shuffle(rows[row], rows[row + size / 2], high);
+    }
+    for (int row = 0; row < size; ++row) {
+      rows[row] = next[row];
+    }
+  }
 }
 
 // ---- reductions -------------------------------------------------------------------------------

@@ -35,14 +35,14 @@ template <typename E>
 struct Meeting {
   using A = sum_t<E>;
 
-  A* probabilities;          // [query_tile][key_tile]
-  A* score_grads;            // [query_tile][key_tile]
-  E* probabilities_by_key;   // left operand [key_tile][query_tile], transposed in memory
-  E* score_grads_by_key;     // left operand [key_tile][query_tile], transposed in memory
-  E* score_grads_by_query;   // left operand [query_tile][key_tile]
-  A* bias;                   // [key_tile], in units of log2
-  A* logsumexp;              // [query_tile], in units of log2
-  A* delta;                  // [query_tile]
+  A* probabilities;         // [query_tile][key_tile]
+  A* score_grads;           // [query_tile][key_tile]
+  E* probabilities_by_key;  // left operand [key_tile][query_tile], transposed in memory
+  E* score_grads_by_key;    // left operand [key_tile][query_tile], transposed in memory
+  E* score_grads_by_query;  // left operand [query_tile][key_tile]
+  A* bias;                  // [key_tile], in units of log2
+  A* logsumexp;             // [query_tile], in units of log2
+  A* delta;                 // [query_tile]
 
   explicit Meeting(Arena* arena) {
     constexpr int64_t size = query_tile * key_tile<E>;
@@ -230,7 +230,7 @@ struct Head {
         first_key + key_tile<E> <= visible_keys(inputs.span, sequence, first_query).end) {
       compute_probabilities(meeting, in_group, first_query, first_key, rows, [](auto...) {});
     } else {
-      const TileSpans spans(inputs.span, sequence, first_query);
+      const TileSpans spans(inputs.span, sequence, first_query, num_rows(first_query));
       compute_probabilities(meeting, in_group, first_query, first_key, rows,
                             [&](int64_t row, int64_t key, vec<A>(&scores)[tile_vectors]) {
                               spans.hide<A>(row, first_key + key, scores);
@@ -248,21 +248,20 @@ struct Head {
     const bool biased = args.inputs.key_bias != nullptr;
     const E* const queries = pack.queries_left + (in_group * padded_queries() + first_query) * stride;
     for (int64_t first = 0; first < key_tile<E>; first += panel) {
-      panel_product(rows, depth, Operand<E>{queries, stride, 1},
-                     pack.keys_transposed + (first_key + first) * depth,
-                     [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
-                       A* const to = meeting.probabilities + row * key_tile<E> + first;
-                       for (int v = 0; v < tile_vectors; ++v) {
-                         scores[v] = scores[v] * scale - meeting.logsumexp[row];
-                         if (biased) {
-                           scores[v] += load(meeting.bias + first + v * lane_count<E>);
-                         }
-                       }
-                       hide(row, first, scores);
-                       for (int v = 0; v < tile_vectors; ++v) {
-                         store(to + v * lane_count<E>, exp2(scores[v]));
-                       }
-                     });
+      panel_product(rows, depth, Operand<E>{queries, stride, 1}, pack.keys_transposed + (first_key + first) * depth,
+                    [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
+                      A* const to = meeting.probabilities + row * key_tile<E> + first;
+                      for (int v = 0; v < tile_vectors; ++v) {
+                        scores[v] = scores[v] * scale - meeting.logsumexp[row];
+                        if (biased) {
+                          scores[v] += load(meeting.bias + first + v * lane_count<E>);
+                        }
+                      }
+                      hide(row, first, scores);
+                      for (int v = 0; v < tile_vectors; ++v) {
+                        store(to + v * lane_count<E>, exp2(scores[v]));
+                      }
+                    });
     }
   }
 
@@ -271,16 +270,15 @@ struct Head {
     const int64_t depth = depth_of<E>(sizes().value_dim);
     const int64_t stride = left_stride<E>(sizes().value_dim);
     for (int64_t first = 0; first < key_tile<E>; first += panel) {
-      panel_product(rows, depth, Operand<E>{pack.grads_left + packed_row * stride, stride, 1},
-                     pack.values_transposed + (first_key + first) * depth,
-                     [&](int64_t row, const vec<A>(&grads)[tile_vectors]) {
-                       const int64_t at = row * key_tile<E> + first;
-                       for (int v = 0; v < tile_vectors; ++v) {
-                         const int64_t here = at + v * lane_count<E>;
-                         store(meeting.score_grads + here,
-                               load(meeting.probabilities + here) * (grads[v] - meeting.delta[row]));
-                       }
-                     });
+      panel_product(
+          rows, depth, Operand<E>{pack.grads_left + packed_row * stride, stride, 1},
+          pack.values_transposed + (first_key + first) * depth, [&](int64_t row, const vec<A>(&grads)[tile_vectors]) {
+            const int64_t at = row * key_tile<E> + first;
+            for (int v = 0; v < tile_vectors; ++v) {
+              const int64_t here = at + v * lane_count<E>;
+              store(meeting.score_grads + here, load(meeting.probabilities + here) * (grads[v] - meeting.delta[row]));
+            }
+          });
     }
   }
 
@@ -321,9 +319,8 @@ struct Head {
   }
 
   static void store_row(T* to, const A* sums, int64_t size, A factor) {
-    for_each_vector<T>(size, [&](int64_t d, int lanes_used) {
-      store_piece(to + d, load(sums + d) * factor, lanes_used);
-    });
+    for_each_vector<T>(size,
+                       [&](int64_t d, int lanes_used) { store_piece(to + d, load(sums + d) * factor, lanes_used); });
   }
 };
 
@@ -518,16 +515,16 @@ void backward_keys(const AttentionBackward<T>& args, int64_t first_head, void* p
   }
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                                                             \
-  template void row_delta(const RowDelta<T>&, int64_t, int64_t);                                            \
-  template int64_t backward_pack_bytes<T>(const Sizes&);                                                    \
-  template int64_t backward_pack_units<T>(const Sizes&);                                                    \
-  template void backward_pack(const AttentionBackward<T>&, int64_t, void*, int64_t, int64_t);               \
-  template int64_t backward_scratch_bytes<T>(const Sizes&, bool);                                           \
-  template void backward_heads(const AttentionBackward<T>&, int64_t, void*, void*, int64_t, int64_t);       \
-  template int64_t backward_query_units<T>(const Sizes&);                                                   \
-  template void backward_queries(const AttentionBackward<T>&, int64_t, void*, void*, int64_t, int64_t);     \
-  template int64_t backward_key_units<T>(const Sizes&);                                                     \
+#define TORCHOPS_INSTANTIATE(T)                                                                         \
+  template void row_delta(const RowDelta<T>&, int64_t, int64_t);                                        \
+  template int64_t backward_pack_bytes<T>(const Sizes&);                                                \
+  template int64_t backward_pack_units<T>(const Sizes&);                                                \
+  template void backward_pack(const AttentionBackward<T>&, int64_t, void*, int64_t, int64_t);           \
+  template int64_t backward_scratch_bytes<T>(const Sizes&, bool);                                       \
+  template void backward_heads(const AttentionBackward<T>&, int64_t, void*, void*, int64_t, int64_t);   \
+  template int64_t backward_query_units<T>(const Sizes&);                                               \
+  template void backward_queries(const AttentionBackward<T>&, int64_t, void*, void*, int64_t, int64_t); \
+  template int64_t backward_key_units<T>(const Sizes&);                                                 \
   template void backward_keys(const AttentionBackward<T>&, int64_t, void*, void*, int64_t, int64_t);
 TORCHOPS_INSTANTIATE(double)
 TORCHOPS_INSTANTIATE(float)

@@ -1,5 +1,7 @@
 #include "span_attention/cpu/forward_kernel.h"
 
+#include <type_traits>
+
 #include "core/cpu/exponential.h"
 #include "span_attention/cpu/tiles.h"
 
@@ -10,23 +12,51 @@ namespace {
 template <typename E>
 constexpr int64_t key_block = 2 * key_tile<E>;
 
-// One key-value head, packed.
+// The keys and values of one key-value head as right operands.
 template <typename E>
 struct Pack {
   E* keys;    // panels [Lk / panel][D][panel]
-  E* values;  // right operand [Lk][Dv]
+  E* values;  // [Lk][Dv]
 
-  Pack(Arena* arena, const Sizes& sizes) {
-    const int64_t num_keys = round_up(sizes.num_keys, key_tile<E>);
+  Pack(Arena* arena, int64_t num_keys, const Sizes& sizes) {
     keys = arena->take<E>(num_keys * depth_of<E>(sizes.head_dim));
     values = arena->take<E>(depth_of<E>(num_keys) * columns_of<E>(sizes.value_dim));
   }
 
-  E* keys_from(int64_t key, const Sizes& sizes) const { return keys + key * depth_of<E>(sizes.head_dim); }
-  E* values_from(int64_t key, const Sizes& sizes) const {
-    return values + key / element<E>::depth * columns_of<E>(sizes.value_dim);
+  Pack from(int64_t key, const Sizes& sizes) const {
+    Pack rest = *this;
+    rest.keys += key * depth_of<E>(sizes.head_dim);
+    rest.values += key / element<E>::depth * columns_of<E>(sizes.value_dim);
+    return rest;
+  }
+
+  // Packs the keys [first, first + count), padded to padded_count, as its first ones.
+  template <typename T>
+  void fill_keys(const Attention<T>& args, int64_t batch, int64_t head, int64_t first, int64_t count,
+                 int64_t padded_count) const {
+    pack_transposed(args.key.row(batch, head, first), args.key.row_stride, count, args.sizes.head_dim, padded_count,
+                    keys);
+  }
+  template <typename T>
+  void fill_values(const Attention<T>& args, int64_t batch, int64_t head, int64_t first, int64_t count,
+                   int64_t padded_count) const {
+    pack_right(args.value.row(batch, head, first), args.value.row_stride, count, args.sizes.value_dim, padded_count,
+               values);
   }
 };
+
+// Few queries fit in one tile with those of the other heads of their group: then each key is read once.
+constexpr int64_t heads_in_tile(const Sizes& sizes) {
+  const int64_t fitting = sizes.num_queries == 0 ? 1 : query_tile / sizes.num_queries;
+  return fitting < 1 ? 1 : fitting < sizes.group_size() ? fitting : sizes.group_size();
+}
+constexpr int64_t query_tiles(const Sizes& sizes) {
+  return tiles_of(sizes.num_queries, query_tile);
+}
+// A wave is worth packing when tiles share its keys; a lone tile packs those it is at.
+constexpr bool packs_ahead(const Sizes& sizes) {
+  return tiles_of(sizes.group_size(), heads_in_tile(sizes)) * query_tiles(sizes) > 1;
+}
 
 // A tile of queries on its way through the keys. Scores are in units of log2: 2^score.
 template <typename E>
@@ -42,12 +72,12 @@ struct Scratch {
   A* largest;       // [query_tile]
   A* rescale;       // [query_tile]
   A* bias;          // [key_block]
+  Pack<E> pack;     // of key_block keys
 
-  Scratch(Arena* arena, const Sizes& sizes) {
+  Scratch(Arena* arena, const Sizes& sizes) : pack(arena, packs_ahead(sizes) ? 0 : key_block<E>, sizes) {
     queries = arena->take<E>(query_tile * left_stride<E>(sizes.head_dim));
     scores = arena->take<A>(query_tile * key_block<E>);
-    weights = is_pair<E> ? arena->take<E>(query_tile * key_block<E> / element<E>::depth)
-                         : reinterpret_cast<E*>(scores);
+    weights = is_pair<E> ? arena->take<E>(query_tile * key_block<E> / element<E>::depth) : reinterpret_cast<E*>(scores);
     output = arena->take<A>(query_tile * columns_of<E>(sizes.value_dim));
     highest = arena->take<vec<A>>(query_tile);
     sum = arena->take<vec<A>>(query_tile);
@@ -72,27 +102,27 @@ void compute_scores(const Attention<T>& args, const Pack<E>& pack, const Scratch
   }
   for (int64_t first = 0; first < num_keys; first += panel) {
     const bool all_visible = spans.all_visible(first_key + first, first_key + first + panel, num_rows);
-    const E* const keys = pack.keys_from(first_key + first, args.sizes);
+    const E* const keys = pack.keys + first * depth;
     const auto finish = [&](auto hide, auto add_bias) {
       panel_product(padded_rows, depth, Operand<E>{scratch.queries, left_stride<E>(args.sizes.head_dim), 1}, keys,
-                     [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
-                       for (int v = 0; v < tile_vectors; ++v) {
-                         scores[v] *= scale;
-                         if constexpr (decltype(add_bias)::value) {
-                           scores[v] += load(bias + first + v * lane_count<E>);
-                         }
-                       }
-                       if constexpr (decltype(hide)::value) {
-                         spans.template hide<A>(row, first_key + first, scores);
-                       }
-                       vec<A> highest = scratch.highest[row];
-                       A* const to = scratch.scores + row * key_block<E> + first;
-                       for (int v = 0; v < tile_vectors; ++v) {
-                         highest = scores[v] > highest ? scores[v] : highest;
-                         store(to + v * lane_count<E>, scores[v]);
-                       }
-                       scratch.highest[row] = highest;
-                     });
+                    [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
+                      for (int v = 0; v < tile_vectors; ++v) {
+                        scores[v] *= scale;
+                        if constexpr (decltype(add_bias)::value) {
+                          scores[v] += load(bias + first + v * lane_count<E>);
+                        }
+                      }
+                      if constexpr (decltype(hide)::value) {
+                        spans.template hide<A>(row, first_key + first, scores);
+                      }
+                      vec<A> highest = scratch.highest[row];
+                      A* const to = scratch.scores + row * key_block<E> + first;
+                      for (int v = 0; v < tile_vectors; ++v) {
+                        highest = scores[v] > highest ? scores[v] : highest;
+                        store(to + v * lane_count<E>, scores[v]);
+                      }
+                      scratch.highest[row] = highest;
+                    });
     };
     if (bias != nullptr) {
       all_visible ? finish(count<0>{}, count<1>{}) : finish(count<1>{}, count<1>{});
@@ -133,32 +163,85 @@ void compute_weights(const Scratch<E>& scratch, int64_t num_rows, int64_t num_ke
   }
 }
 
+// Brings in the sink, and divides by the sum.
 template <typename E, typename T>
-void compute_tile(const AttentionForward<T>& args, const Pack<E>& pack, const Scratch<E>& scratch, int64_t batch,
-                  int64_t head, int64_t first_query) {
+void finish_row(const AttentionForward<T>& args, const Scratch<E>& scratch, int64_t row, int64_t batch, int64_t head,
+                int64_t query) {
+  using A = sum_t<E>;
+  const Sizes& sizes = args.inputs.sizes;
+  A sum = sum_lanes<A>(scratch.sum[row]);
+  A largest = scratch.largest[row];
+  A rescale = 1;
+  if (args.inputs.sink != nullptr) {
+    const A sink = args.inputs.sink[head] * log2_e<A>;
+    if (sink > largest) {
+      rescale = exp2_of(largest - sink);
+      sum = sum * rescale + 1;
+      largest = sink;
+    } else if (sink > -static_cast<A>(__builtin_inf())) {
+      sum += exp2_of(sink - largest);
+    }
+  }
+  if (args.logsumexp != nullptr) {
+    args.logsumexp[(batch * sizes.num_heads + head) * sizes.num_queries + query] = (largest + log2(sum)) / log2_e<A>;
+  }
+  const A factor = sum == 0 ? A(0) : rescale / sum;
+  T* const to = args.output.row(batch, head, query);
+  const A* const from = scratch.output + row * columns_of<E>(sizes.value_dim);
+  for_each_vector<T>(sizes.value_dim,
+                     [&](int64_t d, int lanes_used) { store_piece(to + d, load(from + d) * factor, lanes_used); });
+}
+
+// Queries [first_query, first_query + query_tile) of num_heads heads; `packed` is the head's of the wave, or null.
+template <typename E, typename T>
+void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const Scratch<E>& scratch, int64_t batch,
+                  int64_t first_head, int64_t num_heads, int64_t first_query) {
   using A = sum_t<E>;
   const Attention<T>& inputs = args.inputs;
   const Sizes& sizes = inputs.sizes;
   const Sequence sequence = inputs.sequence(batch);
   const int64_t queries_left = sizes.num_queries - first_query;
-  const int64_t num_rows = queries_left < query_tile ? queries_left : query_tile;
+  const int64_t num_queries = queries_left < query_tile ? queries_left : query_tile;
+  const int64_t num_rows = num_heads * num_queries;
   const int64_t padded_rows = round_up(num_rows, tile_rows);
   const int64_t columns = columns_of<E>(sizes.value_dim);
 
-  pack_left(inputs.query.row(batch, head, first_query), inputs.query.row_stride, num_rows, sizes.head_dim, padded_rows,
-            scratch.queries);
+  for (int64_t head = 0; head < num_heads; ++head) {
+    const bool last = head == num_heads - 1;
+    pack_left(inputs.query.row(batch, first_head + head, first_query), inputs.query.row_stride, num_queries,
+              sizes.head_dim, last ? padded_rows - head * num_queries : num_queries,
+              scratch.queries + head * num_queries * left_stride<E>(sizes.head_dim));
+  }
   for (int64_t row = 0; row < padded_rows; ++row) {
     scratch.largest[row] = -static_cast<A>(__builtin_inf());
     scratch.sum[row] = vec<A>{};
   }
   __builtin_memset(scratch.output, 0, static_cast<size_t>(padded_rows * columns) * sizeof(A));
 
-  const TileSpans spans(inputs.span, sequence, first_query);
-  const Range keys = visible_keys(inputs.span, sequence, Range{first_query, first_query + num_rows});
+  // A single tile of registers reads the values once, and packing reads and writes them.
+  const bool values_stay_in_place = padded_rows == tile_rows && columns == sizes.value_dim;
+  const TileSpans spans(inputs.span, sequence, first_query, num_queries, num_heads);
+  const Range keys = visible_keys(inputs.span, sequence, Range{first_query, first_query + num_queries});
   constexpr int64_t panel = panel_columns<A>;
   for (int64_t first = keys.begin / panel * panel; first < keys.end; first += key_block<E>) {
     const int64_t visible = keys.end - first < key_block<E> ? keys.end - first : key_block<E>;
     const int64_t num_keys = round_up(visible, panel);
+    const Pack<E> pack = packed == nullptr ? scratch.pack : packed->from(first, sizes);
+    const E* values = pack.values;
+    int64_t value_stride = columns;
+    if (packed == nullptr) {
+      const int64_t kv_head = first_head / sizes.group_size();
+      pack.fill_keys(inputs, batch, kv_head, first, visible, num_keys);
+      if constexpr (std::is_same_v<T, E>) {
+        if (values_stay_in_place) {
+          values = inputs.value.row(batch, kv_head, first);
+          value_stride = inputs.value.row_stride;
+        }
+      }
+      if (values == pack.values) {
+        pack.fill_values(inputs, batch, kv_head, first, visible, num_keys);
+      }
+    }
     if (inputs.key_bias != nullptr) {
       const A* const bias = inputs.key_bias + batch * sizes.num_keys + first;
       for (int64_t key = 0; key < num_keys; ++key) {
@@ -169,10 +252,9 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>& pack, const Sc
     compute_weights(scratch, padded_rows, num_keys);
     // Keys before the first visible one, and behind the last, have no weight.
     const int64_t skipped = keys.begin > first ? (keys.begin - first) / element<E>::depth : 0;
-    const int64_t stride = key_block<E> / element<E>::depth;
     matrix_product(padded_rows, columns / lane_count<E>, depth_of<E>(visible) - skipped,
-                   Operand<E>{scratch.weights + skipped, stride, 1}, pack.values_from(first, sizes) + skipped * columns,
-                   columns, [&](int64_t row, int64_t vector, auto& sums) {
+                   Operand<E>{scratch.weights + skipped, key_block<E> / element<E>::depth, 1},
+                   values + skipped * value_stride, value_stride, [&](int64_t row, int64_t vector, auto& sums) {
                      A* to = scratch.output + row * columns + vector * lane_count<E>;
                      for (const auto& sum : sums) {
                        store(to, load(to) * scratch.rescale[row] + sum);
@@ -182,31 +264,7 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>& pack, const Sc
   }
 
   for (int64_t row = 0; row < num_rows; ++row) {
-    A sum = sum_lanes<A>(scratch.sum[row]);
-    A largest = scratch.largest[row];
-    A rescale = 1;
-    if (inputs.sink != nullptr) {
-      const A sink = inputs.sink[head] * log2_e<A>;
-      if (sink > largest) {
-        rescale = exp2_of(largest - sink);
-        sum = sum * rescale + 1;
-        largest = sink;
-      } else if (sink > -static_cast<A>(__builtin_inf())) {
-        sum += exp2_of(sink - largest);
-      }
-    }
-    if (args.logsumexp != nullptr) {
-      const A log2_sum = sizeof(A) == sizeof(float) ? static_cast<A>(__builtin_log2f(static_cast<float>(sum)))
-                                                    : static_cast<A>(__builtin_log2(static_cast<double>(sum)));
-      args.logsumexp[(batch * sizes.num_heads + head) * sizes.num_queries + first_query + row] =
-          (largest + log2_sum) / log2_e<A>;
-    }
-    const A factor = sum == 0 ? A(0) : rescale / sum;
-    T* const to = args.output.row(batch, head, first_query + row);
-    const A* const from = scratch.output + row * columns;
-    for_each_vector<T>(sizes.value_dim, [&](int64_t d, int lanes_used) {
-      store_piece(to + d, load(from + d) * factor, lanes_used);
-    });
+    finish_row(args, scratch, row, batch, first_head + row / num_queries, first_query + row % num_queries);
   }
 }
 
@@ -214,8 +272,9 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>& pack, const Sc
 
 template <typename T>
 int64_t forward_pack_bytes(const Sizes& sizes) {
+  using E = multiplicand_t<T>;
   Arena arena(nullptr);
-  Pack<multiplicand_t<T>>(&arena, sizes);
+  Pack<E>(&arena, packs_ahead(sizes) ? round_up(sizes.num_keys, key_tile<E>) : 0, sizes);
   return arena.bytes();
 }
 
@@ -228,15 +287,30 @@ int64_t forward_scratch_bytes(const Sizes& sizes) {
 
 template <typename T>
 int64_t forward_pack_units(const Sizes& sizes) {
-  return tiles_of(sizes.num_keys, key_tile<multiplicand_t<T>>);
+  return packs_ahead(sizes) ? tiles_of(sizes.num_keys, key_tile<multiplicand_t<T>>) : 0;
 }
+
+template <typename T>
+int64_t forward_units(const Sizes& sizes) {
+  return tiles_of(sizes.group_size(), heads_in_tile(sizes)) * query_tiles(sizes);
+}
+
+namespace {
+
+template <typename T>
+auto pack_of(const Sizes& sizes, void* packs, int64_t in_wave) {
+  using E = multiplicand_t<T>;
+  Arena arena(static_cast<char*>(packs) + in_wave * forward_pack_bytes<T>(sizes));
+  return Pack<E>(&arena, round_up(sizes.num_keys, key_tile<E>), sizes);
+}
+
+}  // namespace
 
 template <typename T>
 void forward_pack(const Attention<T>& args, int64_t first_head, void* packs, int64_t begin, int64_t end) {
   using E = multiplicand_t<T>;
   const Sizes& sizes = args.sizes;
   const int64_t tiles = forward_pack_units<T>(sizes);
-  const int64_t bytes = forward_pack_bytes<T>(sizes);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t batch = (first_head + unit / tiles) / sizes.num_kv_heads;
     const int64_t head = (first_head + unit / tiles) % sizes.num_kv_heads;
@@ -244,21 +318,12 @@ void forward_pack(const Attention<T>& args, int64_t first_head, void* packs, int
     const int64_t keys_left = sizes.num_keys - key;
     const int64_t num_keys = keys_left < key_tile<E> ? keys_left : key_tile<E>;
     const Range seen = visible_keys(args.span, args.sequence(batch), Range{0, sizes.num_queries});
-    if (key + num_keys <= seen.begin || seen.end <= key) {
-      continue;
+    if (seen.begin < key + num_keys && key < seen.end) {
+      const Pack<E> pack = pack_of<T>(sizes, packs, unit / tiles).from(key, sizes);
+      pack.fill_keys(args, batch, head, key, num_keys, key_tile<E>);
+      pack.fill_values(args, batch, head, key, num_keys, key_tile<E>);
     }
-    Arena of_head(static_cast<char*>(packs) + unit / tiles * bytes);
-    const Pack<E> pack(&of_head, sizes);
-    pack_transposed(args.key.row(batch, head, key), args.key.row_stride, num_keys, sizes.head_dim, key_tile<E>,
-                    pack.keys_from(key, sizes));
-    pack_right(args.value.row(batch, head, key), args.value.row_stride, num_keys, sizes.value_dim, key_tile<E>,
-               pack.values_from(key, sizes));
   }
-}
-
-template <typename T>
-int64_t forward_units(const Sizes& sizes) {
-  return sizes.group_size() * tiles_of(sizes.num_queries, query_tile);
 }
 
 template <typename T>
@@ -266,27 +331,28 @@ void forward(const AttentionForward<T>& args, int64_t first_head, void* packs, v
              int64_t end) {
   using E = multiplicand_t<T>;
   const Sizes& sizes = args.inputs.sizes;
-  const int64_t tiles = tiles_of(sizes.num_queries, query_tile);
-  const int64_t bytes = forward_pack_bytes<T>(sizes);
-  Arena of_thread(scratch);
-  const Scratch<E> buffers(&of_thread, sizes);
+  const int64_t tiles = query_tiles(sizes);
+  const int64_t units = forward_units<T>(sizes);
+  Arena arena(scratch);
+  const Scratch<E> buffers(&arena, sizes);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t in_wave = unit / forward_units<T>(sizes);
-    const int64_t batch = (first_head + in_wave) / sizes.num_kv_heads;
-    const int64_t kv_head = (first_head + in_wave) % sizes.num_kv_heads;
-    const int64_t in_head = unit % forward_units<T>(sizes);
-    Arena of_head(static_cast<char*>(packs) + in_wave * bytes);
-    compute_tile(args, Pack<E>(&of_head, sizes), buffers, batch, kv_head * sizes.group_size() + in_head / tiles,
-                 balanced_tile(in_head % tiles, tiles) * query_tile);
+    const int64_t batch = (first_head + unit / units) / sizes.num_kv_heads;
+    const int64_t kv_head = (first_head + unit / units) % sizes.num_kv_heads;
+    const int64_t in_group = unit % units / tiles * heads_in_tile(sizes);
+    const int64_t heads_left = sizes.group_size() - in_group;
+    const Pack<E> packed = pack_of<T>(sizes, packs, unit / units);
+    compute_tile(args, packs_ahead(sizes) ? &packed : nullptr, buffers, batch, kv_head * sizes.group_size() + in_group,
+                 heads_left < heads_in_tile(sizes) ? heads_left : heads_in_tile(sizes),
+                 balanced_tile(unit % tiles, tiles) * query_tile);
   }
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                                                          \
-  template int64_t forward_pack_bytes<T>(const Sizes&);                                                  \
-  template int64_t forward_scratch_bytes<T>(const Sizes&);                                               \
-  template int64_t forward_pack_units<T>(const Sizes&);                                                  \
-  template void forward_pack(const Attention<T>&, int64_t, void*, int64_t, int64_t);                     \
-  template int64_t forward_units<T>(const Sizes&);                                                       \
+#define TORCHOPS_INSTANTIATE(T)                                                      \
+  template int64_t forward_pack_bytes<T>(const Sizes&);                              \
+  template int64_t forward_scratch_bytes<T>(const Sizes&);                           \
+  template int64_t forward_pack_units<T>(const Sizes&);                              \
+  template void forward_pack(const Attention<T>&, int64_t, void*, int64_t, int64_t); \
+  template int64_t forward_units<T>(const Sizes&);                                   \
   template void forward(const AttentionForward<T>&, int64_t, void*, void*, int64_t, int64_t);
 TORCHOPS_INSTANTIATE(double)
 TORCHOPS_INSTANTIATE(float)

@@ -16,9 +16,9 @@ namespace {
 
 using kernels::span_attention::Sizes;
 
-// Key-value heads that are packed at a time: enough for all threads, and no more than the memory allows.
+// Key-value heads that are packed at a time: enough for all threads, and as many as stay in the caches.
 int64_t heads_in_a_wave(const Sizes& sizes, int64_t bytes_of_head) {
-  constexpr int64_t bytes_of_wave = int64_t{64} << 20;
+  constexpr int64_t bytes_of_wave = int64_t{8} << 20;
   const int64_t threads = at::get_num_threads();
   const int64_t fitting = bytes_of_wave / std::max<int64_t>(bytes_of_head, 1) / threads * threads;
   return std::min(std::max(threads, fitting), sizes.batch * sizes.num_kv_heads);
@@ -97,13 +97,15 @@ std::tuple<at::Tensor, at::Tensor> span_attention_lse_cpu(
   return {output, logsumexp};
 }
 
-SpanGradients span_attention_backward_cpu(
-    const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query,
-    const at::Tensor& key, const at::Tensor& value, const at::Tensor& output, const at::Tensor& logsumexp,
-    c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal, std::optional<double> scale,
-    const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& sink,
-    const std::optional<at::Tensor>& query_start, const std::optional<at::Tensor>& key_start,
-    std::array<bool, 5> output_mask) {
+SpanGradients span_attention_backward_cpu(const at::Tensor& grad_output,
+                                          const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query,
+                                          const at::Tensor& key, const at::Tensor& value, const at::Tensor& output,
+                                          const at::Tensor& logsumexp, c10::SymInt block_size, c10::SymInt left,
+                                          c10::SymInt right, bool is_causal, std::optional<double> scale,
+                                          const std::optional<at::Tensor>& key_bias,
+                                          const std::optional<at::Tensor>& sink,
+                                          const std::optional<at::Tensor>& query_start,
+                                          const std::optional<at::Tensor>& key_start, std::array<bool, 5> output_mask) {
   const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
   check_span_attention_backward(grad_output, grad_logsumexp, query, key, value, output, logsumexp, options,
                                 output_mask);
@@ -122,16 +124,15 @@ SpanGradients span_attention_backward_cpu(
   for_dtype(query.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = kernels::accumulate_t<T>;
-    const kernels::span_attention::RowDelta<T> delta_args{heads<T>(grad), heads<T>(rows_out),
-                                                          data_or_null<A>(grad_lse), delta.mutable_data_ptr<A>(),
-                                                          sizes};
+    const kernels::span_attention::RowDelta<T> delta_args{heads<T>(grad), heads<T>(rows_out), data_or_null<A>(grad_lse),
+                                                          delta.mutable_data_ptr<A>(), sizes};
     parallel_units(delta.numel(), sizes.value_dim, [&](int64_t begin, int64_t end) {
       TORCHOPS_KERNEL(span_attention, row_delta<T>)(delta_args, begin, end);
     });
     if (output_mask[4]) {
-      const kernels::span_attention::SinkGradient<A> sink_args{
-          tensors.sink().const_data_ptr<A>(), lse.const_data_ptr<A>(), delta.const_data_ptr<A>(),
-          wide_grad_sink.mutable_data_ptr<A>(), sizes};
+      const kernels::span_attention::SinkGradient<A> sink_args{tensors.sink().const_data_ptr<A>(),
+                                                               lse.const_data_ptr<A>(), delta.const_data_ptr<A>(),
+                                                               wide_grad_sink.mutable_data_ptr<A>(), sizes};
       parallel_units(sizes.num_heads, sizes.batch * sizes.num_queries, [&](int64_t begin, int64_t end) {
         TORCHOPS_KERNEL(span_attention, sink_gradient<A>)(sink_args, begin, end);
       });
@@ -143,14 +144,10 @@ SpanGradients span_attention_backward_cpu(
       return;
     }
     const kernels::span_attention::AttentionBackward<T> args{
-        tensors.arguments<T>(),
-        heads<T>(grad),
-        lse.const_data_ptr<A>(),
-        delta.const_data_ptr<A>(),
-        mutable_heads<T>(grad_query),
-        mutable_heads<T>(grad_key),
-        mutable_heads<T>(grad_value),
-        bias_shares.defined() ? bias_shares.mutable_data_ptr<A>() : nullptr};
+        tensors.arguments<T>(),       heads<T>(grad),
+        lse.const_data_ptr<A>(),      delta.const_data_ptr<A>(),
+        mutable_heads<T>(grad_query), mutable_heads<T>(grad_key),
+        mutable_heads<T>(grad_value), bias_shares.defined() ? bias_shares.mutable_data_ptr<A>() : nullptr};
     const auto pack_bytes = TORCHOPS_KERNEL(span_attention, backward_pack_bytes<T>)(sizes);
     const auto pack_units = TORCHOPS_KERNEL(span_attention, backward_pack_units<T>)(sizes);
     const auto query_units = TORCHOPS_KERNEL(span_attention, backward_query_units<T>)(sizes);

@@ -63,6 +63,38 @@ constexpr int64_t columns_of(int64_t size) {
 
 // ---- packing ------------------------------------------------------------------------------------
 
+// A vector of elements of a row, of which `used` numbers are left.
+template <typename E, typename T>
+typename element<E>::vector load_elements(const T* from, int64_t used) {
+  if constexpr (is_pair<E>) {
+    vuint words = {};
+    if (used >= 2 * lane_count<E>) {
+      __builtin_memcpy(&words, from, sizeof(words));
+    } else {
+      __builtin_memcpy(&words, from, static_cast<size_t>(used) * sizeof(T));
+    }
+    return words;
+  } else {
+    return load_piece(from, static_cast<int>(used < lanes<T> ? used : lanes<T>));
+  }
+}
+
+// 16-bit numbers in the lower halves of 32 bits.
+template <typename T>
+vuint load_words(const T* from, int64_t used) {
+  vhalfwords bits = {};
+  if (used == lanes<T>) {
+    __builtin_memcpy(&bits, from, sizeof(bits));
+  } else {
+    __builtin_memcpy(&bits, from, static_cast<size_t>(used) * sizeof(T));
+  }
+  return __builtin_convertvector(bits, vuint);
+}
+template <typename E>
+void store_words(E* to, vuint words) {
+  __builtin_memcpy(to, &words, sizeof(words));
+}
+
 // rows [count, size] -> packed [padded_count, stride] of numbers, padded with zeros.
 template <typename T>
 void pack_numbers(const T* rows, int64_t row_stride, int64_t count, int64_t size, int64_t padded_count, int64_t stride,
@@ -111,11 +143,12 @@ void pack_right(const T* rows, int64_t row_stride, int64_t count, int64_t size, 
   const int64_t columns = columns_of<E>(size);
   if constexpr (is_pair<E>) {
     for (int64_t row = 0; row < padded_count; row += 2, packed += columns) {
-      const uint16_t* const first = reinterpret_cast<const uint16_t*>(rows + row * row_stride);
-      const uint16_t* const second = first + row_stride;
-      for (int64_t d = 0; d < columns; ++d) {
-        packed[d].first = row < count && d < size ? first[d] : uint16_t{0};
-        packed[d].second = row + 1 < count && d < size ? second[d] : uint16_t{0};
+      const T* const first = rows + row * row_stride;
+      for (int64_t d = 0; d < columns; d += lanes<T>) {
+        const int64_t used = size - d < lanes<T> ? size - d : lanes<T>;
+        const vuint upper = row + 1 < count ? load_words(first + row_stride + d, used) : vuint{};
+        const vuint lower = row < count ? load_words(first + d, used) : vuint{};
+        store_words(packed + d, lower | upper << 16);
       }
     }
   } else {
@@ -128,27 +161,39 @@ void pack_right(const T* rows, int64_t row_stride, int64_t count, int64_t size, 
 template <typename E, typename T>
 void pack_transposed(const T* rows, int64_t row_stride, int64_t count, int64_t size, int64_t columns, E* packed) {
   constexpr int64_t panel = panel_columns<sum_t<E>>;
+  constexpr int64_t side = lane_count<E>;
   const int64_t depth = depth_of<E>(size);
-  for (int64_t column = 0; column < columns; ++column) {
-    E row[256];
-    pack_left(rows + column * row_stride, row_stride, column < count ? 1 : 0, size, 1, row);
+  for (int64_t column = 0; column < columns; column += side) {
     E* const to = packed + column / panel * panel * depth + column % panel;
-    for (int64_t d = 0; d < depth; ++d) {
-      to[d * panel] = row[d];
+    for (int64_t first = 0; first < depth; first += side) {
+      const int64_t used = size - first * element<E>::depth;
+      typename element<E>::vector square[side];
+      for (int64_t row = 0; row < side; ++row) {
+        square[row] = column + row < count
+                          ? load_elements<E>(rows + (column + row) * row_stride + first * element<E>::depth, used)
+                          : typename element<E>::vector{};
+      }
+      transpose(square);
+      for (int64_t d = 0; d < side && first + d < depth; ++d) {
+        __builtin_memcpy(to + (first + d) * panel, &square[d], sizeof(square[d]));
+      }
     }
   }
 }
 
 // ---- visibility of a tile -----------------------------------------------------------------------
 
-// The keys that each query of a tile sees; none for rows behind the last query.
+// The keys that each row of a tile sees, where a tile is the same queries of one or several heads one behind
+// the other; none for rows behind the last.
 struct TileSpans {
   Range keys[query_tile];
 
-  TileSpans(const Span& span, const Sequence& sequence, int64_t first_query) {
+  TileSpans(const Span& span, const Sequence& sequence, int64_t first_query, int64_t num_queries,
+            int64_t num_heads = 1) {
     for (int64_t row = 0; row < query_tile; ++row) {
-      const int64_t query = first_query + row;
-      keys[row] = query < sequence.num_queries ? visible_keys(span, sequence, query) : Range{0, 0};
+      keys[row] = row < num_queries               ? visible_keys(span, sequence, first_query + row)
+                  : row < num_heads * num_queries ? keys[row - num_queries]
+                                                  : Range{0, 0};
     }
   }
 
@@ -160,7 +205,7 @@ struct TileSpans {
   // Leaves the scores of what a query sees, in vectors from key `first` on, and makes the others -inf.
   template <typename A, int vectors>
   void hide(int64_t row, int64_t first, vec<A> (&scores)[vectors]) const {
-    using Lane = typename lane_integer<A>::type;
+    using Lane = typename lane_index<sizeof(A)>::type;
     constexpr int64_t lane_count = vector_bytes / static_cast<int64_t>(sizeof(A));
     const vec<A> hidden = broadcast(-static_cast<A>(__builtin_inf()));
     for (int v = 0; v < vectors; ++v) {
