@@ -3,16 +3,25 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
+
 #include "core/parallel.h"
 
 namespace torchops {
 
 at::Tensor checked_assignment(const char* op, const at::Tensor& assign, int64_t num_groups) {
   const auto checked = assign.contiguous();
-  const auto* values = checked.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < checked.numel(); ++i) {
-    TORCH_CHECK_VALUE(-1 <= values[i] && values[i] < num_groups, op, ": expected assign values in -1..", num_groups - 1,
-                      ", got ", values[i], " at [", i / checked.size(1), ", ", i % checked.size(1), "]");
+  const auto* const begin = checked.const_data_ptr<int64_t>();
+  const auto* const end = begin + checked.numel();
+  int64_t lowest = 0, highest = -1;
+  for (const auto* value = begin; value != end; ++value) {
+    lowest = std::min(lowest, *value);
+    highest = std::max(highest, *value);
+  }
+  if (lowest < -1 || highest >= num_groups) {
+    const auto at = std::find_if(begin, end, [&](int64_t value) { return value < -1 || value >= num_groups; }) - begin;
+    TORCH_CHECK_VALUE(false, op, ": expected assign values in -1..", num_groups - 1, ", got ", begin[at], " at [",
+                      at / checked.size(1), ", ", at % checked.size(1), "]");
   }
   return checked;
 }
