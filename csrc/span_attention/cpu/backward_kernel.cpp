@@ -1,6 +1,7 @@
 #include "span_attention/cpu/backward_kernel.h"
 
 #include "core/cpu/exponential.h"
+#include "span_attention/cpu/packing.h"
 #include "span_attention/cpu/tiles.h"
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
@@ -327,43 +328,6 @@ struct Head {
 }  // namespace
 
 template <typename T>
-void row_delta(const RowDelta<T>& args, int64_t begin, int64_t end) {
-  using A = accumulate_t<T>;
-  const Sizes& sizes = args.sizes;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t query = unit % sizes.num_queries;
-    const int64_t head = unit / sizes.num_queries % sizes.num_heads;
-    const int64_t batch = unit / sizes.num_queries / sizes.num_heads;
-    const T* const grad = args.grad_output.row(batch, head, query);
-    const T* const output = args.output.row(batch, head, query);
-    vec<A> sum = {};
-    for_each_vector<T>(sizes.value_dim, [&](int64_t d, int lanes_used) {
-      sum += load_piece(grad + d, lanes_used) * load_piece(output + d, lanes_used);
-    });
-    args.delta[unit] = sum_lanes<A>(sum) - (args.grad_logsumexp == nullptr ? A(0) : args.grad_logsumexp[unit]);
-  }
-}
-
-template <typename A>
-void sink_gradient(const SinkGradient<A>& args, int64_t begin, int64_t end) {
-  const Sizes& sizes = args.sizes;
-  for (int64_t head = begin; head < end; ++head) {
-    vec<A> sum = {};
-    for (int64_t batch = 0; batch < sizes.batch; ++batch) {
-      const int64_t first = (batch * sizes.num_heads + head) * sizes.num_queries;
-      for_each_vector<A>(sizes.num_queries, [&](int64_t query, int lanes_used) {
-        const vec<A> logsumexp = load_piece(args.logsumexp + first + query, lanes_used);
-        const vec<A> probability = exp2((args.sink[head] - logsumexp) * log2_e<A>);
-        const vec<A> product = probability * load_piece(args.delta + first + query, lanes_used);
-        // Lanes behind the last query have a delta of 0; a row of nothing has no sink that counts.
-        sum -= logsumexp == -static_cast<A>(__builtin_inf()) ? vec<A>{} : product;
-      });
-    }
-    args.grad_sink[head] = sum_lanes<A>(sum);
-  }
-}
-
-template <typename T>
 int64_t backward_pack_bytes(const Sizes& sizes) {
   Arena arena(nullptr);
   Pack<multiplicand_t<T>>(&arena, sizes);
@@ -516,7 +480,6 @@ void backward_keys(const AttentionBackward<T>& args, int64_t first_head, void* p
 }
 
 #define TORCHOPS_INSTANTIATE(T)                                                                         \
-  template void row_delta(const RowDelta<T>&, int64_t, int64_t);                                        \
   template int64_t backward_pack_bytes<T>(const Sizes&);                                                \
   template int64_t backward_pack_units<T>(const Sizes&);                                                \
   template void backward_pack(const AttentionBackward<T>&, int64_t, void*, int64_t, int64_t);           \
@@ -531,7 +494,5 @@ TORCHOPS_INSTANTIATE(float)
 TORCHOPS_INSTANTIATE(bfloat16)
 TORCHOPS_INSTANTIATE(float16)
 #undef TORCHOPS_INSTANTIATE
-template void sink_gradient(const SinkGradient<double>&, int64_t, int64_t);
-template void sink_gradient(const SinkGradient<float>&, int64_t, int64_t);
 
 }  // namespace torchops::kernels::span_attention::TORCHOPS_LEVEL

@@ -12,11 +12,6 @@ namespace torchops::kernels::span_attention {
 #define TORCHOPS_DECLARE(level)                                                                                        \
   namespace level {                                                                                                    \
   template <typename T>                                                                                                \
-  void row_delta(const RowDelta<T>& args, int64_t begin, int64_t end); /* units are rows, (b * Hq + h) * Lq + i */     \
-  template <typename A>                                                                                                \
-  void sink_gradient(const SinkGradient<A>& args, int64_t begin, int64_t end); /* units are heads */                   \
-                                                                                                                       \
-  template <typename T>                                                                                                \
   int64_t backward_pack_bytes(const Sizes& sizes);                                                                     \
   /* Units are tiles of keys and of queries of the heads of a wave: head * backward_pack_units + tile. */              \
   template <typename T>                                                                                                \

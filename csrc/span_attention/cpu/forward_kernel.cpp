@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "core/cpu/exponential.h"
+#include "span_attention/cpu/packing.h"
 #include "span_attention/cpu/tiles.h"
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {

@@ -9,6 +9,7 @@
 #include "core/parallel.h"
 #include "span_attention/arguments.h"
 #include "span_attention/cpu/backward_kernel.h"
+#include "span_attention/cpu/delta_kernel.h"
 #include "span_attention/cpu/forward_kernel.h"
 
 namespace torchops {

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "core/cpu/level.h"
+#include "span_attention/attention.h"
+
+namespace torchops::kernels::span_attention {
+
+// Units are rows, (b * Hq + h) * Lq + i, resp. heads.
+#define TORCHOPS_DECLARE(level)                                                \
+  namespace level {                                                            \
+  template <typename T>                                                        \
+  void row_delta(const RowDelta<T>& args, int64_t begin, int64_t end);         \
+  template <typename A>                                                        \
+  void sink_gradient(const SinkGradient<A>& args, int64_t begin, int64_t end); \
+  }
+TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)
+#undef TORCHOPS_DECLARE
+
+}  // namespace torchops::kernels::span_attention
