@@ -1,7 +1,7 @@
-"""What a case table says of an operator, and the comparisons that the contract makes."""
+"""What a case table says of an operator, what it fills inputs with, and the comparisons that the contract makes."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,8 +50,13 @@ class OpCase:
     sized: Callable[[torch.dtype, str, int], Inputs]
     # The mathematics in plain PyTorch; None for a backward, which the gradients of its forward test.
     reference: Callable | None = None
-    # The arguments that have gradients.
+    # The arguments that have gradients, and the operator that computes them.
     differentiable: Sequence[str] = ()
+    backward: str = ""
+    # How far gradients may be off in a dtype, where that is more than TOLERANCE.
+    gradient_tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
+    # The tensor arguments whose first dimension is not the batch.
+    unbatched: Sequence[str] = ()
     # device -> (inputs under autocast, inputs that give the same without it); None where it changes nothing.
     autocast: Callable[[str], tuple[Inputs, Inputs]] | None = None
 
@@ -70,6 +75,16 @@ class OpCase:
 
     def __str__(self) -> str:
         return self.name
+
+
+def random(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def integers(low: int, high: int, *shape: int, device: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randint(low, high, shape, generator=generator).to(device)
 
 
 def outputs_of(result: Any) -> list[Tensor]:
@@ -116,7 +131,7 @@ def gradients(op: Callable, inputs: Inputs, names: Sequence[str]) -> list[Tensor
     return list(torch.autograd.grad(outputs, [inputs[name] for name in names], cotangents(outputs)))
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str, tolerance: float = 0) -> None:
     """`expected` is a float64 result, or integers; `dtype` is what the operator computed in."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not actual.is_floating_point():
@@ -124,7 +139,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str
         return
     if actual.numel() == 0:
         return
-    tolerance = max(TOLERANCE[dtype], TOLERANCE[actual.dtype])
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[actual.dtype], tolerance)
     scale = expected.abs().nan_to_num(posinf=0).max().clamp(min=1e-30).item()
     torch.testing.assert_close(
         actual.double(), expected.double(), rtol=0, atol=tolerance * scale, equal_nan=True, msg=lambda m: f"{what}: {m}"

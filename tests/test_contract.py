@@ -106,7 +106,8 @@ def test_gradients_match_reference(case: OpCase, dtype: torch.dtype, device: str
             for name, one, other in zip(names, actual, expected, strict=True):
                 assert one.dtype == inputs[name].dtype
                 other = torch.zeros_like(exact[name]) if other is None else other
-                assert_close(one, other, dtype, f"{sample.id}, gradient to {name} of {names}")
+                what = f"{sample.id}, gradient to {name} of {names}"
+                assert_close(one, other, dtype, what, case.gradient_tolerance.get(dtype, 0))
 
 
 @pytest.mark.numeric
@@ -121,7 +122,8 @@ def test_gradcheck(case: OpCase, device: str) -> None:
         inputs = require_grad(sample.inputs, names)
 
         def call(*tensors: Tensor, names=names, inputs=inputs) -> tuple[Tensor, ...]:
-            return tuple(outputs_of(case.op(**(inputs | dict(zip(names, tensors, strict=True))))))
+            outputs = outputs_of(case.op(**(inputs | dict(zip(names, tensors, strict=True)))))
+            return tuple(out.masked_fill(out.isinf(), 0) for out in outputs)  # a difference of infinities is NaN
 
         assert torch.autograd.gradcheck(call, [inputs[name] for name in names]), sample.id
 
@@ -271,7 +273,7 @@ def test_double_backward_raises_by_name(case: OpCase, device: str) -> None:
     outputs = differentiable_outputs(case.op(**inputs))
     grads = [grad.requires_grad_() for grad in cotangents(outputs)]
     first = torch.autograd.grad(outputs, [inputs[names[0]]], grads, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"torchops::_{case.name}_backward is not implemented"):
+    with pytest.raises(RuntimeError, match=f"torchops::{case.backward} is not implemented"):
         first[0].sum().backward()
 
 

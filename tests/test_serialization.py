@@ -59,7 +59,10 @@ def save(case: OpCase, folder: Path, calls: list[Inputs]) -> None:
     torch.jit.script(getattr(torchops, case.name)).save(str(folder / "scripted.pt"))
     # The batch is dynamic; lengths are bound to the integers of the call (r, k, num_groups).
     batch = torch.export.Dim("batch", min=1)
-    dynamic = {name: {0: batch} if isinstance(value, torch.Tensor) else None for name, value in calls[0].items()}
+    dynamic = {
+        name: {0: batch} if isinstance(value, torch.Tensor) and name not in case.unbatched else None
+        for name, value in calls[0].items()
+    }
     program = torch.export.export(Call(case), (calls[0],), dynamic_shapes={"inputs": dynamic})
     torch.export.save(program, folder / "exported.pt2")
 
@@ -75,8 +78,9 @@ def save(case: OpCase, folder: Path, calls: list[Inputs]) -> None:
     torch.save(records, folder / "calls.pt")
 
 
-def twice_the_batch(inputs: Inputs) -> Inputs:
-    return {name: torch.cat([v, v.flip(0)]) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+def twice_the_batch(case: OpCase, inputs: Inputs) -> Inputs:
+    batched = {name: v for name, v in inputs.items() if isinstance(v, torch.Tensor) and name not in case.unbatched}
+    return inputs | {name: torch.cat([v, v.flip(0)]) for name, v in batched.items()}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> subprocess.Comple
     folder = tmp_path_factory.mktemp("saved")
     for case in PUBLIC:
         inputs = case.sized(torch.float32, "cpu", 24)
-        save(case, folder / case.name, [inputs, twice_the_batch(inputs)])
+        save(case, folder / case.name, [inputs, twice_the_batch(case, inputs)])
     command = [sys.executable, "-c", FRESH_PROCESS, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 

@@ -4,20 +4,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from contract import Inputs, Invalid, OpCase, Sample
+from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
 from torchops.reference import tokens as reference
-
-
-def random(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
-
-
-def integers(low: int, high: int, *shape: int, device: str, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randint(low, high, shape, generator=generator).to(device)
 
 
 def mask(*shape: int, device: str, num_protected: int = 0, share: float = 0.4) -> Tensor:
@@ -465,6 +455,7 @@ CASES = [
         merge_sized,
         reference=reference.merge_tokens,
         differentiable=("input", "weight"),
+        backward="_merge_tokens_backward",
     ),
     OpCase(
         "_merge_tokens_backward",
@@ -479,6 +470,7 @@ CASES = [
         unmerge_sized,
         reference=reference.unmerge_tokens,
         differentiable=("merged", "residual"),
+        backward="_unmerge_tokens_backward",
         autocast=unmerge_autocast,
     ),
     OpCase(

@@ -1,0 +1,385 @@
+"""The span_attention family: calls that the contract makes, and calls that must fail."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from contract import Inputs, Invalid, OpCase, Sample, integers, random
+from torch import Tensor
+
+from torchops.reference import span_attention as reference
+
+HUGE = 2**62
+
+
+def positions_first(tensor: Tensor) -> Tensor:
+    """[B, H, L, D] stored as [B, L, H, D], the way a projection leaves it."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention_inputs(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    **options: Any,
+) -> Inputs:
+    return {
+        "query": random(batch, heads, queries, dim, dtype=dtype, device=device),
+        "key": random(batch, kv_heads, keys, dim, dtype=dtype, device=device, seed=1),
+        "value": random(batch, kv_heads, keys, value_dim, dtype=dtype, device=device, seed=2),
+        **options,
+    }
+
+
+# (B, Hq, Hkv, Lq, Lk, D, Dv), options. Kernels work in tiles of 64 or 128: lengths around those.
+SPANS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "full": ((2, 2, 2, 7, 9, 5, 3), {}),
+    "full-D128-64": ((1, 2, 1, 66, 130, 128, 64), {}),
+    "one-token": ((2, 2, 1, 1, 1, 1, 1), {"is_causal": True}),
+    "causal": ((1, 4, 2, 130, 130, 40, 40), {"is_causal": True}),
+    "causal-decode-D256": ((2, 4, 1, 1, 65, 256, 256), {"is_causal": True}),
+    "causal-fewer-queries": ((1, 2, 2, 63, 200, 16, 16), {"is_causal": True}),
+    "causal-more-queries": ((2, 1, 1, 9, 4, 5, 5), {"is_causal": True}),  # the first queries see nothing
+    "scale-0": ((1, 2, 1, 6, 6, 4, 4), {"scale": 0.0}),
+    "scale-negative": ((1, 1, 1, 70, 65, 5, 5), {"scale": -0.5, "left": 30, "right": 2}),
+    "window-causal": ((1, 2, 1, 200, 200, 16, 40), {"left": 69, "right": 0, "is_causal": True}),
+    "window-D64": ((1, 1, 1, 130, 130, 64, 64), {"left": 3, "right": 5}),
+    "window-left-only": ((1, 2, 2, 9, 9, 4, 4), {"left": 2}),
+    "window-right-only": ((1, 2, 2, 65, 63, 80, 16), {"right": 1}),
+    "blocks": ((2, 2, 1, 10, 10, 4, 4), {"block_size": 4, "left": 0, "right": 0}),
+    "blocks-causal-D80": (
+        (1, 2, 1, 200, 200, 80, 80),
+        {"block_size": 64, "left": 0, "right": 0, "is_causal": True},
+    ),
+    "blocks-and-left": (
+        (1, 2, 1, 130, 140, 16, 16),
+        {"block_size": 27, "left": 1, "right": 0, "is_causal": True},
+    ),
+    "band": ((1, 2, 2, 65, 65, 16, 1), {"block_size": 8, "left": 1, "right": 1}),
+    "longer-block-than-sequence": ((1, 1, 1, 6, 6, 4, 4), {"block_size": 100, "left": 0, "right": 0}),
+    "huge-block": ((1, 1, 1, 6, 6, 4, 4), {"block_size": HUGE, "left": HUGE, "right": 0, "is_causal": True}),
+    "huge-left-right": ((1, 1, 1, 6, 6, 4, 4), {"block_size": 3, "left": HUGE, "right": HUGE}),
+    "B0": ((0, 2, 2, 5, 5, 4, 4), {"is_causal": True}),
+    "H0": ((2, 0, 2, 5, 5, 4, 4), {"is_causal": True}),
+    "Lq0": ((2, 2, 1, 0, 5, 4, 4), {}),
+    "Lk0": ((2, 2, 1, 5, 0, 4, 4), {"left": 1}),
+}
+
+# (B, Hq, Hkv, Lq, Lk, D, Dv), query_start, key_start, their dtype, options.
+PLACES: dict[str, tuple[tuple[int, ...], list[int] | None, list[int] | None, torch.dtype, dict[str, Any]]] = {
+    # The specification of a trimmed cache: token 9 of blocks of 4, whose two first keys are gone.
+    "trimmed-cache": (
+        (2, 2, 1, 1, 8, 4, 4),
+        [9, 9],
+        [2, 4],
+        torch.int64,
+        {"block_size": 4, "left": 0, "right": 0, "is_causal": True},
+    ),
+    "static-cache": ((2, 2, 1, 3, 130, 4, 4), [20, 127], None, torch.int32, {"left": 15, "right": 0}),
+    "left-padding": (
+        (3, 2, 2, 9, 9, 4, 4),
+        [0, -3, -9],
+        [0, -3, -9],
+        torch.int64,
+        {"block_size": 2, "left": 1, "right": 0, "is_causal": True},
+    ),
+    "negative-blocks": ((2, 1, 1, 70, 70, 4, 4), [-101, 5], [-97, -3], torch.int32, {"block_size": 7, "left": 1}),
+    "keys-out-of-reach": (
+        (4, 1, 1, 5, 5, 4, 4),
+        [100, -100, HUGE, -HUGE],
+        None,
+        torch.int64,
+        {"left": 1, "right": 1},
+    ),
+    "far-keys": ((2, 1, 1, 5, 5, 4, 4), None, [HUGE, -HUGE], torch.int64, {"is_causal": True}),
+    "far-together": (
+        (2, 1, 1, 66, 66, 4, 4),
+        [2**40 + 3, -(2**40)],
+        [2**40, -(2**40)],
+        torch.int64,
+        {"block_size": 5, "left": 1, "right": 0, "is_causal": True},
+    ),
+}
+
+
+def span_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for index, (name, (shape, options)) in enumerate(SPANS.items()):
+        inputs = attention_inputs(*shape, dtype=dtype, device=device, **options)
+        if index % 2:
+            inputs = {key: positions_first(v) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        yield Sample(name, inputs)
+
+
+def place_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for name, (shape, query_start, key_start, integer, options) in PLACES.items():
+        inputs = attention_inputs(*shape, dtype=dtype, device=device, **options)
+        for argument, start in (("query_start", query_start), ("key_start", key_start)):
+            if start is not None:
+                inputs[argument] = torch.tensor(start, dtype=integer, device=device)
+        yield Sample(name, inputs)
+
+
+def side_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    """With key_bias and sink, which may have any floating dtype."""
+    side_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def key_bias(batch: int, keys: int, dtype: torch.dtype = side_dtype) -> Tensor:
+        bias = random(batch, keys, dtype=dtype, device=device)
+        bias[0, : keys // 2] = -math.inf
+        return bias
+
+    def sink(heads: int, dtype: torch.dtype = side_dtype) -> Tensor:
+        return random(heads, dtype=dtype, device=device, seed=3)
+
+    inputs = attention_inputs(2, 2, 1, 5, 6, 4, 3, dtype=dtype, device=device)
+    yield Sample("bias", inputs | {"key_bias": key_bias(2, 6)})
+    yield Sample("bias-hides-all", inputs | {"key_bias": torch.full((2, 6), -math.inf, dtype=dtype, device=device)})
+    yield Sample("sink", inputs | {"sink": sink(2), "left": 1, "right": 0})
+    inputs = attention_inputs(1, 4, 2, 70, 70, 8, 8, dtype=dtype, device=device, is_causal=True)
+    yield Sample("bias-causal", inputs | {"key_bias": key_bias(1, 70)})  # the first 35 queries see nothing
+    yield Sample(
+        "bias-sink-window",
+        inputs | {"key_bias": key_bias(1, 70, torch.bfloat16), "sink": sink(4), "left": 20, "right": 0},
+    )
+    inputs = attention_inputs(2, 2, 1, 4, 0, 4, 4, dtype=dtype, device=device)
+    yield Sample("sink-no-keys", inputs | {"sink": sink(2, torch.float16)})
+    # Exact scores whose exponentials are infinite or 0, and which tie: the second feature does not count.
+    score = 1024.0 if dtype == torch.float64 else 128.0
+    signs = integers(0, 2, 1, 2, 9, 1, device=device).mul(2).sub(1).to(dtype)
+    query = torch.cat([signs * (score / 2), signs * 0], dim=-1)
+    key = torch.cat([signs.flip(2) * 2, random(1, 2, 9, 1, dtype=dtype, device=device)], dim=-1)
+    value = random(1, 2, 9, 3, dtype=dtype, device=device)
+    large = {"query": query, "key": key, "value": value, "scale": 1.0}
+    yield Sample("large-scores", large)
+    yield Sample("large-scores-sink", large | {"sink": torch.tensor([score, -score], dtype=dtype, device=device)})
+
+
+def span_attention_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    yield from span_samples(dtype, device)
+    yield from place_samples(dtype, device)
+    yield from side_samples(dtype, device)
+
+
+# The log-sum-exp comes from the kernels that span_attention runs.
+LSE_SAMPLES = {
+    "full",
+    "one-token",
+    "causal",
+    "causal-more-queries",
+    "blocks-and-left",
+    "B0",
+    "Lk0",
+    "left-padding",
+    "bias-hides-all",
+    "bias-sink-window",
+    "sink-no-keys",
+    "large-scores-sink",
+}
+
+
+def lse_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    return (sample for sample in span_attention_samples(dtype, device) if sample.id in LSE_SAMPLES)
+
+
+def invalid_attention(device: str, good: Inputs) -> Iterator[Invalid]:
+    """What the forward refuses, and the backward too. `good` has 2 rows, 4 and 2 heads, 5 queries and 6 keys."""
+    query, key, value = good["query"], good["key"], good["value"]
+    for name, dims in (("query", "[B, Hq, Lq, D]"), ("key", "[B, Hkv, Lk, D]"), ("value", "[B, Hkv, Lk, Dv]")):
+        shape = list(good[name].shape[1:])
+        yield Invalid(f"{name}-rank", good | {name: good[name][0]}, f"expected {name} of shape {dims}, got {shape}")
+    yield Invalid(
+        "query-dtype",
+        good | {"query": query.int()},
+        "expected query of dtype Double, Float, BFloat16 or Half, got Int",
+    )
+    yield Invalid("key-dtype", good | {"key": key.double()}, "expected key of query's dtype Float, got Double")
+    yield Invalid(
+        "value-dtype", good | {"value": value.bfloat16()}, "expected value of query's dtype Float, got BFloat16"
+    )
+    for dim in (0, 257):
+        wide = torch.zeros(2, 4, 5, dim, device=device)
+        yield Invalid(f"D{dim}", good | {"query": wide}, f"expected query's last dimension in 1..256, got {dim}")
+        wide = torch.zeros(2, 2, 6, dim, device=device)
+        yield Invalid(f"Dv{dim}", good | {"value": wide}, f"expected value's last dimension in 1..256, got {dim}")
+    yield Invalid(
+        "key-batch",
+        good | {"key": key[:1]},
+        "expected key of shape [B, Hkv, Lk, D] = [2, 2, 6, 8], got [1, 2, 6, 8]",
+    )
+    yield Invalid(
+        "key-D",
+        good | {"key": key[..., :7]},
+        "expected key of shape [B, Hkv, Lk, D] = [2, 2, 6, 8], got [2, 2, 6, 7]",
+    )
+    yield Invalid(
+        "value-keys",
+        good | {"value": value[:, :, 1:]},
+        "expected value of shape [B, Hkv, Lk, Dv] = [2, 2, 6, 3], got [2, 2, 5, 3]",
+    )
+    yield Invalid(
+        "value-heads",
+        good | {"value": value[:, :1]},
+        "expected value of shape [B, Hkv, Lk, Dv] = [2, 2, 6, 3], got [2, 1, 6, 3]",
+    )
+    yield Invalid(
+        "no-key-heads",
+        good | {"key": key[:, :0], "value": value[:, :0]},
+        "expected key's number of heads >= 1, got 0",
+    )
+    yield Invalid(
+        "heads",
+        good | {"query": query[:, :3]},
+        "expected query's number of heads to be a multiple of key's = 2, got 3",
+    )
+    yield Invalid("block-size", good | {"block_size": 0}, "expected block_size >= 1, got 0")
+    yield Invalid("left", good | {"left": -2}, "expected left >= -1, got -2")
+    yield Invalid("right", good | {"right": -HUGE}, f"expected right >= -1, got {-HUGE}")
+    bias, sink = torch.zeros(2, 6, device=device), torch.zeros(4, device=device)
+    yield Invalid("bias-rank", good | {"key_bias": bias[0]}, "expected key_bias of shape [B, Lk], got [6]")
+    yield Invalid(
+        "bias-shape", good | {"key_bias": bias[:, 1:]}, "expected key_bias of shape [B, Lk] = [2, 6], got [2, 5]"
+    )
+    yield Invalid(
+        "bias-dtype",
+        good | {"key_bias": bias.bool()},
+        "expected key_bias of dtype Double, Float, BFloat16 or Half, got Bool",
+    )
+    yield Invalid("sink-shape", good | {"sink": sink[:2]}, "expected sink of shape [Hq] = [4], got [2]")
+    yield Invalid(
+        "sink-dtype", good | {"sink": sink.int()}, "expected sink of dtype Double, Float, BFloat16 or Half, got Int"
+    )
+    for name in ("query_start", "key_start"):
+        start = torch.zeros(2, dtype=torch.int64, device=device)
+        yield Invalid(f"{name}-shape", good | {name: start[:1]}, f"expected {name} of shape [B] = [2], got [1]")
+        yield Invalid(f"{name}-dtype", good | {name: start.float()}, f"expected {name} of dtype Long or Int, got Float")
+
+
+def span_attention_invalid(device: str) -> Iterator[Invalid]:
+    return invalid_attention(device, attention_inputs(2, 4, 2, 5, 6, 8, 3, dtype=torch.float32, device=device))
+
+
+def span_attention_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    inputs = attention_inputs(2, 4, 2, length, length + 3, 24, 20, dtype=dtype, device=device)
+    return inputs | {
+        "block_size": 3,
+        "left": 6,
+        "right": 0,
+        "is_causal": True,
+        "scale": 0.3,
+        "key_bias": random(2, length + 3, dtype=dtype, device=device),
+        "sink": random(4, dtype=dtype, device=device),
+        "query_start": torch.tensor([3, 1], device=device),
+        "key_start": torch.tensor([0, -2], dtype=torch.int32, device=device),
+    }
+
+
+def span_attention_autocast(device: str) -> tuple[Inputs, Inputs]:
+    """What is multiplied is lowered, what is added to scores is not."""
+    wide = span_attention_sized(torch.float32, device, 8)
+    return wide, wide | {name: wide[name].bfloat16() for name in ("query", "key", "value")}
+
+
+# ---- _span_attention_backward -------------------------------------------------------------------
+
+
+def backward_inputs(inputs: Inputs) -> Inputs:
+    options = {"block_size": 1, "left": -1, "right": -1, "is_causal": False, "scale": None}
+    options |= dict.fromkeys(("key_bias", "sink", "query_start", "key_start"))
+    output, logsumexp = torch.ops.torchops.span_attention_lse(**inputs)
+    generator = torch.Generator().manual_seed(5)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    return {
+        "grad_output": grad.to(output),
+        "grad_logsumexp": torch.ones_like(logsumexp),
+        **options,
+        **inputs,
+        "output": output,
+        "logsumexp": logsumexp,
+        "output_mask": [True, True, True, inputs.get("key_bias") is not None, inputs.get("sink") is not None],
+    }
+
+
+def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for sample in lse_samples(dtype, device):
+        inputs = backward_inputs(sample.inputs)
+        yield Sample(sample.id, inputs)
+        if sample.id == "bias-sink-window":
+            yield Sample("to-query", inputs | {"output_mask": [True, False, False, False, False]})
+            yield Sample("to-key", inputs | {"output_mask": [False, True, False, False, False]})
+            yield Sample("to-bias", inputs | {"output_mask": [False, False, False, True, False]})
+            yield Sample("without-lse", inputs | {"grad_logsumexp": None})
+
+
+def backward_invalid(device: str) -> Iterator[Invalid]:
+    forward = attention_inputs(2, 4, 2, 5, 6, 8, 3, dtype=torch.float32, device=device)
+    good = backward_inputs(forward)
+    yield from invalid_attention(device, good)
+    for name in ("grad_output", "output"):
+        yield Invalid(
+            f"{name}-shape",
+            good | {name: good[name][..., :2]},
+            f"expected {name} of shape [B, Hq, Lq, Dv] = [2, 4, 5, 3], got [2, 4, 5, 2]",
+        )
+        yield Invalid(
+            f"{name}-dtype", good | {name: good[name].half()}, f"expected {name} of query's dtype Float, got Half"
+        )
+    for name in ("logsumexp", "grad_logsumexp"):
+        yield Invalid(
+            f"{name}-shape",
+            good | {name: good[name][:1]},
+            f"expected {name} of shape [B, Hq, Lq] = [2, 4, 5], got [1, 4, 5]",
+        )
+        yield Invalid(
+            f"{name}-dtype", good | {name: good[name].double()}, f"expected {name} of dtype Float, got Double"
+        )
+    for index, name in ((3, "key_bias"), (4, "sink")):
+        yield Invalid(
+            f"no-{name}",
+            good | {"output_mask": [other == index for other in range(5)]},
+            f"expected {name} to be a tensor because its gradient is asked for, got None",
+        )
+
+
+def backward_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    return backward_inputs(span_attention_sized(dtype, device, length))
+
+
+DIFFERENTIABLE = ("query", "key", "value", "key_bias", "sink")
+
+# The backward takes exponentials of scores less their log-sum-exp, which has been rounded.
+GRADIENT_TOLERANCE = {torch.float32: 2e-5}
+
+CASES = [
+    OpCase(
+        "span_attention",
+        span_attention_samples,
+        span_attention_invalid,
+        span_attention_sized,
+        reference=reference.span_attention,
+        differentiable=DIFFERENTIABLE,
+        backward="_span_attention_backward",
+        gradient_tolerance=GRADIENT_TOLERANCE,
+        unbatched=("sink",),
+        autocast=span_attention_autocast,
+    ),
+    OpCase(
+        "span_attention_lse",
+        lse_samples,
+        span_attention_invalid,
+        span_attention_sized,
+        reference=reference.span_attention_lse,
+        differentiable=DIFFERENTIABLE,
+        backward="_span_attention_backward",
+        gradient_tolerance=GRADIENT_TOLERANCE,
+        unbatched=("sink",),
+        autocast=span_attention_autocast,
+    ),
+    OpCase("_span_attention_backward", backward_samples, backward_invalid, backward_sized),
+]
