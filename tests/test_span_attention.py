@@ -1,0 +1,458 @@
+"""What is special to span_attention: equality with torch's attention, positions, merging, counts, and the modules."""
+
+import io
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import Inputs, assert_close, gradients, random, to_double
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import torchops
+from torchops.nn import SpanAttention, mixed_span, visible_pairs
+from torchops.reference import span_attention as reference
+
+HUGE = 2**62
+
+
+def qkv(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(random(*shape, dtype=dtype, device="cpu", seed=seed) for seed in range(3))
+
+
+def seen_keys(queries: int, keys: int, **options: Any) -> Tensor:
+    """bool [Lq, Lk], as the operator sees it: equal scores, and values that say which key they come from."""
+    zeros = torch.zeros(1, 1, max(queries, keys), 1, dtype=torch.float64)
+    value = torch.eye(keys, dtype=torch.float64)[None, None]
+    return torchops.span_attention(zeros[:, :, :queries], zeros[:, :, :keys], value, **options)[0, 0] > 0
+
+
+# ---- torch's own attention ------------------------------------------------------------------------
+
+
+def attention_and_gradients(attention: Any, inputs: tuple[Tensor, ...], **options: Any) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = attention(*leaves, **options)
+    return [output, *torch.autograd.grad(output.sin().sum(), leaves)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_equals_scaled_dot_product_attention(is_causal: bool) -> None:
+    inputs = qkv(2, 3, 70, 16)
+    expected = attention_and_gradients(F.scaled_dot_product_attention, inputs, is_causal=is_causal)
+    actual = attention_and_gradients(torchops.span_attention, inputs, is_causal=is_causal)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_grouped_heads_equal_scaled_dot_product_attention() -> None:
+    query, (key, value, _) = qkv(2, 4, 9, 8)[0], qkv(2, 2, 9, 8)
+    expected = attention_and_gradients(F.scaled_dot_product_attention, (query, key, value), enable_gqa=True)
+    torch.testing.assert_close(attention_and_gradients(torchops.span_attention, (query, key, value)), expected)
+
+
+SPANS = [
+    {"left": 20, "right": 0, "is_causal": True},
+    {"left": 3, "right": 7},
+    {"right": 2},
+    {"block_size": 32, "left": 0, "right": 0},
+    {"block_size": 16, "left": 1, "right": 0, "is_causal": True},
+    {"block_size": 10, "left": 1, "right": 1},
+]
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_equals_scaled_dot_product_attention_with_a_mask(span: dict[str, Any]) -> None:
+    inputs = qkv(1, 2, 100, 8)
+    position = torch.arange(100)
+    block = position // span.get("block_size", 1)
+    distance = block - block[:, None]
+    mask = (distance >= -span.get("left", 100)) & (distance <= span.get("right", 100))
+    if span.get("is_causal"):
+        mask &= position <= position[:, None]
+    assert 0 < mask.sum() < mask.numel()
+    expected = attention_and_gradients(F.scaled_dot_product_attention, inputs, attn_mask=mask)
+    torch.testing.assert_close(attention_and_gradients(torchops.span_attention, inputs, **span), expected)
+    assert visible_pairs(100, **span) == mask.sum()
+
+
+def test_causality_is_aligned_to_the_end_and_torch_aligns_it_to_the_start() -> None:
+    query, key, value = qkv(1, 2, 9, 4)
+    query = query[:, :, :3]
+    aligned_to_start = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    aligned_to_end = F.scaled_dot_product_attention(query, key, value, torch.ones(3, 9).tril(6).bool())
+    torch.testing.assert_close(torchops.span_attention(query, key, value, is_causal=True), aligned_to_end)
+    start = torch.tensor([0])
+    torch.testing.assert_close(
+        torchops.span_attention(query, key, value, is_causal=True, query_start=start), aligned_to_start
+    )
+    assert (aligned_to_end - aligned_to_start).abs().max() > 0.1
+    # With more queries than keys the first ones see nothing; torch's see the first key.
+    output = torchops.span_attention(key, query, query, is_causal=True)
+    assert output[:, :, :6].eq(0).all()
+    torch.testing.assert_close(output[:, :, 6:], torchops.span_attention(key[:, :, 6:], query, query, is_causal=True))
+
+
+def test_blocks_equal_attention_on_a_reshape() -> None:
+    inputs = qkv(2, 3, 96, 8)
+
+    def reshaped(*tensors: Tensor) -> Tensor:
+        blocks = [tensor.unflatten(2, (-1, 24)).transpose(1, 2) for tensor in tensors]
+        return F.scaled_dot_product_attention(*blocks, is_causal=True).transpose(1, 2).flatten(2, 3)
+
+    span = {"block_size": 24, "left": 0, "right": 0, "is_causal": True}
+    actual = attention_and_gradients(torchops.span_attention, inputs, **span)
+    torch.testing.assert_close(actual, attention_and_gradients(reshaped, inputs))
+
+
+# ---- positions ------------------------------------------------------------------------------------
+
+
+def test_a_trimmed_cache_needs_its_start() -> None:
+    """Blocks of 4, token 9, whose cache lost its first 2 keys: of the keys 2..9 it sees 8 and 9."""
+    span = {"block_size": 4, "left": 0, "right": 0, "is_causal": True}
+    query_start, key_start = torch.tensor([9]), torch.tensor([2])
+    seen = seen_keys(1, 8, **span, query_start=query_start, key_start=key_start)
+    assert seen.nonzero()[:, 1].tolist() == [6, 7]
+    assert seen_keys(1, 8, **span).sum() == 4, "shapes alone would tell position 7"
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> dict[str, Any]:
+    size = st.one_of(st.integers(1, 8), st.just(HUGE))
+    reach = st.one_of(st.integers(-1, 6), st.just(HUGE))
+    return {
+        "block_size": draw(size),
+        "left": draw(reach),
+        "right": draw(reach),
+        "is_causal": draw(st.booleans()),
+    }
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    spans(),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.one_of(st.none(), st.integers(-80, 80)),
+    st.one_of(st.none(), st.integers(-80, 80), st.sampled_from([HUGE, -HUGE])),
+)
+def test_sees_the_keys_of_the_rule(
+    span: dict[str, Any], queries: int, keys: int, query_start: int | None, key_start: int | None
+) -> None:
+    expected = torch.zeros(queries, keys, dtype=torch.bool)
+    p0, t0 = keys - queries if query_start is None else query_start, key_start or 0
+    for i in range(queries):
+        for j in range(keys):
+            p, t, size = p0 + i, t0 + j, span["block_size"]
+            expected[i, j] = (
+                (span["left"] < 0 or p // size - span["left"] <= t // size)
+                and (span["right"] < 0 or t // size <= p // size + span["right"])
+                and (not span["is_causal"] or t <= p)
+            )
+    starts = {
+        name: None if start is None else torch.tensor([start])
+        for name, start in (("query_start", query_start), ("key_start", key_start))
+    }
+    assert torch.equal(seen_keys(queries, keys, **span, **starts), expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(spans(), st.integers(-(2**40), 2**40), st.integers(0, 30), st.integers(0, 30))
+def test_moving_queries_and_keys_by_whole_blocks_changes_nothing(
+    span: dict[str, Any], blocks: int, query_start: int, key_start: int
+) -> None:
+    query, key, value = qkv(1, 2, 70, 4, dtype=torch.float32)
+    shift = blocks * span["block_size"] if span["block_size"] < HUGE else 0
+    here = torchops.span_attention_lse(
+        query, key, value, **span, query_start=torch.tensor([query_start]), key_start=torch.tensor([key_start])
+    )
+    there = torchops.span_attention_lse(
+        query,
+        key,
+        value,
+        **span,
+        query_start=torch.tensor([query_start + shift]),
+        key_start=torch.tensor([key_start + shift]),
+    )
+    torch.testing.assert_close(there, here)
+
+
+@pytest.mark.parametrize("span", SPANS[:1] + SPANS[4:5] + [{"is_causal": True}], ids=str)
+def test_decoding_with_a_cache_that_is_trimmed(span: dict[str, Any]) -> None:
+    """Token by token, where every key that will not be seen any more leaves the cache."""
+    query, key, value = qkv(2, 2, 80, 4)
+    expected = torchops.span_attention(query, key, value, **span)
+    reach = span.get("left", 80) * span.get("block_size", 1) + span.get("block_size", 1) - 1
+    for token in range(80):
+        first = max(token - reach, 0)
+        output = torchops.span_attention(
+            query[:, :, token : token + 1],
+            key[:, :, first : token + 1],
+            value[:, :, first : token + 1],
+            **span,
+            query_start=torch.full((2,), token),
+            key_start=torch.full((2,), first),
+        )
+        torch.testing.assert_close(output, expected[:, :, token : token + 1])
+
+
+def test_left_padding_is_a_row_that_starts_before_0() -> None:
+    """Each row of a padded batch gives what it gives alone."""
+    span = {"block_size": 4, "left": 1, "right": 0, "is_causal": True}
+    query, key, value = qkv(3, 2, 11, 4)
+    padding = torch.tensor([0, 5, 11])
+    bias = torch.zeros(3, 11).masked_fill(torch.arange(11) < padding[:, None], -math.inf)
+    output = torchops.span_attention(query, key, value, **span, key_bias=bias, query_start=-padding, key_start=-padding)
+    for row, skipped in enumerate(padding.tolist()):
+        alone = [tensor[row : row + 1, :, skipped:] for tensor in (query, key, value)]
+        torch.testing.assert_close(output[row : row + 1, :, skipped:], torchops.span_attention(*alone, **span))
+        assert output[row, :, :skipped].eq(0).all()
+
+
+# ---- merging ----------------------------------------------------------------------------------------
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Partial results over disjoint keys. A part that sees nothing has logsumexp -inf: -inf less -inf would be NaN."""
+    output, logsumexp = parts[0][0], parts[0][1].clamp(min=-1e30)
+    for other, other_lse in parts[1:]:
+        other_lse = other_lse.clamp(min=-1e30)
+        weight = torch.sigmoid(logsumexp - other_lse)[..., None]
+        output = output * weight + other * (1 - weight)
+        logsumexp = torch.logaddexp(logsumexp, other_lse)
+    return output
+
+
+@pytest.mark.parametrize("span", [{}, *SPANS], ids=str)
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_shards_of_a_ring_merge_to_the_whole(span: dict[str, Any], with_sink: bool) -> None:
+    """4 shards of queries, each against 4 shards of keys, with gradients through logsumexp."""
+    inputs = dict(zip(("query", "key", "value"), qkv(2, 2, 100, 4), strict=True))
+    if with_sink:
+        inputs["sink"] = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    names = list(inputs)
+
+    def ring(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None = None) -> Tensor:
+        shards = []
+        for i in range(0, 100, 25):
+            parts = []
+            for j in range(0, 100, 25):
+                part = torchops.span_attention_lse(
+                    query[:, :, i : i + 25],
+                    key[:, :, j : j + 25],
+                    value[:, :, j : j + 25],
+                    **span,
+                    sink=sink if j == 0 else None,
+                    query_start=torch.tensor([i, i]),
+                    key_start=torch.tensor([j, j]),
+                )
+                parts.append(part)
+            shards.append(merge(parts))
+        return torch.cat(shards, dim=2)
+
+    whole: Inputs = inputs | span
+    torch.testing.assert_close(ring(**inputs), torchops.span_attention(**whole))
+    expected = gradients(torchops.span_attention, whole, names)
+    torch.testing.assert_close(gradients(ring, inputs, names), expected)
+
+
+# ---- numbers ----------------------------------------------------------------------------------------
+
+LENGTHS = st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 63, 64, 65, 127, 128, 129, 150]))
+
+
+@pytest.mark.numeric
+@settings(deadline=None, max_examples=60)
+@given(
+    span=spans(),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
+    queries=LENGTHS,
+    keys=LENGTHS,
+    dim=st.integers(1, 40),
+    value_dim=st.integers(1, 40),
+    bias=st.booleans(),
+    sink=st.booleans(),
+    start=st.one_of(st.none(), st.integers(-20, 150)),
+)
+def test_any_shape_and_span(
+    span: dict[str, Any],
+    heads: tuple[int, int],
+    queries: int,
+    keys: int,
+    dim: int,
+    value_dim: int,
+    bias: bool,
+    sink: bool,
+    start: int | None,
+) -> None:
+    """Results and gradients, against the dense float64 reference."""
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        inputs: Inputs = span | {
+            "query": random(2, heads[0], queries, dim, dtype=dtype, device="cpu"),
+            "key": random(2, heads[1], keys, dim, dtype=dtype, device="cpu", seed=1),
+            "value": random(2, heads[1], keys, value_dim, dtype=dtype, device="cpu", seed=2),
+            "key_bias": random(2, keys, dtype=dtype, device="cpu") if bias else None,
+            "sink": random(heads[0], dtype=dtype, device="cpu") if sink else None,
+            "query_start": None if start is None else torch.tensor([start, start + 3]),
+        }
+        names = [name for name in ("query", "key", "value", "key_bias", "sink") if inputs[name] is not None]
+        actual = [*torchops.span_attention_lse(**inputs), *gradients(torchops.span_attention_lse, inputs, names)]
+        exact = to_double(inputs)
+        expected = [*reference.span_attention_lse(**exact), *gradients(reference.span_attention_lse, exact, names)]
+        for what, one, other in zip(["output", "logsumexp", *names], actual, expected, strict=True):
+            assert_close(one, other, dtype, what, tolerance)
+
+
+def test_a_nan_reaches_the_queries_that_see_it() -> None:
+    query, key, value = qkv(1, 2, 600, 8, dtype=torch.float32)
+    distance = torch.arange(600).sub(300).abs()
+    for name in ("key", "value"):
+        inputs = {"query": query, "key": key.clone(), "value": value.clone()}
+        inputs[name][0, 0, 300, 3] = math.nan
+        output = torchops.span_attention(**inputs, left=10, right=10)
+        nans = output.isnan().any(-1)
+        assert nans[0, 0, distance <= 10].all(), name
+        assert not nans[0, 0, distance > 200].any(), name
+        assert not nans[0, 1].any(), name
+    query = query.clone()
+    query[0, 0, 300, 3] = math.nan
+    nans = torchops.span_attention(query, key, value).isnan().any(-1)
+    assert torch.equal(nans[0], torch.stack([distance == 0, distance < 0]))
+    bias = torch.zeros(1, 600)
+    bias[0, 5] = math.nan
+    assert torchops.span_attention(query, key, value, key_bias=bias).isnan().all()
+
+
+def test_logsumexp_counts_the_visible_keys() -> None:
+    zeros = torch.zeros(1, 1, 300, 4, dtype=torch.float64)
+    for span in [{}, {"is_causal": True}, *SPANS]:
+        _, logsumexp = torchops.span_attention_lse(zeros, zeros, zeros, **span)
+        assert logsumexp.exp().sum().item() == pytest.approx(visible_pairs(300, **span), rel=1e-12), span
+
+
+PEAK_MEMORY = """
+import torch, torchops
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
+
+def attend(length):
+    query, key, value = torch.randn(3, 1, 1, length, 8).requires_grad_().unbind()
+    torchops.span_attention(query, key, value, left=15, right=0, is_causal=True).sum().backward()
+
+attend(64)
+before = peak()
+attend(2**16)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_grows_with_the_length() -> None:
+    """65536 tokens: inputs, outputs and gradients take 20 MiB; a mask would take 4 GiB."""
+    run = subprocess.run([sys.executable, "-c", PEAK_MEMORY], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert int(run.stdout) < 128, f"{run.stdout.strip()} MiB"
+
+
+# ---- modules ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("full_layers", "share"), [(4, 0.271), (6, 0.344), (8, 0.417)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_cost_of_a_mixed_stack(full_layers: int, share: float, is_causal: bool) -> None:
+    spans = mixed_span(24, range(full_layers), block_size=1024, is_causal=is_causal)
+    pairs = sum(visible_pairs(8192, **span) for span in spans)
+    assert pairs / (24 * visible_pairs(8192, is_causal=is_causal)) == pytest.approx(share, abs=5e-4)
+
+
+def test_mixed_span_takes_any_layers() -> None:
+    spans = mixed_span(5, [0, 2, -1], left=9, right=0, is_causal=True)
+    assert [span["left"] for span in spans] == [-1, 9, -1, 9, -1]
+    assert all(span["is_causal"] for span in spans)
+    spans[1]["left"] = 3
+    assert spans[3]["left"] == 9, "layers do not share their settings"
+    for layer in (5, -6):
+        with pytest.raises(ValueError, match=f"mixed_span: expected full_layers in -5..4, got {layer}"):
+            mixed_span(5, [layer])
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "window": {"left": 5, "right": 0, "is_causal": True, "num_kv_heads": 2},
+    "blocks-sink": {"block_size": 4, "left": 0, "right": 0, "sink": True, "bias": False},
+}
+
+
+def scripted_copy(module: nn.Module) -> torch.jit.ScriptModule:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(module), buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_module_scripts_exports_and_compiles(name: str) -> None:
+    module = SpanAttention(16, 4, **SETTINGS[name])
+    padding, start = torch.arange(11).expand(2, 11) < 3, torch.tensor([-3, -3])
+    for inputs in ((torch.randn(2, 11, 16),), (torch.randn(2, 11, 16), padding, start)):
+        expected = module(*inputs)
+        assert torch.equal(scripted_copy(module)(*inputs), expected)
+        assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs), expected)
+        exported = torch.export.export(module, inputs).module()
+        assert torch.equal(exported(*inputs), expected)
+
+
+def test_module_by_hand() -> None:
+    module = SpanAttention(12, 6, block_size=2, left=1, right=0, is_causal=True, num_kv_heads=3, sink=True).double()
+    nn.init.normal_(module.sink)
+    input = torch.randn(2, 9, 12, dtype=torch.float64)
+
+    def heads(projection: nn.Linear) -> Tensor:
+        return projection(input).view(2, 9, -1, 2).transpose(1, 2)
+
+    output = reference.span_attention(
+        heads(module.q_proj), heads(module.k_proj), heads(module.v_proj), 2, 1, 0, True, sink=module.sink
+    )
+    torch.testing.assert_close(module(input), module.out_proj(output.transpose(1, 2).reshape(2, 9, 12)))
+    module(input).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+    assert "block_size=2, left=1, right=0, is_causal=True, sink=True" in repr(module)
+
+
+def test_module_gives_padded_rows_what_they_give_alone() -> None:
+    module = SpanAttention(8, 2, block_size=4, left=0, right=0, is_causal=True).double()
+    input = torch.randn(2, 9, 8, dtype=torch.float64)
+    padding = torch.arange(9) < torch.tensor([[3], [0]])
+    output = module(input, padding, torch.tensor([-3, 0]))
+    torch.testing.assert_close(output[:1, 3:], module(input[:1, 3:]))
+    torch.testing.assert_close(output[1:], module(input[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_module_in_low_precision(dtype: torch.dtype) -> None:
+    module = SpanAttention(16, 4, left=5, sink=True).to(dtype)
+    padding = torch.arange(11).expand(2, 11) < 3
+    output = module(torch.randn(2, 11, 16, dtype=dtype), padding)
+    assert output.dtype == dtype
+    output.sum().backward()
+    assert module.sink.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, 3), "expected embed_dim to be a multiple of num_heads = 3, got 10"),
+        ((12, 4, 3), "expected num_heads to be a multiple of num_kv_heads = 3, got 4"),
+        ((12, 4, 0), "expected num_heads to be a multiple of num_kv_heads = 0, got 4"),
+    ],
+)
+def test_module_refuses(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"SpanAttention: {message}"):
+        SpanAttention(*arguments[:2], num_kv_heads=arguments[2] if len(arguments) > 2 else None)
