@@ -68,5 +68,7 @@ if [ "$purpose" = test ]; then
   "$python" -m pip install --quiet --no-deps "timm==1.0.31" "torchvision==0.28.0" &&
     "$python" -m pip install --quiet huggingface_hub safetensors pyyaml pillow ||
     say "timm could not be installed: its tests will be skipped."
+  "$python" -m pip install --quiet "transformers==5.23.0" "tokenizers==0.23.3" "safetensors==0.8.0" ||
+    say "transformers could not be installed: its tests will be skipped."
 fi
 echo "$python" >&3

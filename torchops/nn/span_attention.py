@@ -67,7 +67,7 @@ class SpanAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim, bias=bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.register_parameter("sink", nn.Parameter(torch.zeros(num_heads)) if sink else None)
+        self.sink = nn.Parameter(torch.zeros(num_heads)) if sink else None
 
     def forward(self, input: Tensor, padding_mask: Optional[Tensor] = None, start: Optional[Tensor] = None) -> Tensor:
         """Attends.

@@ -1,0 +1,546 @@
+"""Span attention in transformers' models, against their own attention."""
+
+import copy
+import doctest
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchops
+from torchops.nn import mixed_span
+
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install transformers", exc_type=ImportError
+)
+
+from transformers import DynamicCache, StaticCache, masking_utils  # noqa: E402
+
+from torchops.integrations.transformers import (  # noqa: E402
+    VISIBLE,
+    apply_span_attention,
+    register_span_attention,
+    span_mask,
+)
+
+VOCABULARY = 50
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+}
+GROUPED = SIZE | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None, "eos_token_id": None}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+CHUNKED = ["chunked_attention", "full_attention", "chunked_attention"]
+
+# Windows and chunks are shorter than the sequences of the tests.
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2": ("GPT2LMHeadModel", {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": VOCABULARY, "n_positions": 64}),
+    "Llama": ("LlamaForCausalLM", GROUPED),
+    "Mistral": ("MistralForCausalLM", GROUPED | {"sliding_window": 5}),
+    "Gemma2": (
+        "Gemma2ForCausalLM",
+        GROUPED | {"sliding_window": 5, "layer_types": SLIDING, "attn_logit_softcapping": None},
+    ),
+    "Gemma3Text": ("Gemma3ForCausalLM", GROUPED | {"sliding_window": 5, "layer_types": SLIDING}),
+    "GptOss": (
+        "GptOssForCausalLM",
+        GROUPED | {"sliding_window": 5, "layer_types": SLIDING, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "Llama4Text": (
+        "Llama4ForCausalLM",
+        GROUPED
+        | {
+            "attention_chunk_size": 4,
+            "layer_types": CHUNKED,
+            "no_rope_layers": [1, 0, 1],
+            "intermediate_size_mlp": 32,
+            "num_local_experts": 2,
+        },
+    ),
+}
+# These have no "sdpa" to compare with.
+EAGER = {"Gemma2", "GptOss"}
+# Models compute in float64, but for parts that they have in float32: rotations, logits, the eager ones as a whole.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+EVERY_DECODER = pytest.mark.parametrize("name", DECODERS)
+
+TOKENS = 13
+PADDINGS = {
+    "none": None,
+    "left": torch.arange(TOKENS) >= torch.tensor([[0], [6]]),
+    "right": torch.arange(TOKENS) < torch.tensor([[13], [7]]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small for more, and threads that wait for each other take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(config_name: str, model_name: str, options: dict[str, Any], implementation: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{config_name}Config")(**options)
+    model = getattr(transformers, model_name)._from_config(config, attn_implementation=implementation).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)  # their own start is so small that nearly nothing depends on anything
+    # The eager softmax takes the smallest float64, which stands for -inf, to float32.
+    return model if implementation == "eager" else model.double()
+
+
+def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """The model with its own attention, and a copy with span attention."""
+    model_name, defaults = DECODERS[name]
+    model = make(name, model_name, defaults | options, "eager" if name in EAGER else "sdpa")
+    return model, apply_span_attention(copy.deepcopy(model))
+
+
+def tokens(batch: int = 2, length: int = TOKENS) -> Tensor:
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def call_counter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keyword arguments of every call of the operator."""
+    calls: list[dict[str, Any]] = []
+    operator = torchops.span_attention
+
+    def counted(*args: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        return operator(*args, **options)
+
+    monkeypatch.setattr("torchops.integrations.transformers.span_attention", counted)
+    return calls
+
+
+# ---- decoders ---------------------------------------------------------------------------------------
+
+
+@EVERY_DECODER
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_decoders_and_their_gradients(name: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = call_counter(monkeypatch)
+    attention_mask = PADDINGS[padding]
+    real = torch.ones(2, TOKENS, dtype=torch.bool) if attention_mask is None else attention_mask
+    results = []
+    for model in pair(name):
+        logits = model(tokens(), attention_mask=attention_mask).logits[real]
+        logits.sin().sum().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    torch.testing.assert_close(results[1], results[0], **TOLERANCE)
+    assert len(calls) == model.config.num_hidden_layers
+    spans = {"sliding_attention": (1, 4), "chunked_attention": (4, 0), "full_attention": (1, -1)}
+    full = ["full_attention"] * len(calls)
+    layers = ["sliding_attention"] * 3 if name == "Mistral" else getattr(model.config, "layer_types", full)
+    assert [(call["block_size"], call["left"]) for call in calls] == [spans[layer] for layer in layers]
+
+
+@EVERY_DECODER
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", ["left", "none"])
+def test_generate(name: str, cache: str, padding: str) -> None:
+    """Token by token, to more than twice the window, so that caches are trimmed and rolled."""
+    results = []
+    for model in pair(name):
+        results.append(
+            model.generate(
+                tokens(),
+                attention_mask=PADDINGS[padding],
+                max_new_tokens=12,
+                do_sample=False,
+                cache_implementation=cache,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+        )
+    expected, actual = results
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(actual.logits, expected.logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma3Text", "Llama4Text"])
+def test_generate_with_beams(name: str) -> None:
+    expected, actual = (
+        model.generate(
+            tokens(),
+            attention_mask=PADDINGS["left"],
+            max_new_tokens=8,
+            num_beams=3,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        for model in pair(name)
+    )
+    assert torch.equal(actual, expected)
+
+
+@EVERY_DECODER
+@pytest.mark.parametrize("make_cache", [DynamicCache, StaticCache], ids=["dynamic", "static"])
+def test_a_cache_that_grows_by_several_tokens(name: str, make_cache: Callable[..., Any]) -> None:
+    """Pieces that end before, at and behind the ends of windows and chunks, with left padding."""
+    ids, attention_mask = tokens(length=24), torch.arange(24) >= torch.tensor([[0], [6]])
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    model, ours = pair(name)
+    whole = model(ids, attention_mask=attention_mask, position_ids=positions).logits
+    for pieces in ([7, 1, 1, 5, 2, 8], [3, 4, 4, 13]):
+        past = make_cache(config=ours.config, **({"max_cache_len": 30} if make_cache is StaticCache else {}))
+        end = 0
+        for piece in pieces:
+            begin, end = end, end + piece
+            output = ours(
+                ids[:, begin:end],
+                attention_mask=attention_mask[:, :end],
+                position_ids=positions[:, begin:end],
+                past_key_values=past,
+                use_cache=True,
+            )
+            real = attention_mask[:, begin:end]
+            torch.testing.assert_close(output.logits[real], whole[:, begin:end][real], **TOLERANCE)
+        assert end == 24
+
+
+# ---- encoders ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(
+    ("config_name", "model_name", "options"),
+    [
+        ("Bert", "BertModel", SIZE),
+        ("ModernBert", "ModernBertModel", SIZE | {"local_attention": 8, "pad_token_id": 0, "cls_token_id": 1}),
+    ],
+)
+def test_encoders(config_name: str, model_name: str, options: dict[str, Any], padding: str) -> None:
+    model = make(config_name, model_name, options, "sdpa")
+    ours = apply_span_attention(copy.deepcopy(model))
+    attention_mask = PADDINGS[padding]
+    real = slice(None) if attention_mask is None else attention_mask
+    expected = model(tokens(), attention_mask=attention_mask).last_hidden_state[real]
+    actual = ours(tokens(), attention_mask=attention_mask).last_hidden_state[real]
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def test_vision_transformer() -> None:
+    options = {**SIZE, "image_size": 16, "patch_size": 4}
+    del options["vocab_size"], options["max_position_embeddings"]
+    model = make("ViT", "ViTModel", options, "sdpa")
+    ours = apply_span_attention(copy.deepcopy(model))
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(ours(images).last_hidden_state, model(images).last_hidden_state, **TOLERANCE)
+
+
+def test_encoder_and_decoder() -> None:
+    """With cross-attention to padded keys."""
+    options = {"vocab_size": VOCABULARY, "d_model": 32, "max_position_embeddings": 64, "dropout": 0.0}
+    for side in ("encoder", "decoder"):
+        options |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 32}
+    model = make("Bart", "BartForConditionalGeneration", options, "sdpa")
+    ours = apply_span_attention(copy.deepcopy(model))
+    for padding in ("left", "right"):
+        inputs = {"input_ids": tokens(), "attention_mask": PADDINGS[padding]}
+        expected = model(**inputs, decoder_input_ids=tokens(length=7)).logits
+        torch.testing.assert_close(ours(**inputs, decoder_input_ids=tokens(length=7)).logits, expected)
+        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert torch.equal(ours.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+
+
+# ---- mixed spans ------------------------------------------------------------------------------------
+
+LOCAL_SPANS = {
+    "blocks": {"block_size": 4, "left": 0, "right": 0},
+    "blocks-and-left": {"block_size": 3, "left": 1, "right": 0},
+    "window": {"left": 4, "right": 0},
+}
+
+
+def masked(model: nn.Module, layers: list[int], span: dict[str, int], left_padding: Tensor) -> nn.Module:
+    """Gives these layers of a model with torch's attention a mask by hand."""
+    size = span.get("block_size", 1)
+
+    def replace_mask(module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
+        position = torch.arange(options["hidden_states"].shape[1]) - left_padding[:, None]
+        block = position // size
+        keep = (position[:, None] <= position[..., None]) & (block[:, None] >= block[..., None] - span["left"])
+        keep &= position[:, None] >= 0
+        return args, options | {"attention_mask": keep[:, None]}
+
+    for layer in layers:
+        model.model.layers[layer].self_attn.register_forward_pre_hook(replace_mask, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("span", LOCAL_SPANS)
+def test_mixed_spans(span: str) -> None:
+    model = pair("Llama")[0]
+    ours = apply_span_attention(
+        copy.deepcopy(model), mixed_span(3, full_layers=[1], **LOCAL_SPANS[span], is_causal=True)
+    )
+    attention_mask = PADDINGS["left"]
+    full = model(tokens(), attention_mask=attention_mask).logits[attention_mask]
+    masked(model, [0, 2], LOCAL_SPANS[span], left_padding=(~attention_mask).sum(1))
+    expected = model(tokens(), attention_mask=attention_mask).logits[attention_mask]
+    actual = ours(tokens(), attention_mask=attention_mask).logits[attention_mask]
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    assert (full - expected).abs().max() > 0.1, "the spans matter"
+    apply_span_attention(ours)
+    torch.testing.assert_close(ours(tokens(), attention_mask=attention_mask).logits[attention_mask], full)
+
+
+@pytest.mark.parametrize("span", LOCAL_SPANS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_mixed_spans_generate_what_they_see_in_one_pass(span: str, cache: str) -> None:
+    model = apply_span_attention(pair("Llama")[0], [None, LOCAL_SPANS[span], LOCAL_SPANS[span]])
+    attention_mask = PADDINGS["left"]
+    output = model.generate(
+        tokens(),
+        attention_mask=attention_mask,
+        max_new_tokens=12,
+        do_sample=False,
+        cache_implementation=cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    seen = torch.cat([attention_mask, torch.ones(2, 12, dtype=torch.bool)], dim=1)
+    position_ids = (seen.cumsum(-1) - 1).clamp(min=0)
+    whole = model(output.sequences, attention_mask=seen, position_ids=position_ids).logits
+    torch.testing.assert_close(torch.stack(output.logits, 1), whole[:, TOKENS - 1 : -1].float(), **TOLERANCE)
+
+
+def test_spans_are_saved_with_the_model(tmp_path: Path) -> None:
+    model = apply_span_attention(pair("Llama")[0], mixed_span(3, [0], left=2, is_causal=True))
+    expected = model(tokens()).logits
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=register_span_attention(), dtype=torch.float64
+    )
+    torch.testing.assert_close(loaded(tokens()).logits, expected)
+    assert "span_attention" not in apply_span_attention(loaded).config.to_dict()
+
+
+# ---- training and compilers -------------------------------------------------------------------------
+
+
+def test_training_with_checkpoints() -> None:
+    model = apply_span_attention(pair("Llama")[0], mixed_span(3, [0], block_size=4, is_causal=True)).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(tokens(), attention_mask=PADDINGS["right"], labels=tokens(), use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        losses.append(model(tokens(), labels=tokens(), use_cache=False).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2
+
+
+def test_half_precision() -> None:
+    model, ours = pair("Gemma3Text")
+    expected = model(tokens(), attention_mask=PADDINGS["right"]).logits[PADDINGS["right"]]
+    ours = ours.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = ours(tokens(), attention_mask=PADDINGS["right"]).logits
+    converted = ours.bfloat16()(tokens(), attention_mask=PADDINGS["right"]).logits
+    assert lowered.dtype == converted.dtype == torch.bfloat16
+    for logits in (lowered, converted):
+        similarity = nn.functional.cosine_similarity(logits[PADDINGS["right"]].double(), expected, dim=-1)
+        assert similarity.min() > 0.98
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Llama4Text"])
+def test_compile_and_export(name: str) -> None:
+    torch._dynamo.reset()
+    model = pair(name)[1]
+    inputs = {"input_ids": tokens(), "attention_mask": PADDINGS["left"].long(), "use_cache": False}
+    expected = model(**inputs).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, expected)
+    exported = torch.export.export(model, (), inputs).module()
+    torch.testing.assert_close(exported(**inputs).logits, expected)
+    # `generate` makes masks of its own accord where it compiles the model, and passes them in.
+    made_before = masking_utils.create_masks_for_generate(
+        model.config, torch.empty(2, TOKENS, 0), PADDINGS["left"], past_key_values=None
+    )
+    torch.testing.assert_close(compiled(**inputs | {"attention_mask": made_before}).logits, expected)
+    torch._dynamo.reset()
+
+
+# ---- masks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mask_function",
+    [
+        masking_utils.causal_mask_function,
+        masking_utils.bidirectional_mask_function,
+        *(masking_utils.sliding_window_causal_mask_function(window) for window in (1, 2, 5, 50)),
+        *(masking_utils.sliding_window_bidirectional_mask_function(window) for window in (0, 3, 50)),
+        *(masking_utils.chunked_causal_mask_function(size, torch.tensor([0, 6])) for size in (1, 4, 50)),
+    ],
+)
+@pytest.mark.parametrize(("queries", "keys", "q_offset", "kv_offset"), [(13, 13, 0, 0), (2, 9, 11, 4), (3, 20, 10, 0)])
+def test_masks_say_what_torch_is_told(
+    mask_function: Callable, queries: int, keys: int, q_offset: int, kv_offset: int
+) -> None:
+    sizes = {"q_length": queries, "kv_length": keys, "q_offset": q_offset, "kv_offset": kv_offset}
+    arguments = {**sizes, "batch_size": 2, "mask_function": mask_function, "attention_mask": PADDINGS["left"]}
+    expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)[:, 0]
+    mask = span_mask(**arguments)
+    assert mask.shape == (2, 1, 1, keys), "nothing is made of queries times keys"
+    visible = getattr(mask, VISIBLE)
+    zeros = torch.zeros(2, 1, 20, 1)
+    seen = torchops.span_attention(
+        zeros[:, :, :queries],
+        zeros[:, :, :keys],
+        torch.eye(keys).expand(2, 1, keys, keys),
+        *visible.span,
+        key_bias=visible.key_bias,
+        query_start=visible.query_start,
+        key_start=visible.key_start,
+    )
+    assert torch.equal(seen[:, 0] > 0, expected)
+
+
+# ---- what cannot be ---------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "dropout": ("Llama", {"attention_dropout": 0.1}, {}, r"no attention dropout \(here 0.1\)"),
+    "4-D mask": (
+        "Llama",
+        {},
+        {"attention_mask": torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)},
+        r"no masks but those of padding, \[B, L\]; this one of shape \[2, 1, 13, 13\]",
+    ),
+    "packed": (
+        "Llama",
+        {},
+        {"position_ids": torch.arange(TOKENS).remainder(7)[None], "use_cache": False},
+        "no masks but full, sliding and chunked attention: no packed sequences",
+    ),
+    "softcap": ("Gemma2", {"attn_logit_softcapping": 50.0}, {}, "no soft-capped scores"),
+    "output_attentions": ("Llama", {}, {"output_attentions": True}, "no output_attentions"),
+    "cumulative lengths": ("Llama", {}, {"cu_seq_lens_q": torch.tensor([0, 7, 13])}, "no packed sequences"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_calls_that_are_refused(case: str) -> None:
+    name, options, inputs, message = REFUSED[case]
+    model = pair(name, **options)[1].train()
+    with pytest.raises(ValueError, match=f"span attention: {message}"):
+        model(tokens(), **inputs)
+
+
+def test_a_mask_of_another_cache_is_refused() -> None:
+    model = pair("Llama")[1]
+    mask = span_mask(2, TOKENS, TOKENS + 1)
+    with pytest.raises(ValueError, match="expected as many keys as the mask has, 14, got 13"):
+        model(tokens(), attention_mask=mask)
+
+
+def test_mask_functions_of_ones_own_are_refused() -> None:
+    def own(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query - key) % 2 == 0
+
+    causal = masking_utils.causal_mask_function
+    window = masking_utils.sliding_window_overlay(3)
+    chunks = masking_utils.chunked_overlay(3, torch.zeros(2))
+    for function in (
+        own,
+        masking_utils.and_masks(causal, own),
+        masking_utils.or_masks(causal, window),
+        masking_utils.and_masks(window, chunks),
+        masking_utils.sliding_window_overlay(0),
+        masking_utils.padding_mask_function(torch.ones(2, 5, dtype=torch.bool)),
+        lambda batch, head, query, key: query <= key,
+        lambda batch, head, query, key: key // 4 == query // 4,
+        lambda batch, head, query, key: key <= query + 1,
+    ):
+        with pytest.raises(ValueError, match="span attention: no masks but full, sliding and chunked attention"):
+            span_mask(2, 5, 5, mask_function=function)
+
+
+@pytest.mark.parametrize(
+    ("spans", "error", "message"),
+    [
+        ([{}], ValueError, "expected spans for 3 layers or None, got 1"),
+        (
+            [None, {"block": 3}, None],
+            ValueError,
+            r"expected spans of block_size, is_causal, left, right, got \['block'\]",
+        ),
+    ],
+)
+def test_spans_that_are_refused(spans: Any, error: type[Exception], message: str) -> None:
+    model = pair("Llama")[0]
+    with pytest.raises(error, match=f"span attention: {message}"):
+        apply_span_attention(model, spans)
+    assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "span_attention")
+
+
+@pytest.mark.parametrize(
+    ("name", "spans", "message"),
+    [
+        (
+            "Llama",
+            [None, None, {"left": 3, "is_causal": False}],
+            "no is_causal=False for layer 2 of a model with is_causal=True",
+        ),
+        ("Gemma3Text", [None, None, {"left": 3}], "no span of one's own for layer 2, which sees .*left=4"),
+    ],
+)
+def test_spans_that_do_not_fit_the_model_are_refused(name: str, spans: Any, message: str) -> None:
+    model = apply_span_attention(pair(name)[0], spans)
+    with pytest.raises(ValueError, match=f"span attention: {message}"):
+        model(tokens())
+
+
+def test_other_models_are_refused() -> None:
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]
+    )
+    with pytest.raises(TypeError, match="GPTNeoForCausalLM does not take attention implementations from outside"):
+        apply_span_attention(transformers.GPTNeoForCausalLM(config))
+    bart = transformers.BartModel(transformers.BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1))
+    with pytest.raises(TypeError, match="without cross-attention"):
+        apply_span_attention(bart, [None])
+
+
+@pytest.mark.parametrize("installed", ["none", "old"])
+def test_what_to_install(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if installed == "none":
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    else:
+        monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None)
+    monkeypatch.delitem(sys.modules, "torchops.integrations.transformers")
+    with pytest.raises(ImportError, match="needs transformers 5.23 or newer: pip install transformers"):
+        importlib.import_module("torchops.integrations.transformers")
+
+
+def test_examples() -> None:
+    module = importlib.import_module("torchops.integrations.transformers")
+    assert module.__all__ == ["apply_span_attention", "register_span_attention"]
+    assert doctest.testmod(module, extraglobs={"torch": torch, "torchops": torchops}).failed == 0
