@@ -319,17 +319,15 @@ def test_copies_and_pickles() -> None:
 # ---- timm's attention and block, as they are -------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_dropout_and_stochastic_depth(fused: bool) -> None:
+def test_dropout_and_stochastic_depth() -> None:
     """Two tokens, one of them protected, cannot merge: what is left is timm's block, dropout and all."""
     model = make(attn_drop_rate=0.3, proj_drop_rate=0.2, drop_path_rate=0.4, init_values=0.5).train()
-    model.blocks[3].attn.fused_attn = fused
     x = torch.randn(8, 2, 24)
     torch.manual_seed(1)
     expected = model.blocks[3](x)
     apply_token_merging(model, [0, 0, 0, 5])
     torch.manual_seed(1)
-    assert torch.equal(model.blocks[3](x), expected)
+    torch.testing.assert_close(model.blocks[3](x), expected)
 
 
 def test_attention_without_merging_is_timms() -> None:
@@ -338,25 +336,36 @@ def test_attention_without_merging_is_timms() -> None:
     mask = torch.randn(2, 1, 1, 9)
     expected = attention(x), attention(x, attn_mask=mask), attention(x, is_causal=True)
     attention.__class__ = TokenMergingAttention
-    keys: list[Tensor] = []
     assert torch.equal(attention(x), expected[0])
-    assert torch.equal(attention(x, attn_mask=mask, keys=keys), expected[1])
+    assert torch.equal(attention(x, attn_mask=mask), expected[1])
     assert torch.equal(attention(x, is_causal=True), expected[2])
-    assert [key.shape for key in keys] == [(2, 3, 9, 8)]
+
+
+@pytest.mark.parametrize("drop", [0.0, 1e-9])
+def test_attention_with_a_bias_is_timms_with_a_mask(drop: float) -> None:
+    """Also where attention dropout, too rare to be seen here, leads another way."""
+    attention = Attention(24, 3, qk_norm=True, scale_norm=True, gated=True, attn_drop=drop, norm_layer=nn.LayerNorm)
+    x, bias = torch.randn(2, 9, 24), torch.randn(2, 9)
+    expected = attention(x), attention(x, attn_mask=bias[:, None, None])
+    attention.__class__ = TokenMergingAttention
+    keys: list[Tensor] = []
+    torch.testing.assert_close(attention(x, keys=keys), expected[0])
+    torch.testing.assert_close(attention(x, keys=keys, key_bias=bias), expected[1])
+    assert [key.shape for key in keys] == [(2, 3, 9, 8)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_bias_while_all_sizes_are_one(dtype: torch.dtype) -> None:
     model = apply_token_merging(make(), [0, 4, 4, 0]).to(dtype)
-    masks: list[Tensor | None] = []
+    biases: list[Tensor | None] = []
     for block in model.blocks:
         block.attn.register_forward_pre_hook(
-            lambda module, args, kwargs: masks.append(kwargs["attn_mask"]), with_kwargs=True
+            lambda module, args, kwargs: biases.append(kwargs.get("key_bias")), with_kwargs=True
         )
     model(images(dtype=dtype))
-    assert masks[:2] == [None, None]
-    assert [mask.shape for mask in masks[2:]] == [(2, 1, 1, 61), (2, 1, 1, 57)]
-    assert {mask.dtype for mask in masks[2:]} == {dtype}  # CUDA's kernels take no other
+    assert biases[:2] == [None, None]
+    assert [bias.shape for bias in biases[2:]] == [(2, 61), (2, 57)]
+    assert {bias.dtype for bias in biases[2:]} == {torch.float32}, "sizes are not rounded"
 
 
 # ---- intermediate features -----------------------------------------------------------------------

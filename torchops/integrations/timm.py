@@ -14,6 +14,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple, TypeVar, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 try:
     from timm.layers.attention import Attention
@@ -25,6 +26,7 @@ except ImportError as error:
     raise ImportError("torchops.integrations.timm needs timm 1.0.26 or newer: pip install timm") from error
 
 from ..nn.tokens import TokenMerger, merge_schedule, proportional_attention_bias
+from ..ops.span_attention import span_attention
 from ..ops.tokens import unmerge_tokens
 
 __all__ = ["apply_token_merging", "remove_token_merging"]
@@ -206,7 +208,7 @@ def get_merged(tokens: Tensor, num_skipped: int = 0) -> Optional[Merged]:
 
 
 class TokenMergingAttention(Attention):
-    """timm's attention, with its keys [B, H, N, D] appended to the list when one is given."""
+    """timm's attention; given a list for its keys [B, H, N, D], with a bias [B, N] to the scores of each key."""
 
     def forward(
         self,
@@ -214,25 +216,23 @@ class TokenMergingAttention(Attention):
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
         keys: Optional[List[Tensor]] = None,
+        key_bias: Optional[Tensor] = None,
     ) -> Tensor:
-        module: Any = self if keys is None else KeyRecorder(self, keys)
-        return Attention.forward(module, x, attn_mask=attn_mask, is_causal=is_causal)
-
-
-class KeyRecorder:
-    """Stands in for an attention module in one call of its forward, and keeps what k_norm returned."""
-
-    def __init__(self, attention: Attention, keys: List[Tensor]) -> None:
-        self.attention = attention
-        self.keys = keys
-
-    def k_norm(self, k: Tensor) -> Tensor:
-        k = self.attention.k_norm(k)
-        self.keys.append(k)
-        return k
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.attention, name)
+        if keys is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        gate = getattr(self, "gate", None)  # timm 1.0.26 has none
+        gate = None if gate is None else gate(x).sigmoid()
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = self.q_norm(query), self.k_norm(key)
+        keys.append(key)
+        dropout = self.attn_drop.p if self.training else 0.0
+        if dropout > 0:  # span_attention has none
+            bias = None if key_bias is None else key_bias[:, None, None].to(query.dtype)
+            x = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        else:
+            x = span_attention(query, key, value, key_bias=key_bias)
+        x = self.norm(x.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(x if gate is None else x * gate))
 
 
 class TokenMergingBlock(Block):
@@ -261,17 +261,15 @@ class TokenMergingBlock(Block):
                 )
         bias = None
         if merged is not None and self.proportional_attention:
-            bias = proportional_attention_bias(merged.size)[:, None, None].to(x.dtype)  # [B, 1, 1, N]
+            bias = proportional_attention_bias(merged.size)
 
-        if self.token_merger.r == 0:
-            x = super().forward(x, attn_mask=bias)
-        else:
-            keys: List[Tensor] = []
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=bias, keys=keys)))
+        keys: List[Tensor] = []
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), keys=keys, key_bias=bias)))
+        if self.token_merger.r > 0:
             metric = keys[0].detach().mean(1)
             x, size, assign = self.token_merger(x, metric, None if merged is None else merged.size)
             merged = Merged(size, assign if merged is None else assign.gather(1, merged.assign))
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         set_merged(x, merged)
         return x
 
