@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import Inputs, assert_close, gradients, random, to_double
+from contract import Inputs, gradients, random, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -267,7 +267,7 @@ LENGTHS = st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 63, 64, 65, 127
 
 
 @pytest.mark.numeric
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     span=spans(),
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
@@ -304,8 +304,12 @@ def test_any_shape_and_span(
         actual = [*torchops.span_attention_lse(**inputs), *gradients(torchops.span_attention_lse, inputs, names)]
         exact = to_double(inputs)
         expected = [*reference.span_attention_lse(**exact), *gradients(reference.span_attention_lse, exact, names)]
+        # Relative to the largest of all: where contributions cancel, a gradient is nothing but their rounding.
+        largest = max(other.nan_to_num(neginf=0).abs().max().item() for other in expected)
         for what, one, other in zip(["output", "logsumexp", *names], actual, expected, strict=True):
-            assert_close(one, other, dtype, what, tolerance)
+            error = (one.double() - other).nan_to_num().abs().max().item()
+            assert error <= tolerance * largest and torch.equal(one == -math.inf, other == -math.inf), (what, error)
+            assert not one.isnan().any(), what
 
 
 def test_a_nan_reaches_the_queries_that_see_it() -> None:
@@ -333,6 +337,22 @@ def test_logsumexp_counts_the_visible_keys() -> None:
     for span in [{}, {"is_causal": True}, *SPANS]:
         _, logsumexp = torchops.span_attention_lse(zeros, zeros, zeros, **span)
         assert logsumexp.exp().sum().item() == pytest.approx(visible_pairs(300, **span), rel=1e-12), span
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """Offsets beyond 32 bits: rows of a batch that lie 2**31 numbers apart, of which only these are touched."""
+
+    def far_apart(tensor: Tensor) -> Tensor:
+        storage = torch.empty(2**31 + tensor[0].numel(), dtype=tensor.dtype)
+        return storage.as_strided(tensor.shape, (2**31, *tensor.stride()[1:])).copy_(tensor)
+
+    near = [tensor.bfloat16() for tensor in (*qkv(2, 2, 70, 8), torch.ones(2, 2, 70, 8))]
+    results = []
+    for *inputs, grad in (near, [far_apart(tensor) for tensor in near]):
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = torchops.span_attention(*leaves, left=9)
+        results.append([output, *torch.autograd.grad(output, leaves, grad)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 PEAK_MEMORY = """
