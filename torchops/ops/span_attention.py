@@ -111,7 +111,8 @@ def span_attention_lse(
     """:func:`span_attention` and the logarithm of its softmax's denominator.
 
     Results over parts of the keys are merged with it: with o1, l1 and o2, l2 over two parts, the whole
-    is ``o1 * exp(l1 - l) + o2 * exp(l2 - l)`` with ``l = logaddexp(l1, l2)``. Give the sink to one part only.
+    is ``o1 * exp(l1 - l) + o2 * exp(l2 - l)`` with ``l = logaddexp(l1, l2)``. Give the sink to one part only,
+    and clamp l1 and l2 to finite numbers first where a query may see nothing in both parts.
 
     Args:
         query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start:
