@@ -51,7 +51,6 @@ SPANS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "scale-negative": ((1, 1, 1, 70, 65, 5, 5), {"scale": -0.5, "left": 30, "right": 2}),
     "window-causal": ((1, 2, 1, 200, 200, 16, 40), {"left": 69, "right": 0, "is_causal": True}),
     "window-D64": ((1, 1, 1, 130, 130, 64, 64), {"left": 3, "right": 5}),
-    "window-left-only": ((1, 2, 2, 9, 9, 4, 4), {"left": 2}),
     "window-right-only": ((1, 2, 2, 65, 63, 80, 16), {"right": 1}),
     "blocks": ((2, 2, 1, 10, 10, 4, 4), {"block_size": 4, "left": 0, "right": 0}),
     "blocks-causal-D80": (
@@ -63,9 +62,7 @@ SPANS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         {"block_size": 27, "left": 1, "right": 0, "is_causal": True},
     ),
     "band": ((1, 2, 2, 65, 65, 16, 1), {"block_size": 8, "left": 1, "right": 1}),
-    "longer-block-than-sequence": ((1, 1, 1, 6, 6, 4, 4), {"block_size": 100, "left": 0, "right": 0}),
     "huge-block": ((1, 1, 1, 6, 6, 4, 4), {"block_size": HUGE, "left": HUGE, "right": 0, "is_causal": True}),
-    "huge-left-right": ((1, 1, 1, 6, 6, 4, 4), {"block_size": 3, "left": HUGE, "right": HUGE}),
     "B0": ((0, 2, 2, 5, 5, 4, 4), {"is_causal": True}),
     "H0": ((2, 0, 2, 5, 5, 4, 4), {"is_causal": True}),
     "Lq0": ((2, 2, 1, 0, 5, 4, 4), {}),
