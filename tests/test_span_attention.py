@@ -432,6 +432,7 @@ def test_module_scripts_exports_and_compiles(name: str) -> None:
 def test_module_by_hand() -> None:
     module = SpanAttention(12, 6, block_size=2, left=1, right=0, is_causal=True, num_kv_heads=3, sink=True).double()
     nn.init.normal_(module.sink)
+    assert module.k_proj.out_features == module.v_proj.out_features == 6
     input = torch.randn(2, 9, 12, dtype=torch.float64)
 
     def heads(projection: nn.Linear) -> Tensor:
