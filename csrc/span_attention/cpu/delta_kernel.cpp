@@ -32,7 +32,8 @@ void sink_gradient(const SinkGradient<A>& args, int64_t begin, int64_t end) {
       const int64_t first = (batch * sizes.num_heads + head) * sizes.num_queries;
       for_each_vector<A>(sizes.num_queries, [&](int64_t query, int lanes_used) {
         const vec<A> logsumexp = load_piece(args.logsumexp + first + query, lanes_used);
-        const vec<A> probability = exp2((args.sink[head] - logsumexp) * log2_e<A>);
+        const vec<A> exponent = (args.sink[head] - logsumexp) * log2_e<A>;
+        const vec<A> probability = exp2(exponent > A(0) ? vec<A>{} : exponent);
         const vec<A> product = probability * load_piece(args.delta + first + query, lanes_used);
         // Lanes behind the last query have a delta of 0; a row of nothing has no sink that counts.
         sum -= logsumexp == -static_cast<A>(__builtin_inf()) ? vec<A>{} : product;
