@@ -36,10 +36,15 @@ void for_each_wave(const Sizes& sizes, int64_t bytes_of_head, const Work& work) 
   }
 }
 
-// Every unit is worth a thread.
+// At most what a tile of `rows` queries or keys costs: several multiplications of a product are one operation.
+int64_t tile_cost(const Sizes& sizes, int64_t rows, int64_t others) {
+  constexpr int64_t at_once = 4;
+  return std::min<int64_t>(rows, 64) * others * (sizes.head_dim + sizes.value_dim) / at_once;
+}
+
 template <typename Work>
-void parallel_tiles(int64_t count, int64_t scratch_bytes, const Work& work) {
-  parallel_units(count, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+void parallel_tiles(int64_t count, int64_t cost, int64_t scratch_bytes, const Work& work) {
+  parallel_units(count, cost, [&](int64_t begin, int64_t end) {
     AlignedBuffer<char> scratch(static_cast<size_t>(scratch_bytes));
     work(scratch.data(), begin, end);
   });
@@ -66,9 +71,10 @@ void forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& v
       parallel_units(heads * pack_units, sizes.head_dim * 256, [&](int64_t begin, int64_t end) {
         TORCHOPS_KERNEL(span_attention, forward_pack<T>)(args.inputs, first, packs, begin, end);
       });
-      parallel_tiles(heads * units, scratch_bytes, [&](char* scratch, int64_t begin, int64_t end) {
-        TORCHOPS_KERNEL(span_attention, forward<T>)(args, first, packs, scratch, begin, end);
-      });
+      parallel_tiles(heads * units, tile_cost(sizes, sizes.num_queries, sizes.num_keys), scratch_bytes,
+                     [&](char* scratch, int64_t begin, int64_t end) {
+                       TORCHOPS_KERNEL(span_attention, forward<T>)(args, first, packs, scratch, begin, end);
+                     });
     });
   });
 }
@@ -163,16 +169,19 @@ SpanGradients span_attention_backward_cpu(const at::Tensor& grad_output,
       // the threads are cut into tiles.
       const int64_t threads = at::get_num_threads();
       const int64_t whole = for_queries && for_keys ? heads / threads * threads : 0;
-      parallel_tiles(whole, whole_bytes, [&](char* scratch, int64_t begin, int64_t end) {
-        TORCHOPS_KERNEL(span_attention, backward_heads<T>)(args, first, packs, scratch, begin, end);
-      });
+      parallel_tiles(whole, 4 * query_units * tile_cost(sizes, sizes.num_queries, sizes.num_keys), whole_bytes,
+                     [&](char* scratch, int64_t begin, int64_t end) {
+                       TORCHOPS_KERNEL(span_attention, backward_heads<T>)(args, first, packs, scratch, begin, end);
+                     });
       char* const rest = packs + whole * pack_bytes;
-      parallel_tiles(for_queries ? (heads - whole) * query_units : 0, tile_bytes,
+      parallel_tiles(for_queries ? (heads - whole) * query_units : 0,
+                     2 * tile_cost(sizes, sizes.num_queries, sizes.num_keys), tile_bytes,
                      [&](char* scratch, int64_t begin, int64_t end) {
                        TORCHOPS_KERNEL(span_attention, backward_queries<T>)
                        (args, first + whole, rest, scratch, begin, end);
                      });
-      parallel_tiles(for_keys ? (heads - whole) * key_units : 0, tile_bytes,
+      parallel_tiles(for_keys ? (heads - whole) * key_units : 0,
+                     2 * sizes.group_size() * tile_cost(sizes, sizes.num_keys, sizes.num_queries), tile_bytes,
                      [&](char* scratch, int64_t begin, int64_t end) {
                        TORCHOPS_KERNEL(span_attention, backward_keys<T>)
                        (args, first + whole, rest, scratch, begin, end);
