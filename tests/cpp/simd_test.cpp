@@ -9,6 +9,7 @@
 
 #include "catch.h"
 #include "core/cpu/matrix_product.h"
+#include "format16.h"
 
 using namespace torchops::kernels;
 
@@ -28,24 +29,11 @@ uint16_t narrowed(float value) {
   return out[0].bits;
 }
 
-// What a 16-bit format with this many exponent and fraction bits means, by its definition.
-double meaning(uint16_t bits, int exponent_bits, int fraction_bits) {
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const int fraction = bits & ((1 << fraction_bits) - 1);
-  const int exponent = (bits >> fraction_bits) & ((1 << exponent_bits) - 1);
-  const double sign = bits >> 15 ? -1 : 1;
-  if (exponent == (1 << exponent_bits) - 1) {
-    return fraction ? NAN : sign * INFINITY;
-  }
-  const double significand = std::ldexp(fraction, -fraction_bits) + (exponent ? 1 : 0);
-  return sign * std::ldexp(significand, (exponent ? exponent : 1) - bias);
-}
-
 template <typename T>
-void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
+void check_all_bit_patterns(const Format16& format) {
   for (uint32_t pattern = 0; pattern < 65536; ++pattern) {
     const auto bits = static_cast<uint16_t>(pattern);
-    const double expected = meaning(bits, exponent_bits, fraction_bits);
+    const double expected = format.meaning(bits);
     const float wide = widened<T>(bits);
     INFO("bits " << bits);
     if (std::isnan(expected)) {
@@ -56,7 +44,7 @@ void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
     REQUIRE(std::bit_cast<uint32_t>(wide) == std::bit_cast<uint32_t>(static_cast<float>(expected)));
     REQUIRE(narrowed<T>(wide) == bits);
     // Between this number and the next one upwards: below, at and above the middle.
-    const double next = meaning(static_cast<uint16_t>(bits + 1), exponent_bits, fraction_bits);
+    const double next = format.meaning(static_cast<uint16_t>(bits + 1));
     if (std::isfinite(expected) && std::isfinite(next) && std::signbit(expected) == std::signbit(next)) {
       const auto middle = static_cast<float>((expected + next) / 2);
       const auto even = static_cast<uint16_t>(bits & 1 ? bits + 1 : bits);
@@ -70,11 +58,11 @@ void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
 }  // namespace
 
 TEST_CASE("bfloat16 converts in every bit pattern and rounds to nearest even") {
-  check_all_bit_patterns<bfloat16>(8, 7);
+  check_all_bit_patterns<bfloat16>(bfloat16_format);
 }
 
 TEST_CASE("float16 converts in every bit pattern and rounds to nearest even") {
-  check_all_bit_patterns<float16>(5, 10);
+  check_all_bit_patterns<float16>(float16_format);
 }
 
 TEST_CASE("float16 overflows to infinity from 65520 on") {

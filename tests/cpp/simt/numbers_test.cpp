@@ -7,6 +7,7 @@
 
 #include "catch.h"
 #include "core/cuda/launch.h"
+#include "format16.h"
 #include "orders.h"
 #include "samples/wrappers.cuh"
 
@@ -31,21 +32,8 @@ std::vector<T> narrowed(const std::vector<float>& input) {
   return output;
 }
 
-// What a 16-bit format with this many exponent and fraction bits means, by its definition.
-double meaning(uint16_t bits, int exponent_bits, int fraction_bits) {
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const int fraction = bits & ((1 << fraction_bits) - 1);
-  const int exponent = (bits >> fraction_bits) & ((1 << exponent_bits) - 1);
-  const double sign = bits >> 15 ? -1 : 1;
-  if (exponent == (1 << exponent_bits) - 1) {
-    return fraction ? NAN : sign * INFINITY;
-  }
-  const double significand = std::ldexp(fraction, -fraction_bits) + (exponent ? 1 : 0);
-  return sign * std::ldexp(significand, (exponent ? exponent : 1) - bias);
-}
-
 template <typename T>
-void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
+void check_all_bit_patterns(const Format16& format) {
   std::vector<T> patterns(65536);
   for (size_t i = 0; i < patterns.size(); ++i) {
     patterns[i].bits = static_cast<uint16_t>(i);
@@ -55,7 +43,7 @@ void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
   // Between each number and the next one away from zero: below, at and above the middle.
   std::vector<float> between(3 * patterns.size());
   for (size_t i = 0; i < patterns.size(); ++i) {
-    const double next = meaning(static_cast<uint16_t>(i + 1), exponent_bits, fraction_bits);
+    const double next = format.meaning(static_cast<uint16_t>(i + 1));
     const auto middle = static_cast<float>((static_cast<double>(wide[i]) + next) / 2);
     between[3 * i] = std::nextafterf(middle, wide[i]);
     between[3 * i + 1] = middle;
@@ -64,7 +52,7 @@ void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
   const auto rounded = narrowed<T>(between);
   for (size_t i = 0; i < patterns.size(); ++i) {
     const auto bits = static_cast<uint16_t>(i);
-    const double expected = meaning(bits, exponent_bits, fraction_bits);
+    const double expected = format.meaning(bits);
     INFO("bits " << bits);
     if (std::isnan(expected)) {
       REQUIRE(std::isnan(wide[i]));
@@ -73,8 +61,7 @@ void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
     }
     REQUIRE(std::bit_cast<uint32_t>(wide[i]) == std::bit_cast<uint32_t>(static_cast<float>(expected)));
     REQUIRE(back[i].bits == bits);
-    if (std::isfinite(expected) &&
-        std::isfinite(meaning(static_cast<uint16_t>(bits + 1), exponent_bits, fraction_bits))) {
+    if (std::isfinite(expected) && std::isfinite(format.meaning(static_cast<uint16_t>(bits + 1)))) {
       REQUIRE(rounded[3 * i].bits == bits);
       REQUIRE(rounded[3 * i + 1].bits == bits + bits % 2);
       REQUIRE(rounded[3 * i + 2].bits == bits + 1);
@@ -85,11 +72,11 @@ void check_all_bit_patterns(int exponent_bits, int fraction_bits) {
 }  // namespace
 
 TEST_CASE("bfloat16 converts on the device in every bit pattern and rounds to nearest even") {
-  check_all_bit_patterns<bfloat16>(8, 7);
+  check_all_bit_patterns<bfloat16>(bfloat16_format);
 }
 
 TEST_CASE("float16 converts on the device in every bit pattern and rounds to nearest even") {
-  check_all_bit_patterns<float16>(5, 10);
+  check_all_bit_patterns<float16>(float16_format);
 }
 
 TEST_CASE("conversion to float16 overflows from 65520 on, and to bfloat16 near the largest float") {
