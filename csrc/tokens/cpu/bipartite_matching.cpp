@@ -28,8 +28,8 @@ MatchedPairs matched_pairs(const char* op, const at::Tensor& metric, int64_t r, 
     return pairs;
   }
 
-  const int64_t first_source = num_protected + num_protected % 2;
-  const int64_t num_sources = (num_tokens - first_source + 1) / 2;
+  const int64_t first_source = kernels::tokens::first_source(num_protected);
+  const int64_t num_sources = kernels::tokens::num_sources(num_tokens, num_protected);
   std::vector<int32_t> similarity(static_cast<size_t>(batch * num_sources));
   std::vector<int64_t> destination(similarity.size());
   for_dtype(metric.scalar_type(), [&](auto tag) {

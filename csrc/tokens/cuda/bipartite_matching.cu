@@ -13,8 +13,7 @@ BestDestinations best_destinations_cuda(const at::Tensor& metric, int64_t r, int
                                         const std::optional<at::Tensor>& padding_mask) {
   const auto batch = metric.size(0), num_tokens = metric.size(1);
   const auto features = with_contiguous_rows(metric);
-  const int64_t first_source = num_protected + num_protected % 2;
-  const int64_t num_sources = num_tokens > first_source ? (num_tokens - first_source + 1) / 2 : 0;
+  const int64_t num_sources = kernels::tokens::num_sources(num_tokens, num_protected);
   BestDestinations best{at::empty({batch, num_sources}, metric.options().dtype(at::kInt)),
                         at::empty({batch, num_sources}, metric.options().dtype(at::kLong)),
                         std::nullopt,
@@ -28,7 +27,7 @@ BestDestinations best_destinations_cuda(const at::Tensor& metric, int64_t r, int
                padding,
                num_tokens,
                num_sources,
-               first_source,
+               kernels::tokens::first_source(num_protected),
                clamped_r(num_tokens, r, num_protected).expect_int()};
   if (best.args.num_removed == 0) {
     return best;
