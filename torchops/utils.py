@@ -38,6 +38,7 @@ def config() -> Dict[str, Optional[str]]:
         "built against torch": _build.TORCH_VERSION,
         "running with torch": torch.__version__,
         "compiler": _build.COMPILER,
+        "build type": _build.BUILD_TYPE,
         "CUDA": _build.CUDA_VERSION or "not built",
         "CPU level": f"{cpu_capability()} (of {', '.join(cpu_capabilities())})",
         "library": library_path,

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cassert>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -24,6 +25,21 @@ using kernels::float16;
 
 inline constexpr int warp_size = 32;
 inline constexpr uint32_t all_lanes = 0xffffffff;
+
+// ---- assertions ---------------------------------------------------------------------------------
+
+// In a debug build, stops the program where the condition does not hold, with the caller's line; a
+// release build goes on, and what follows must be safe there too.
+__device__ __forceinline__ void debug_assert(bool condition, const char* expected, const char* file = __builtin_FILE(),
+                                             unsigned line = __builtin_LINE()) {
+#if defined(NDEBUG)
+  static_cast<void>(condition), static_cast<void>(expected), static_cast<void>(file), static_cast<void>(line);
+#else
+  if (!condition) {
+    __assert_fail(expected, file, line, "kernel");
+  }
+#endif
+}
 
 // ---- warp ---------------------------------------------------------------------------------------
 

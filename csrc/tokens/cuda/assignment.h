@@ -6,7 +6,7 @@
 
 namespace torchops {
 
-// On the current device. Values of assign outside of 0..M-1 are in no group.
+// On the current device.
 GroupMembers group_members_cuda(const at::Tensor& assign, int64_t num_groups);
 
 }  // namespace torchops

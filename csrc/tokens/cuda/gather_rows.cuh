@@ -1,19 +1,19 @@
 #pragma once
 
 #include "core/cuda/pack.cuh"
+#include "tokens/cuda/assigned_group.cuh"
 #include "tokens/gather_rows.h"
 
 namespace torchops::kernels::tokens {
 
 // A block per token, grid [B * N]; `width` divides C, and all rows are aligned to width elements.
-// An assignment out of range counts as -1.
 template <int width, typename T>
 __global__ void gather_rows(GatherRows<T> args) {
   using A = accumulate_t<T>;
   const int64_t unit = blockIdx.x;
   const int64_t batch = unit / args.num_tokens;
-  const int64_t group = args.assign[unit];
-  const bool kept = 0 <= group && group < args.num_groups;
+  const int64_t group = assigned_group(args.assign[unit], args.num_groups);
+  const bool kept = group >= 0;
   const T* source = kept ? args.source.row(batch, group) : nullptr;
   const T* residual = args.residual.data == nullptr ? nullptr : args.residual.row(batch, unit % args.num_tokens);
   const A scale = kept ? args.scale(unit, group) : A(0);

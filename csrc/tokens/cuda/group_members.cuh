@@ -1,12 +1,13 @@
 #pragma once
 
 #include "core/cuda/block.cuh"
+#include "tokens/cuda/assigned_group.cuh"
 
 namespace torchops::kernels::tokens {
 
 // The tokens of each group by a stable counting sort.
 struct GroupMembers {
-  const int64_t* assign;  // [B, N]; a value out of 0..M-1 belongs to no group
+  const int64_t* assign;  // [B, N], in -1..M-1
   int64_t* offsets;       // [B, M + 1]: group m's members are members[offsets[m]..offsets[m+1]-1]
   int64_t* members;       // [B, N]: tokens sorted by group, ascending in each
   int32_t* counts;        // [B, group_members_warps, M], scratch
@@ -40,8 +41,9 @@ static __global__ void group_members(GroupMembers args) {
   }
   device::syncthreads();
   for (int64_t i = begin + lane; i < end; i += device::warp_size) {
-    if (0 <= assign[i] && assign[i] < groups) {
-      device::atomic_add(&own_counts[assign[i]], 1);
+    const int64_t group = assigned_group(assign[i], groups);
+    if (group >= 0) {
+      device::atomic_add(&own_counts[group], 1);
     }
   }
   device::syncthreads();
@@ -73,8 +75,8 @@ static __global__ void group_members(GroupMembers args) {
 
   for (int64_t first = begin; first < end; first += device::warp_size) {
     const int64_t token = first + lane;
-    const int64_t group = token < end ? assign[token] : -1;
-    const bool kept = 0 <= group && group < groups;
+    const int64_t group = token < end ? assigned_group(assign[token], groups) : -1;
+    const bool kept = group >= 0;
     // Lanes of the same group find each other, the group of the lowest remaining lane first.
     uint32_t same = 0;
     for (uint32_t remaining = device::ballot(kept); remaining != 0;) {

@@ -1,18 +1,19 @@
 #pragma once
 
 #include "core/cuda/device.cuh"
+#include "tokens/cuda/assigned_group.cuh"
 #include "tokens/weight_gradient.h"
 
 namespace torchops::kernels::tokens {
 
-// A warp per token, grid [B * N / warps of a block]. An assignment out of range counts as -1.
+// A warp per token, grid [B * N / warps of a block].
 template <typename T>
 __global__ void weight_gradient(WeightGradient<T> args, int64_t num_units) {
   using A = accumulate_t<T>;
   const int lane = static_cast<int>(threadIdx.x) % device::warp_size;
   const int64_t unit = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / device::warp_size;
-  const int64_t group = unit < num_units ? args.assign[unit] : -1;
-  const bool kept = 0 <= group && group < args.num_groups;
+  const int64_t group = unit < num_units ? assigned_group(args.assign[unit], args.num_groups) : -1;
+  const bool kept = group >= 0;
   const int64_t batch = unit / args.num_tokens;
   const A total = kept ? args.total[batch * args.num_groups + group] : A(0);
   const bool normalized = args.normalize && total != A(0);

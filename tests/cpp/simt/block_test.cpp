@@ -139,6 +139,17 @@ TEST_CASE("different barriers are reported with both lines") {
                     Contains("divergence") && Contains("syncthreads") && Contains("at block_test.cpp:"));
 }
 
+TEST_CASE("assertions stop a debug build, with their line") {
+  std::vector<int> input(64, 1);
+  device::launch({1, 64}, assert_that_all_hold, input.data());
+  input[40] = 0;
+  CHECK_THROWS_WITH(
+      device::launch({1, 64}, assert_that_all_hold, input.data()),
+      Contains("wrappers.cuh:") && Contains("assertion: every number is other than 0 (block [0, 0, 0], thread 40)"));
+  const simt::ReleaseBuild release_build;
+  device::launch({1, 64}, assert_that_all_hold, input.data());
+}
+
 TEST_CASE("shared memory is NaN at first, and limited to what the launch asks for") {
   std::vector<float> output(32);
   device::launch({1, 32, 128}, read_uninitialized, output.data());

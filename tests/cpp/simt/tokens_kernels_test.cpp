@@ -53,7 +53,7 @@ std::vector<accumulate_t<T>> weights(int64_t count, uint32_t seed) {
   return {numbers.begin(), numbers.end()};
 }
 
-// A batch with an assignment of values out of range as well, which kernels take for -1 but never follow.
+// A batch with an assignment of values out of range as well, which a release build takes for -1.
 struct Assigned {
   int64_t batch, num_tokens, num_groups, num_channels;
   std::vector<int64_t> given;    // with values out of range
@@ -97,6 +97,7 @@ const std::vector<Assigned> assigned_batches = {
 }  // namespace
 
 TEST_CASE("group_members sorts tokens by group and keeps their order") {
+  const simt::ReleaseBuild release_build;
   for (const auto& batch : assigned_batches) {
     CAPTURE(batch.num_tokens, batch.num_groups);
     // Behind the last member nothing is written.
@@ -163,6 +164,7 @@ TEMPLATE_TEST_CASE("segment_sum", "", KERNEL_TYPES) {
 }
 
 TEMPLATE_TEST_CASE("gather_rows", "", KERNEL_TYPES) {
+  const simt::ReleaseBuild release_build;
   for (const auto& batch : assigned_batches) {
     const int64_t units = batch.batch * batch.num_tokens;
     const auto source = simt::narrowed<TestType>(
@@ -209,6 +211,7 @@ TEMPLATE_TEST_CASE("gather_rows", "", KERNEL_TYPES) {
 }
 
 TEMPLATE_TEST_CASE("weight_gradient", "", KERNEL_TYPES) {
+  const simt::ReleaseBuild release_build;
   using A = accumulate_t<TestType>;
   for (const auto& batch : assigned_batches) {
     const int64_t units = batch.batch * batch.num_tokens;
@@ -247,6 +250,28 @@ TEMPLATE_TEST_CASE("weight_gradient", "", KERNEL_TYPES) {
   }
 }
 
+TEST_CASE("an assignment out of range stops a debug build of every kernel that reads one") {
+  const std::vector<float> numbers(4);
+  const auto row = rows_of(numbers, 1, 4);
+  std::vector<float> output(4);
+  std::vector<int64_t> offsets(2), members(1);
+  std::vector<int32_t> counts(group_members_warps);
+  const auto line = Catch::Matchers::Contains("assigned_group.cuh:");
+  const auto reason = Catch::Matchers::Contains("assertion: an assignment is in -1..num_groups-1");
+  for (const int64_t value : {int64_t{-2}, int64_t{1}, int64_t{1} << 40}) {
+    const GroupMembers grouped{&value, offsets.data(), members.data(), counts.data(), 1, 1};
+    CHECK_THROWS_WITH(
+        device::launch({1, group_members_warps * device::warp_size, device::shared_size<int32_t>(device::max_warps)},
+                       group_members, grouped),
+        line && reason);
+    const GatherRows<float> gathered{row, &value, nullptr, nullptr, {}, output.data(), 1, 1, 4};
+    CHECK_THROWS_WITH(device::launch({1, 32}, gather_rows<1, float>, gathered), line && reason);
+    const WeightGradient<float> weighted{row, row, row, numbers.data(), numbers.data(), &value, output.data(), 1,
+                                         1,   4,   true};
+    CHECK_THROWS_WITH(device::launch({1, 32}, weight_gradient<float>, weighted, int64_t{1}), line && reason);
+  }
+}
+
 namespace {
 
 // What the best_destination kernels of both devices find.
@@ -269,8 +294,7 @@ struct Metric {
                               num_tokens,
                               num_features,
                               num_protected,
-                              0};
-    result.num_sources = (num_tokens - result.first_source() + 1) / 2;
+                              num_sources(num_tokens, num_protected)};
     matches.similarity.resize(static_cast<size_t>(batch * result.num_sources));
     matches.destination.resize(matches.similarity.size());
     result.similarity = matches.similarity.data();
@@ -352,35 +376,35 @@ TEMPLATE_TEST_CASE("best_destination", "", KERNEL_TYPES) {
 
 TEST_CASE("pair_matched_tokens and assign_matched_tokens follow the ranks") {
   for (const auto& metric : metrics<float>()) {
-    const int64_t first_source = metric.num_protected + metric.num_protected % 2;
+    const int64_t first = first_source(metric.num_protected);
     const int64_t most = (metric.num_tokens - metric.num_protected) / 2;
     auto matches = metric.on_cpu();
-    const auto num_sources = static_cast<int64_t>(matches.destination.size()) / metric.batch;
+    const int64_t sources = num_sources(metric.num_tokens, metric.num_protected);
     for (const int64_t removed : {int64_t{0}, int64_t{1}, most / 2, most}) {
       CAPTURE(metric.num_tokens, metric.num_protected, removed, metric.padding.empty());
       const MatchedTokens args{matches.similarity.data(),
                                matches.destination.data(),
                                data_or_null(metric.padding),
                                metric.num_tokens,
-                               num_sources,
-                               first_source,
+                               sources,
+                               first,
                                removed};
       std::vector<int64_t> pairs;
       std::vector<int64_t> assignment;
       for (int64_t b = 0; b < metric.batch; ++b) {
         std::vector<int64_t> order;
-        for (int64_t s = 0; s < num_sources; ++s) {
-          if (matches.destination[b * num_sources + s] >= 0) {
+        for (int64_t s = 0; s < sources; ++s) {
+          if (matches.destination[b * sources + s] >= 0) {
             order.push_back(s);
           }
         }
         std::stable_sort(order.begin(), order.end(), [&](int64_t one, int64_t other) {
-          return matches.similarity[b * num_sources + one] > matches.similarity[b * num_sources + other];
+          return matches.similarity[b * sources + one] > matches.similarity[b * sources + other];
         });
         order.resize(static_cast<size_t>(std::min<int64_t>(removed, static_cast<int64_t>(order.size()))));
         std::vector<std::pair<int64_t, int64_t>> row;
         for (const int64_t s : order) {
-          row.emplace_back(first_source + 2 * s, matches.destination[b * num_sources + s]);
+          row.emplace_back(first + 2 * s, matches.destination[b * sources + s]);
         }
         for (int64_t i = metric.num_tokens; i-- > 0 && static_cast<int64_t>(row.size()) < removed;) {
           if (metric.padding[b * metric.num_tokens + i]) {
@@ -413,12 +437,12 @@ TEST_CASE("pair_matched_tokens and assign_matched_tokens follow the ranks") {
 
       const auto paired = simt::same_in_every_order([&] {
         const auto count = static_cast<size_t>(metric.batch * removed);
-        std::vector<int64_t> unordered(count), sources(count), destinations(count), result;
+        std::vector<int64_t> unordered(count), merged(count), into(count), result;
         device::launch({metric.batch, matched_tokens_threads, device::BlockMemory::bytes}, pair_matched_tokens, args,
-                       unordered.data(), sources.data(), destinations.data());
+                       unordered.data(), merged.data(), into.data());
         for (size_t i = 0; i < count; ++i) {
-          result.push_back(sources[i]);
-          result.push_back(destinations[i]);
+          result.push_back(merged[i]);
+          result.push_back(into[i]);
         }
         return result;
       });

@@ -51,6 +51,8 @@ Schedule schedule;
 uint32_t random_state;
 
 const Launch* launch = nullptr;
+int64_t launches = 0;
+bool debug_build = true;
 char launch_end;  // for the race checker
 std::exception_ptr failure;
 bool abandoning;  // the threads that are left unwind
@@ -280,6 +282,7 @@ void use_schedule(Schedule to_use) {
 
 void run(const Launch& to_run) {
   launch = &to_run;
+  ++launches;
   gridDim = to_run.grid;
   blockDim = to_run.block;
   const unsigned threads_per_block = blockDim.x * blockDim.y * blockDim.z;
@@ -310,6 +313,20 @@ void run(const Launch& to_run) {
   if (failure) {
     std::rethrow_exception(std::exchange(failure, nullptr));
   }
+}
+
+int64_t num_launches() {
+  return launches;
+}
+
+ReleaseBuild::ReleaseBuild() {
+  debug_build = false;
+}
+ReleaseBuild::~ReleaseBuild() {
+  debug_build = true;
+}
+bool is_debug_build() {
+  return debug_build;
 }
 
 int current_thread() {

@@ -20,6 +20,13 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Kernels are executed as in a debug build, where device::debug_assert holds, unless one of these exists.
+struct ReleaseBuild {
+  ReleaseBuild();
+  ~ReleaseBuild();
+};
+bool is_debug_build();
+
 // ---- launching --------------------------------------------------------------------------------
 
 // Which of the ready threads goes on, and in which order blocks run: the lowest first, the highest
@@ -39,6 +46,7 @@ struct Launch {
   const void* argument;
 };
 void run(const Launch& launch);
+int64_t num_launches();  // so far
 
 // ---- for device functions, called in a thread ----------------------------------------------------
 

@@ -56,6 +56,11 @@ __global__ void block_votes(const int* input,  // [T]
   output[2 * blockDim.x + thread] = device::syncthreads_or(input[thread]);
 }
 
+__global__ void assert_that_all_hold(const int* input)  // [T]
+{
+  device::debug_assert(input[threadIdx.x], "every number is other than 0");
+}
+
 // Passes a value from thread to thread, `rounds` places on, through shared memory.
 __global__ void pass_on(const int* input,  // [T]
                         int* output,       // [T]

@@ -29,6 +29,14 @@ using simt::Site;
 inline constexpr int warp_size = simt::warp_size;
 inline constexpr uint32_t all_lanes = 0xffffffff;
 
+// ---- assertions ---------------------------------------------------------------------------------
+
+inline void debug_assert(bool condition, const char* expected, Site where = Site::current()) {
+  if (!condition && simt::is_debug_build()) {
+    simt::fail(std::string("assertion: ") + expected, where);
+  }
+}
+
 // ---- warp ---------------------------------------------------------------------------------------
 
 namespace detail {
