@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import cuda_on_host
 import pytest
 import torch
 
@@ -17,6 +18,9 @@ if importlib.util.find_spec("torchvision"):
         _torchvision = torch.library.Library("torchvision", "FRAGMENT")
         for _name in ("nms", "qnms"):
             _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+if cuda_on_host.ACTIVE:
+    _cuda_floor = cuda_on_host.use()
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -44,11 +48,15 @@ def two_threads():
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if os.environ.get("TORCHOPS_CPU_CAPABILITY"):
         return  # a run for one level, started by test_levels.py
+    if cuda_on_host.ACTIVE:
+        return  # started by test_cuda_on_host.py
     levels = getattr(terminalreporter.config, "torchops_levels", {torchops.utils.cpu_capability()})
     terminalreporter.section("what was executed")
     for device in ("cpu", "cuda"):
         note = "executed" if device in DEVICES else "NOT executed: this machine has none"
         terminalreporter.line(f"device {device}: {note}")
+    on_host = getattr(terminalreporter.config, "torchops_cuda_on_host", False)
+    terminalreporter.line(f"CUDA operators on the host: {'executed' if on_host else 'NOT executed in this run'}")
     for level in ("baseline", "avx2", "avx512"):
         if level in levels:
             note = "executed"

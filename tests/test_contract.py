@@ -9,8 +9,8 @@ from typing import Any
 import cases
 import pytest
 import torch
+from cases import DIFFERENTIABLE_OPS, EVERY_DTYPE, EVERY_OP, PUBLIC_OPS
 from contract import (
-    FLOATS,
     LARGE,
     Inputs,
     Invalid,
@@ -30,11 +30,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchops
-
-EVERY_OP = pytest.mark.parametrize("case", cases.ALL, ids=str)
-PUBLIC_OPS = pytest.mark.parametrize("case", [case for case in cases.ALL if not case.is_backward], ids=str)
-DIFFERENTIABLE_OPS = pytest.mark.parametrize("case", [case for case in cases.ALL if case.differentiable], ids=str)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -206,6 +201,7 @@ def test_expanded_gradients(case: OpCase, device: str) -> None:
 
 @EVERY_OP
 def test_opcheck(case: OpCase, device: str) -> None:
+    pytest.importorskip("expecttest", reason="torch.library.opcheck needs it: pip install expecttest")
     for sample in case.samples(torch.float32, device):
         names = given(sample.inputs, case.differentiable)
         inputs = require_grad(sample.inputs, names)

@@ -12,8 +12,6 @@ from contract import Inputs, OpCase, given, outputs_of, require_grad
 
 import torchops
 
-PUBLIC = [case for case in cases.ALL if not case.is_backward]
-
 FRESH_PROCESS = """
 import sys
 from pathlib import Path
@@ -87,13 +85,13 @@ def twice_the_batch(case: OpCase, inputs: Inputs) -> Inputs:
 def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess:
     """All operators saved, then loaded and called by one fresh process."""
     folder = tmp_path_factory.mktemp("saved")
-    for case in PUBLIC:
+    for case in cases.PUBLIC:
         inputs = case.sized(torch.float32, "cpu", 24)
         save(case, folder / case.name, [inputs, twice_the_batch(case, inputs)])
     command = [sys.executable, "-c", FRESH_PROCESS, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("case", PUBLIC, ids=str)
+@cases.PUBLIC_OPS
 def test_script_and_export_load_in_a_fresh_process(case: OpCase, fresh_process: subprocess.CompletedProcess) -> None:
     assert case.name in fresh_process.stdout.split(), fresh_process.stderr[-3000:]

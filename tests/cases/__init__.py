@@ -3,10 +3,17 @@
 import importlib
 import pkgutil
 
-from contract import OpCase
+import pytest
+from contract import FLOATS, OpCase
 
 ALL: list[OpCase] = [
     case
     for module in pkgutil.iter_modules(__path__)
     for case in importlib.import_module(f"{__name__}.{module.name}").CASES
 ]
+PUBLIC: list[OpCase] = [case for case in ALL if not case.is_backward]
+
+EVERY_OP = pytest.mark.parametrize("case", ALL, ids=str)
+PUBLIC_OPS = pytest.mark.parametrize("case", PUBLIC, ids=str)
+DIFFERENTIABLE_OPS = pytest.mark.parametrize("case", [case for case in ALL if case.differentiable], ids=str)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))

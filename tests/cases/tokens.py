@@ -17,6 +17,14 @@ def mask(*shape: int, device: str, num_protected: int = 0, share: float = 0.4) -
     return padding.to(device)
 
 
+# More than 2**31 numbers, 4 GB, whose last row is far from the first.
+LARGE_BATCH = 2**15 + 1
+
+
+def large_rows(*shape: int, device: str) -> Tensor:
+    return torch.empty(LARGE_BATCH, *shape, dtype=torch.bfloat16, device=device).normal_()
+
+
 # ---- bipartite_assignment, bipartite_pairs ------------------------------------------------------
 
 
@@ -112,6 +120,10 @@ def bipartite_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
     return {"metric": random(2, length, 48, dtype=dtype, device=device), "r": length // 4, "num_protected": 1}
 
 
+def bipartite_large(device: str) -> Inputs:
+    return {"metric": large_rows(16, 4096, device=device), "r": 4, "num_protected": 1}
+
+
 # ---- topk_assignment ----------------------------------------------------------------------------
 
 
@@ -178,6 +190,10 @@ def topk_invalid(device: str) -> Iterator[Invalid]:
 
 def topk_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
     return {"scores": random(37, length, dtype=dtype, device=device), "k": length // 3, "fuse": True}
+
+
+def topk_large(device: str) -> Inputs:
+    return {"scores": large_rows(2**16, device=device), "k": 1000, "fuse": True}
 
 
 # ---- merge_tokens -------------------------------------------------------------------------------
@@ -268,6 +284,16 @@ def merge_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
     return merge_inputs(3, length, 150, length // 4, dtype, device) | {"weight": weight}
 
 
+def large_assignment(device: str) -> Tensor:
+    return torch.randint(-1, 8, (LARGE_BATCH, 16), device=device)
+
+
+def merge_large(device: str) -> Inputs:
+    weight = torch.rand(LARGE_BATCH, 16, device=device) + 0.5
+    rows = large_rows(16, 4096, device=device)
+    return {"input": rows, "assign": large_assignment(device), "num_groups": 8, "weight": weight}
+
+
 # ---- _merge_tokens_backward ---------------------------------------------------------------------
 
 
@@ -336,6 +362,10 @@ def merge_backward_sized(dtype: torch.dtype, device: str, length: int) -> Inputs
     return merge_backward_inputs(merge_sized(dtype, device, length))
 
 
+def merge_backward_large(device: str) -> Inputs:
+    return merge_backward_inputs(merge_large(device))
+
+
 # ---- unmerge_tokens -----------------------------------------------------------------------------
 
 
@@ -391,6 +421,14 @@ def unmerge_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
     return unmerge_inputs(3, length, 150, length // 4, dtype, device) | {"residual": residual}
 
 
+def unmerge_large(device: str) -> Inputs:
+    return {
+        "merged": large_rows(8, 4096, device=device),
+        "assign": large_assignment(device),
+        "residual": large_rows(16, 4096, device=device),
+    }
+
+
 def unmerge_autocast(device: str) -> tuple[Inputs, Inputs]:
     """A lowered block's result meets a wider residual stream: both take the wider dtype."""
     wide = unmerge_inputs(2, 5, 4, 3, torch.float32, device)
@@ -436,23 +474,45 @@ def unmerge_backward_sized(dtype: torch.dtype, device: str, length: int) -> Inpu
     return unmerge_backward_inputs(3, length, 150, length // 4, dtype, device)
 
 
+def unmerge_backward_large(device: str) -> Inputs:
+    return {"grad": large_rows(16, 4096, device=device), "assign": large_assignment(device), "num_groups": 8}
+
+
 CASES = [
     OpCase(
         "bipartite_assignment",
         bipartite_samples,
         bipartite_invalid,
         bipartite_sized,
+        launches=2,
+        large=bipartite_large,
         reference=reference.bipartite_assignment,
     ),
     OpCase(
-        "bipartite_pairs", bipartite_samples, bipartite_invalid, bipartite_sized, reference=reference.bipartite_pairs
+        "bipartite_pairs",
+        bipartite_samples,
+        bipartite_invalid,
+        bipartite_sized,
+        launches=2,
+        large=bipartite_large,
+        reference=reference.bipartite_pairs,
     ),
-    OpCase("topk_assignment", topk_samples, topk_invalid, topk_sized, reference=reference.topk_assignment),
+    OpCase(
+        "topk_assignment",
+        topk_samples,
+        topk_invalid,
+        topk_sized,
+        launches=1,
+        large=topk_large,
+        reference=reference.topk_assignment,
+    ),
     OpCase(
         "merge_tokens",
         merge_samples,
         merge_invalid,
         merge_sized,
+        launches=2,
+        large=merge_large,
         reference=reference.merge_tokens,
         differentiable=("input", "weight"),
         backward="_merge_tokens_backward",
@@ -462,12 +522,16 @@ CASES = [
         merge_backward_samples,
         merge_backward_invalid,
         merge_backward_sized,
+        launches=2,
+        large=merge_backward_large,
     ),
     OpCase(
         "unmerge_tokens",
         unmerge_samples,
         unmerge_invalid,
         unmerge_sized,
+        launches=1,
+        large=unmerge_large,
         reference=reference.unmerge_tokens,
         differentiable=("merged", "residual"),
         backward="_unmerge_tokens_backward",
@@ -478,5 +542,7 @@ CASES = [
         unmerge_backward_samples,
         unmerge_backward_invalid,
         unmerge_backward_sized,
+        launches=2,
+        large=unmerge_backward_large,
     ),
 ]

@@ -1,0 +1,26 @@
+"""The CUDA floor executed on the host: how a process that test_cuda_on_host.py starts uses it."""
+
+from functools import partial
+
+import torch
+
+import torchops  # noqa: F401
+
+# The library of the C++ tests in place of the package's own: tests/cpp/simt/CMakeLists.txt.
+ACTIVE = hasattr(torch.ops.torchops_on_host, "num_launches")
+
+
+def use() -> torch.library.Library:
+    """Operators on CPU tensors go to the host layers and kernels of CUDA while the result lives."""
+    library = torch.library.Library("torchops", "IMPL", "CPU")
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
+        if name.startswith("torchops::"):
+            operator = getattr(torch.ops.torchops, name.removeprefix("torchops::")).default
+            library.impl(operator, partial(operator.redispatch, cuda))
+    return library
+
+
+def num_launches() -> int:
+    """So far."""
+    return torch.ops.torchops_on_host.num_launches()
