@@ -91,8 +91,8 @@ __device__ Selection select_largest(const Key& key, int32_t count, int32_t k, in
     selection.threshold |= static_cast<uint64_t>(found[0]) << shift;
     selection.ties = found[1];
     known_digits |= uint64_t{255} << shift;
-    syncthreads();
   }
+  syncthreads();
   return selection;
 }
 

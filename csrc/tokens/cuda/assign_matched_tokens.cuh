@@ -14,7 +14,6 @@ static __global__ void assign_matched_tokens(MatchedTokens args, int64_t* assign
   for (int64_t i = threadIdx.x; i < args.num_tokens; i += threads) {
     groups[i] = 0;
   }
-  device::syncthreads();
   const device::BlockMemory memory;
   const auto merge = [&](int64_t source, int64_t destination, int32_t) {
     // The destination's number is not known yet.

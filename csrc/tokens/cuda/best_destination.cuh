@@ -181,8 +181,6 @@ __global__ void best_destination(BestDestination<T> args) {
         }
       }
     }
-    // The scales of these destinations have been read by all.
-    device::syncthreads();
   }
 
   for (int i = 0; i < match_per_thread; ++i) {

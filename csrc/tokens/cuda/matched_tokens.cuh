@@ -9,7 +9,8 @@ inline constexpr int matched_tokens_threads = 256;
 
 // Calls merge(source, destination, place) for the sources of a batch row that merge, with places in
 // 0..merges-1 in ascending order of the sources, and then drop(position, place) for the padding that is
-// dropped, with places from merges on, last positions first. By a block, which has its own batch row.
+// dropped, with places from merges on, last positions first. By a block, which has its own batch row;
+// what it wrote before is seen by merge and drop, and what they write is seen behind the call.
 template <typename Merge, typename Drop>
 __device__ void for_removed_tokens(const MatchedTokens& args, const device::BlockMemory& memory, const Merge& merge,
                                    const Drop& drop) {

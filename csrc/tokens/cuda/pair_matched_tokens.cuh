@@ -15,7 +15,6 @@ static __global__ void pair_matched_tokens(MatchedTokens args, int64_t* unordere
   for (int64_t i = threadIdx.x; i < args.num_removed; i += blockDim.x) {
     unordered[row + i] = -1;
   }
-  device::syncthreads();
   const device::BlockMemory memory;
   const auto merge = [&](int64_t source, int64_t, int32_t place) {
     // Its rank takes all others to be known.
