@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parent
 RESULTS = PACKAGE / "results"
 IMAGES = machine.REPOSITORY / "docs" / "images"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-DEFAULT_DTYPES = ("float32", "bfloat16")
+DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "float32")}
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a first look: few rows, few samples")
     parser.add_argument("--full", action="store_true", help="also the rows that need much time or memory")
     parser.add_argument("--filter", metavar="REGEX", help='only rows like "merge_tokens, B=1 .*, bfloat16, forward"')
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help=f"default: {' '.join(DEFAULT_DTYPES)}")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help=f"default: {DEFAULT_DTYPES}")
     parser.add_argument("--threads", type=int, help="default: one for each core")
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the figures there")
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace, device: torch.device, console: Console) -> Report:
     family = importlib.import_module(f"benchmarks.{arguments.family}")
-    dtypes = [DTYPES[name] for name in arguments.dtype or DEFAULT_DTYPES]
+    dtypes = [DTYPES[name] for name in arguments.dtype or DEFAULT_DTYPES[device.type]]
     effort = QUICK if arguments.quick else THOROUGH
     conditions = {**machine.describe(device), "effort": dataclasses.asdict(effort)}
     wanted = re.compile(arguments.filter or "")

@@ -70,7 +70,7 @@ def rows(options: Options) -> Iterator[Row]:
     shapes = [VIT_B]
     if not options.quick:
         shapes += [VIT_B_ONE_IMAGE, VIT_L_LARGE_IMAGE, DIFFUSION]
-    if options.full:
+    if options.full or options.device.type == "cuda":
         shapes += [VIT_B_LARGE_BATCH]
     matched_shapes = shapes if options.quick else [VIT_B, VIT_B_ALL_FEATURES, *shapes[1:]]
     both = [FORWARD, FORWARD_BACKWARD]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .launches import launches
 from .memory import peak_extra_bytes
 from .results import TORCHOPS, ContenderResult, Quartiles, RowResult
 from .rows import Contender, Row, dtype_name
@@ -47,6 +48,7 @@ def measure(row: Row, device: torch.device, effort: Effort, shuffler: random.Ran
             target=contender.target,
             calls=calls[name],
             samples=[float(f"{sample:.4g}") for sample in samples[name]],
+            launches=launches(contender.run, device),
         )
         for name, contender in contenders.items()
     }

@@ -27,6 +27,7 @@ class ContenderResult:
     """What one contender took in one row.
 
     samples are in seconds per call, one a round; calls is how many calls a sample is the mean of.
+    launches is how many kernels a call starts on a GPU.
     ratio is this contender's time / torchops's time, taken round by round, so that what slows a whole
     round down (a busy machine, a lower clock) drops out.
     """
@@ -38,6 +39,7 @@ class ContenderResult:
     target: float | None
     calls: int
     samples: list[float]
+    launches: int | None = None
 
     @property
     def is_loss(self) -> bool:

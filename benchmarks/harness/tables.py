@@ -17,7 +17,7 @@ def show(report: Report, console: Console) -> None:
     console.rule("time / torchops's time (above 1 torchops is faster): median and quartiles")
     for operation, rows in report.operations().items():
         console.print(table(operation, rows, ratio_cell, without=TORCHOPS))
-    console.rule("time of one call: median and quartiles; peak extra memory")
+    console.rule("time of one call: median and quartiles; peak extra memory; on a GPU, what it launches")
     for operation, rows in report.operations().items():
         console.print(table(operation, rows, cost_cell))
     for paragraph in (report.notes, losses(report), missed_targets(report)):
@@ -47,7 +47,8 @@ def ratio_cell(contender: ContenderResult) -> Text:
 
 
 def cost_cell(contender: ContenderResult) -> Text:
-    return Text(f"{duration(contender.seconds)}  {contender.peak_extra_bytes / 1e6:.1f} MB")
+    launches = "" if contender.launches is None else f"  {contender.launches} launches"
+    return Text(f"{duration(contender.seconds)}  {contender.peak_extra_bytes / 1e6:.1f} MB{launches}")
 
 
 def duration(seconds: Quartiles) -> str:
