@@ -1,12 +1,5 @@
-"""Token merging in timm's Vision Transformers."""
+"""Token merging in timm's Vision Transformers: what comes out, for every kind of model and pass."""
 
-import copy
-import doctest
-import importlib
-import io
-import pickle
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,58 +13,9 @@ timm = pytest.importorskip("timm", reason="timm is not installed: pip install ti
 
 from timm.layers.attention import Attention  # noqa: E402
 from timm.models import vision_transformer as vit  # noqa: E402
+from timm_models import block_outputs, counts, images, make  # noqa: E402
 
-from torchops.integrations.timm import (  # noqa: E402
-    TokenMergingAttention,
-    TokenMergingBlock,
-    apply_token_merging,
-    remove_token_merging,
-)
-
-
-def make(seed: int = 0, cls: Callable[..., nn.Module] = vit.VisionTransformer, **options: Any) -> nn.Module:
-    """64 patches, in evaluation mode."""
-    torch.manual_seed(seed)
-    defaults: dict[str, Any] = {
-        "img_size": 32,
-        "patch_size": 4,
-        "embed_dim": 24,
-        "depth": 4,
-        "num_heads": 3,
-        "num_classes": 5,
-    }
-    model = cls(**{**defaults, **options}).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)  # timm's own start is so small that nearly nothing depends on anything
-    return model
-
-
-def images(batch: int = 2, size: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def block_outputs(model: nn.Module) -> list[Tensor]:
-    """A list that holds each block's output after a pass."""
-    outputs: list[Tensor] = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda block, args, output: outputs.append(output))
-    return outputs
-
-
-def counts(model: nn.Module, input: Tensor) -> list[int]:
-    outputs = block_outputs(model)
-    with torch.no_grad():
-        model(input)
-    return [output.shape[1] for output in outputs]
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that a conversion could leave behind."""
-    return {
-        name: (type(module), sorted(vars(module)), sorted(module._modules), list(module._forward_pre_hooks.values()))
-        for name, module in model.named_modules()
-    }
-
+from torchops.integrations.timm import TokenMergingAttention, apply_token_merging  # noqa: E402
 
 # ---- the whole pass, in eager PyTorch ------------------------------------------------------------
 
@@ -224,7 +168,7 @@ def test_prefix_tokens_stay() -> None:
     torch.testing.assert_close(features[:, :3], model.norm(outputs[-1][:, :3]))
 
 
-# ---- nothing is left of a pass, or of a conversion ---------------------------------------------
+# ---- nothing is left of a pass -----------------------------------------------------------------
 
 
 def test_passes_do_not_depend_on_each_other() -> None:
@@ -243,77 +187,6 @@ def test_interleaved_passes() -> None:
         passes = [block(x) for x in passes]
     for x, input in zip(passes, inputs, strict=True):
         assert torch.equal(model.forward_head(model.norm(x)), model(input))
-
-
-def test_zero_is_the_original() -> None:
-    model = make()
-    expected, untouched = model(images()), state_of(model)
-    for r in (0, [0] * 4, (0, 0.0)):
-        apply_token_merging(model, 8)
-        apply_token_merging(model, r)
-        assert torch.equal(model(images()), expected)
-        assert state_of(model) == untouched
-
-
-def test_blocks_before_the_first_merge_are_the_original() -> None:
-    model = make()
-    expected = block_outputs(model)
-    model(images())
-    merging = apply_token_merging(copy.deepcopy(model), [0, 0, 4, 0])
-    outputs = block_outputs(merging)
-    merging(images())
-    assert torch.equal(outputs[0], expected[0])
-    assert torch.equal(outputs[1], expected[1])
-    mask = torch.ones(65, 65, dtype=torch.bool).tril()
-    x = torch.randn(2, 65, 24)
-    assert torch.equal(merging.blocks[1](x, attn_mask=mask), model.blocks[1](x, attn_mask=mask))
-
-
-def test_calling_again_changes_r() -> None:
-    model = make()
-    apply_token_merging(model, 8)
-    apply_token_merging(model, 3, proportional_attention=False)
-    fresh = apply_token_merging(make(), 3, proportional_attention=False)
-    assert torch.equal(model(images()), fresh(images()))
-    assert state_of(model) == state_of(fresh)
-
-
-def test_remove_restores() -> None:
-    model = make(cls=timm.models.deit.VisionTransformerDistilled)
-    expected, untouched = model(images()), state_of(model)
-    assert apply_token_merging(model, 8) is model
-    assert isinstance(model, timm.models.deit.VisionTransformerDistilled)
-    assert remove_token_merging(model) is model
-    assert state_of(model) == untouched
-    assert torch.equal(model(images()), expected)
-    assert state_of(remove_token_merging(model)) == untouched
-
-
-def test_state_dict_is_unchanged() -> None:
-    model = make()
-    names = list(model.state_dict())
-    apply_token_merging(model, 8)
-    assert list(model.state_dict()) == names
-    other = apply_token_merging(make(seed=1), 8)
-    other.load_state_dict(make().state_dict())
-    assert torch.equal(other(images()), model(images()))
-
-
-def test_copies_and_pickles() -> None:
-    model = apply_token_merging(make(), 8)
-    expected = model(images())
-    saved = io.BytesIO()
-    torch.save(model, saved)
-    saved.seek(0)
-    for other in (
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(saved, weights_only=False),
-    ):
-        assert type(other) is type(model)
-        assert torch.equal(other(images()), expected)
-        assert type(remove_token_merging(other)) is vit.VisionTransformer
-    assert torch.equal(model(images()), expected)
 
 
 # ---- timm's attention and block, as they are -------------------------------------------------------
@@ -494,144 +367,3 @@ def test_export() -> None:
     batch = torch.export.Dim("batch")
     program = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},)).module()
     torch.testing.assert_close(program(images(3)), model(images(3)))
-
-
-# ---- what cannot be ------------------------------------------------------------------------------------
-
-
-def with_other_block(index: int, block: nn.Module) -> nn.Module:
-    model = make()
-    model.blocks[index] = block
-    return model
-
-
-class OtherBlock(vit.Block):
-    pass
-
-
-class OtherAttention(Attention):
-    pass
-
-
-def with_patched_forward() -> nn.Module:
-    model = make()
-    model.blocks[3].attn.forward = model.blocks[3].attn.forward
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make_model", "found"),
-    [
-        (lambda: nn.Linear(3, 3), r"model is a torch\.nn\.modules\.linear\.Linear"),
-        (
-            lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28),
-            r"model is a timm\.models\.eva\.Eva",
-        ),
-        (
-            lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=2, img_size=32),
-            r"model is a timm\.models\.beit\.Beit",
-        ),
-        (lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, num_heads=(1, 1, 1, 1)), "Swin"),
-        (lambda: nn.DataParallel(make()), "model is a torch.nn.parallel.data_parallel.DataParallel"),
-        (lambda: make(block_fn=vit.ParallelScalingBlock), r"blocks\[0\] is a .*\.ParallelScalingBlock"),
-        (lambda: make(block_fn=vit.ResPostBlock), r"blocks\[0\] is a .*\.ResPostBlock"),
-        (lambda: with_other_block(3, OtherBlock(24, 3)), r"blocks\[3\] is a test_timm\.OtherBlock"),
-        (lambda: make(attn_layer="diff", embed_dim=24, num_heads=3), r"blocks\[0\]\.attn is a .*\.DiffAttention"),
-        (lambda: with_other_block(3, vit.Block(24, 3, attn_layer=OtherAttention)), r"blocks\[3\]\.attn is a .*Other"),
-        (with_patched_forward, r"blocks\[3\]\.attn has a forward of its own"),
-    ],
-)
-def test_other_models_are_refused(make_model: Callable[[], nn.Module], found: str) -> None:
-    model = make_model()
-    before = state_of(model)
-    with pytest.raises(TypeError, match=f"token merging: .*{found}.* Supported are .*VisionTransformer"):
-        apply_token_merging(model, 8)
-    assert state_of(model) == before
-
-
-@pytest.mark.parametrize(
-    ("r", "error"),
-    [
-        (-1, ValueError),
-        ([8, 8, 8], ValueError),
-        ([8, 8, 8, -8], ValueError),
-        ((8, 2.0), ValueError),  # a schedule that falls below 0
-        (1.5, TypeError),
-        ("8", TypeError),
-        (None, TypeError),
-        ((8, 0.0, 1), TypeError),
-        ([8, 8, 8, 0.5], TypeError),
-    ],
-)
-def test_other_r_are_refused(r: Any, error: type[Exception]) -> None:
-    model = make()
-    before = state_of(model)
-    with pytest.raises(error, match="token merging: expected r "):
-        apply_token_merging(model, r)
-    assert state_of(model) == before
-    apply_token_merging(model, 8)
-    before = state_of(model)
-    with pytest.raises(error, match="token merging: expected r "):
-        apply_token_merging(model, r)
-    assert state_of(model) == before
-    assert [block.token_merger.r for block in model.blocks] == [8] * 4
-
-
-def test_masks_are_refused() -> None:
-    model = apply_token_merging(make(), 8)
-    mask = torch.ones(65, 65, dtype=torch.bool)
-    for options in ({"attn_mask": mask}, {"is_causal": True}):
-        with pytest.raises(ValueError, match="attn_mask and is_causal cannot be followed where tokens are merged"):
-            model(images(), **options)
-    with pytest.raises(ValueError, match="attn_mask"):
-        model.get_intermediate_layers(images(), attn_mask=mask)
-    assert torch.equal(remove_token_merging(model)(images(), attn_mask=mask), make()(images(), attn_mask=mask))
-
-
-@pytest.mark.parametrize(
-    "hook",
-    [
-        lambda block, args, output: output.clone(),
-        lambda block, args, output: output[:, :40],
-    ],
-)
-def test_tokens_from_elsewhere_are_refused(hook: Callable[..., Tensor]) -> None:
-    model = apply_token_merging(make(), 8)
-    handle = model.blocks[1].register_forward_hook(hook)
-    with pytest.raises(RuntimeError, match="not what the block before it returned"):
-        model(images())
-    handle.remove()
-    model(images())
-    with pytest.raises(RuntimeError, match="not what the block before it returned"):
-        model.blocks[2](torch.randn(2, 49, 24))
-
-
-def test_partly_replaced_blocks() -> None:
-    """Calling again brings a model back in order whose owner exchanged parts of it."""
-    model = apply_token_merging(make(), 8)
-    expected = model(images())
-    block = copy.deepcopy(make().blocks[2])
-    model.blocks[2] = block
-    model.norm = copy.deepcopy(make().norm)
-    apply_token_merging(model, 8)
-    assert type(block) is TokenMergingBlock
-    assert torch.equal(model(images()), expected)
-    model.blocks[2] = copy.deepcopy(make().blocks[2])
-    assert state_of(remove_token_merging(model)) == state_of(make())
-
-
-@pytest.mark.parametrize("installed", ["none", "old"])
-def test_what_to_install(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if installed == "none":
-        monkeypatch.setitem(sys.modules, "timm.layers.attention", None)
-    else:
-        monkeypatch.setattr(Attention, "forward", lambda self, x, attn_mask=None: x)
-    monkeypatch.delitem(sys.modules, "torchops.integrations.timm")
-    with pytest.raises(ImportError, match=r"needs timm 1\.0\.26 or newer: pip install timm"):
-        importlib.import_module("torchops.integrations.timm")
-
-
-def test_examples() -> None:
-    module = importlib.import_module("torchops.integrations.timm")
-    assert module.__all__ == ["apply_token_merging", "remove_token_merging"]
-    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
