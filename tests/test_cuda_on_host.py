@@ -17,7 +17,7 @@ LIBRARY = (
     TESTS.parent / "build" / f"cmake-{sys.implementation.cache_tag}" / "tests" / "cpp" / "on_host" / "libtorchops.so"
 )
 # What depends on the device: numbers, memory layouts, launches.
-TO_RUN = "matches_reference or gradcheck or same_bits or layout or expanded or meta_has or launches"
+TO_RUN = "matches_reference or gradcheck or same_bits or layout or expanded or meta_has or launches or rounding or copy"
 
 pytestmark = [
     pytest.mark.skipif(cuda_on_host.ACTIVE, reason="this is the process that was started"),
@@ -31,7 +31,7 @@ def test_cuda_floor(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("lib", "__pycache__"))
     (package / "lib").mkdir()
     shutil.copy(LIBRARY, package / "lib")
-    files = [str(TESTS / name) for name in ("test_contract.py", "test_launches.py")]
+    files = [str(TESTS / name) for name in ("test_contract.py", "test_launches.py", "test_tokens.py")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", TO_RUN, "-p", "no:cacheprovider", *files],
         env={key: value for key, value in os.environ.items() if key != "TORCHOPS_CPU_CAPABILITY"},

@@ -1,14 +1,12 @@
-"""Kernels with a mistake built in, which the kernel tests on the host must find: tests/cpp/simt/mutations/<family>.json."""
+"""CUDA kernels with a mistake built in, which the tests on the host must find: tests/cpp/simt/mutations."""
 
 import json
-import os
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torchops
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "tests" / "cpp" / "mutations"

@@ -28,21 +28,22 @@ def test_r_of_zero_is_the_identity() -> None:
     assert torch.equal(torchops.merge_tokens(input, assign, 9)[0], input)
 
 
-def test_tokens_equal_up_to_rounding_noise_tie() -> None:
+def test_tokens_equal_up_to_rounding_noise_tie(device: str) -> None:
     """On a flat background the same tokens merge whatever the noise, 50 times of 50."""
-    token = torch.randn(64)
+    token = torch.randn(64, device=device)
     flat = token.expand(1, 100, 64)
     expected = torchops.bipartite_assignment(flat, r=20)
     for _ in range(50):
-        noisy = flat * (1 + 1e-7 * torch.randn(1, 100, 64))
+        noisy = flat * (1 + 1e-7 * torch.randn(1, 100, 64, device=device))
         assert torch.equal(torchops.bipartite_assignment(noisy, r=20), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_group_of_one_is_a_copy_bit_for_bit(dtype: torch.dtype) -> None:
+def test_a_group_of_one_is_a_copy_bit_for_bit(dtype: torch.dtype, device: str) -> None:
     """(3 x) / 3 is not x for every seventh float."""
-    input = torch.randn(1, 500, 7).to(dtype)
-    merged, _ = torchops.merge_tokens(input, torch.arange(500)[None], 500, torch.full((1, 500), 3.0))
+    input = torch.randn(1, 500, 7, device=device).to(dtype)
+    weight = torch.full((1, 500), 3.0, device=device)
+    merged, _ = torchops.merge_tokens(input, torch.arange(500, device=device)[None], 500, weight)
     assert torch.equal(merged, input)
 
 
