@@ -170,8 +170,8 @@ def merge_tokens(
 
     Raises:
         ValueError: a wrong shape, dtype or device, or (on the CPU) a value of assign out of range,
-            with its position. On CUDA an assignment out of range is undefined, but never written
-            out of bounds.
+            with its position. On CUDA such a value stops a debug build; otherwise the result is
+            undefined, but nothing is read or written out of bounds.
 
     >>> input = torch.tensor([[[1.0], [3.0], [5.0]]])
     >>> torchops.merge_tokens(input, torch.tensor([[0, 0, 1]]), num_groups=2)
@@ -193,7 +193,8 @@ def unmerge_tokens(merged: Tensor, assign: Tensor, residual: Optional[Tensor] = 
         [B, N, C]: ``merged[b, assign[b, i]] + residual[b, i]``. Differentiable in merged and residual.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, or (on the CPU) a value of assign out of range.
+        ValueError: a wrong shape, dtype or device, or (on the CPU) a value of assign out of range;
+            on CUDA as for :func:`merge_tokens`.
 
     >>> torchops.unmerge_tokens(torch.tensor([[[2.0], [5.0]]]), torch.tensor([[0, -1, 1]]))
     tensor([[[2.],
