@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "catch.h"
+#include "core/cpu/exponential.h"
 #include "core/cpu/matrix_product.h"
 #include "format16.h"
 
