@@ -48,10 +48,6 @@ class OpCase:
     invalid: Callable[[str], Iterable[Invalid]]
     # (dtype, device, length) -> a call of any length; the contract takes LARGE to have it split over threads.
     sized: Callable[[torch.dtype, str, int], Inputs]
-    # Kernels that such a call launches on CUDA when everything is float32.
-    launches: int
-    # device -> a call in which a tensor has more than 2**31 elements and no row of the batch depends on another.
-    large: Callable[[str], Inputs]
     # The mathematics in plain PyTorch; None for a backward, which the gradients of its forward test.
     reference: Callable | None = None
     # The arguments that have gradients, and the operator that computes them.
@@ -63,6 +59,10 @@ class OpCase:
     unbatched: Sequence[str] = ()
     # device -> (inputs under autocast, inputs that give the same without it); None where it changes nothing.
     autocast: Callable[[str], tuple[Inputs, Inputs]] | None = None
+    # Kernels that a sized call launches on CUDA when everything is float32; None before there is a CUDA half.
+    launches: int | None = None
+    # device -> a call in which a tensor has more than 2**31 elements and no row of the batch depends on another.
+    large: Callable[[str], Inputs] | None = None
 
     @property
     def is_backward(self) -> bool:

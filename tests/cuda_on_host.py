@@ -21,6 +21,10 @@ def use() -> torch.library.Library:
     return library
 
 
+def has_cuda_half(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"torchops::{name}", "CUDA")
+
+
 def num_launches() -> int:
     """So far."""
     return torch.ops.torchops_on_host.num_launches()
