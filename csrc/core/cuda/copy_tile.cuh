@@ -1,0 +1,85 @@
+#pragma once
+
+#include "core/cuda/device.cuh"
+
+// Tiles of rows between global and shared memory.
+
+namespace torchops::device {
+
+// Rows of a tile lie 16 bytes further apart than they are long, so that the eight rows that are read at once
+// lie in different banks.
+template <typename T, int columns>
+inline constexpr int tile_stride = columns + static_cast<int>(16 / sizeof(T));
+
+template <typename T, int rows, int columns>
+inline constexpr size_t tile_bytes = shared_size<T>(rows * tile_stride<T, columns>);
+
+// Elements of a global matrix: row r begins at data + r * row_stride and has `size` of them.
+template <typename T>
+struct MatrixRows {
+  T* data;
+  int64_t row_stride;
+  int64_t size;
+};
+
+// Starts to copy rows first, first + 1, ... into a tile [rows, tile_stride]. Zeros stand for rows outside of
+// [begin, end), which are not read, and for columns behind `size`. With `wide`, 16 bytes at a time: rows begin
+// at such multiples and `size` fills them. All `threads` of the block call it, wait, and meet at a barrier.
+template <int rows, int columns, int threads, typename T>
+__device__ __forceinline__ void copy_tile_async(T* tile, const MatrixRows<const T>& from, int64_t first, int64_t begin,
+                                                int64_t end, bool wide) {
+  constexpr int stride = tile_stride<T, columns>;
+  const T* rows_from = from.data + first * from.row_stride;
+  if (wide) {
+    constexpr int width = static_cast<int>(16 / sizeof(T));
+    constexpr int per_row = columns / width;
+    static_assert(rows * per_row % threads == 0);
+#pragma unroll
+    for (int i = 0; i < rows * per_row / threads; ++i) {
+      const int unit = i * threads + static_cast<int>(threadIdx.x);
+      const int row = unit / per_row, column = unit % per_row * width;
+      const bool valid = begin <= first + row && first + row < end && column < from.size;
+      copy_async<16>(tile + row * stride + column, valid ? rows_from + row * from.row_stride + column : from.data,
+                     valid);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int unit = static_cast<int>(threadIdx.x); unit < rows * columns; unit += threads) {
+    const int row = unit / columns, column = unit % columns;
+    const bool valid = begin <= first + row && first + row < end && column < from.size;
+    const T* element = valid ? rows_from + row * from.row_stride + column : from.data;
+    if constexpr (sizeof(T) >= 4) {
+      copy_async<static_cast<int>(sizeof(T))>(tile + row * stride + column, element, valid);
+    } else {
+      tile[row * stride + column] = valid ? *element : T{};
+    }
+  }
+}
+
+// The other way: rows of a tile that all have written become rows first, first + 1, ... below `end`.
+template <int rows, int columns, int threads, typename T>
+__device__ __forceinline__ void store_tile(const T* tile, const MatrixRows<T>& to, int64_t first, int64_t end,
+                                           bool wide) {
+  struct alignas(16) Chunk {
+    T element[16 / sizeof(T)];
+  };
+  T* rows_to = to.data + first * to.row_stride;
+  const int width = wide ? static_cast<int>(16 / sizeof(T)) : 1;
+  const int per_row = columns / width;
+#pragma unroll 1
+  for (int unit = static_cast<int>(threadIdx.x); unit < rows * per_row; unit += threads) {
+    const int row = unit / per_row, column = unit % per_row * width;
+    if (first + row < end && column < to.size) {
+      const T* element = tile + row * tile_stride<T, columns> + column;
+      T* target = rows_to + row * to.row_stride + column;
+      if (wide) {
+        *reinterpret_cast<Chunk*>(target) = *reinterpret_cast<const Chunk*>(element);
+      } else {
+        *target = *element;
+      }
+    }
+  }
+}
+
+}  // namespace torchops::device

@@ -1,0 +1,95 @@
+#pragma once
+
+#include <type_traits>
+
+#include "core/cuda/launch.h"
+#include "span_attention/cuda/forward_fma.cuh"
+#include "span_attention/cuda/key_gradient_fma.cuh"
+#include "span_attention/cuda/query_gradient_fma.cuh"
+#include "span_attention/cuda/row_delta.cuh"
+#include "span_attention/cuda/side_gradients.cuh"
+
+// Which kernel, in which size, on which grid. `wide`: the rows of every tensor begin at multiples of 16 bytes and
+// have a multiple of 16 bytes.
+
+namespace torchops::kernels::span_attention {
+
+template <int value>
+using int_constant = std::integral_constant<int, value>;
+
+// Calls body with the number of slices that a kernel is compiled for.
+template <typename Body>
+void for_slices(int64_t size, const Body& body) {
+  switch (num_slices(size)) {
+    case 1:
+      return body(int_constant<1>{});
+    case 2:
+      return body(int_constant<2>{});
+    default:
+      return body(int_constant<4>{});
+  }
+}
+
+template <typename T>
+void launch_forward(const AttentionForward<T>& args, bool wide) {
+  const Sizes& sizes = args.inputs.sizes;
+  const int64_t heads = sizes.batch * sizes.num_heads;
+  for_slices(sizes.value_dim, [&](auto slices) {
+    device::launch({heads * tiles_of(sizes.num_queries, fma_tile<T>), device::fma_threads, forward_fma_bytes<T>},
+                   forward_fma<T, slices()>, args, wide);
+  });
+}
+
+// args.grad_query is wanted.
+template <typename T>
+void launch_query_gradient(const AttentionBackward<T>& args, bool wide) {
+  const Sizes& sizes = args.inputs.sizes;
+  const int64_t heads = sizes.batch * sizes.num_heads;
+  for_slices(sizes.head_dim, [&](auto slices) {
+    device::launch({heads * tiles_of(sizes.num_queries, fma_tile<T>), device::fma_threads, query_gradient_fma_bytes<T>},
+                   query_gradient_fma<T, slices()>, args, wide);
+  });
+}
+
+// One of args.grad_key, grad_value and grad_key_bias is wanted.
+template <typename T>
+void launch_key_gradient(const AttentionBackward<T>& args, bool wide) {
+  const Sizes& sizes = args.inputs.sizes;
+  const int64_t heads = sizes.batch * sizes.num_kv_heads;
+  for_slices(device::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
+    device::launch({heads * tiles_of(sizes.num_keys, fma_tile<T>), device::fma_threads, key_gradient_fma_bytes<T>},
+                   key_gradient_fma<T, slices()>, args, wide);
+  });
+}
+
+template <typename T>
+void launch_row_delta(const RowDelta<T>& args, bool wide) {
+  const Sizes& sizes = args.sizes;
+  const auto launch = [&](auto width) {
+    int lanes = 1;
+    while (lanes < device::warp_size && lanes * width() < sizes.value_dim) {
+      lanes *= 2;
+    }
+    device::launch({tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads / lanes),
+                    row_delta_threads},
+                   row_delta<width(), T>, args, lanes);
+  };
+  if (wide) {
+    launch(int_constant<device::widest<T>>{});
+  } else {
+    launch(int_constant<1>{});
+  }
+}
+
+template <typename A>
+void launch_sink_gradient(const SinkGradient<A>& args) {
+  device::launch({args.sizes.num_heads, sink_gradient_threads, sink_gradient_bytes<A>}, sink_gradient<A>, args);
+}
+
+template <typename A>
+void launch_key_bias_gradient(const A* shares, A* grad_key_bias, const Sizes& sizes) {
+  device::launch({tiles_of(sizes.batch * sizes.num_keys, key_bias_gradient_threads), key_bias_gradient_threads},
+                 key_bias_gradient<A>, shares, grad_key_bias, sizes);
+}
+
+}  // namespace torchops::kernels::span_attention
