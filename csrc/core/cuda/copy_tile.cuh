@@ -19,7 +19,7 @@ template <typename T>
 struct MatrixRows {
   T* data;
   int64_t row_stride;
-  int64_t size;
+  int size;
 };
 
 // Starts to copy rows first, first + 1, ... into a tile [rows, tile_stride]. Zeros stand for rows outside of
@@ -29,26 +29,34 @@ template <int rows, int columns, int threads, typename T>
 __device__ __forceinline__ void copy_tile_async(T* tile, const MatrixRows<const T>& from, int64_t first, int64_t begin,
                                                 int64_t end, bool wide) {
   constexpr int stride = tile_stride<T, columns>;
-  const T* rows_from = from.data + first * from.row_stride;
+  // The rows to read, counted from first.
+  const int low = begin <= first ? 0 : static_cast<int>(min<int64_t>(begin - first, rows));
+  const int high = end <= first ? 0 : static_cast<int>(min<int64_t>(end - first, rows));
+  const T* source = from.data + first * from.row_stride;
   if (wide) {
-    constexpr int width = static_cast<int>(16 / sizeof(T));
-    constexpr int per_row = columns / width;
-    static_assert(rows * per_row % threads == 0);
+    // Eight neighbours copy 128 bytes of a row.
+    constexpr int width = static_cast<int>(16 / sizeof(T)), neighbours = 8, rows_at_once = threads / neighbours;
+    static_assert(rows % rows_at_once == 0 && columns % (neighbours * width) == 0);
+    const int own_row = static_cast<int>(threadIdx.x) / neighbours;
+    const int own_column = static_cast<int>(threadIdx.x) % neighbours * width;
+    T* target = tile + own_row * stride + own_column;
+    source += own_row * from.row_stride + own_column;
 #pragma unroll
-    for (int i = 0; i < rows * per_row / threads; ++i) {
-      const int unit = i * threads + static_cast<int>(threadIdx.x);
-      const int row = unit / per_row, column = unit % per_row * width;
-      const bool valid = begin <= first + row && first + row < end && column < from.size;
-      copy_async<16>(tile + row * stride + column, valid ? rows_from + row * from.row_stride + column : from.data,
-                     valid);
+    for (int row = 0; row < rows; row += rows_at_once) {
+      const bool inside = low <= own_row + row && own_row + row < high;
+#pragma unroll
+      for (int column = 0; column < columns; column += neighbours * width) {
+        copy_async<16>(target + row * stride + column, source + column, inside && own_column + column < from.size);
+      }
+      source += rows_at_once * from.row_stride;
     }
     return;
   }
 #pragma unroll 1
   for (int unit = static_cast<int>(threadIdx.x); unit < rows * columns; unit += threads) {
     const int row = unit / columns, column = unit % columns;
-    const bool valid = begin <= first + row && first + row < end && column < from.size;
-    const T* element = valid ? rows_from + row * from.row_stride + column : from.data;
+    const bool valid = low <= row && row < high && column < from.size;
+    const T* element = source + row * from.row_stride + column;
     if constexpr (sizeof(T) >= 4) {
       copy_async<static_cast<int>(sizeof(T))>(tile + row * stride + column, element, valid);
     } else {

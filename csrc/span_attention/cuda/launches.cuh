@@ -4,8 +4,11 @@
 
 #include "core/cuda/launch.h"
 #include "span_attention/cuda/forward_fma.cuh"
+#include "span_attention/cuda/forward_mma.cuh"
 #include "span_attention/cuda/key_gradient_fma.cuh"
+#include "span_attention/cuda/key_gradient_mma.cuh"
 #include "span_attention/cuda/query_gradient_fma.cuh"
+#include "span_attention/cuda/query_gradient_mma.cuh"
 #include "span_attention/cuda/row_delta.cuh"
 #include "span_attention/cuda/side_gradients.cuh"
 
@@ -30,14 +33,40 @@ void for_slices(int64_t size, const Body& body) {
   }
 }
 
+// Calls body with the lengths of rows of queries and of values that a kernel on matrix units is compiled for.
+template <typename Body>
+void for_head_dims(const Sizes& sizes, const Body& body) {
+  const int64_t longest = device::max(sizes.head_dim, sizes.value_dim);
+  if (longest <= 64) {
+    body(int_constant<64>{}, int_constant<64>{});
+  } else if (longest <= 128) {
+    body(int_constant<128>{}, int_constant<128>{});
+  } else if (sizes.head_dim <= 192 && sizes.value_dim <= 128) {
+    body(int_constant<192>{}, int_constant<128>{});
+  } else {
+    body(int_constant<256>{}, int_constant<256>{});
+  }
+}
+
+template <typename T>
+inline constexpr bool on_matrix_units = sizeof(T) == 2;
+
 template <typename T>
 void launch_forward(const AttentionForward<T>& args, bool wide) {
   const Sizes& sizes = args.inputs.sizes;
   const int64_t heads = sizes.batch * sizes.num_heads;
-  for_slices(sizes.value_dim, [&](auto slices) {
-    device::launch({heads * tiles_of(sizes.num_queries, fma_tile<T>), device::fma_threads, forward_fma_bytes<T>},
-                   forward_fma<T, slices()>, args, wide);
-  });
+  if constexpr (on_matrix_units<T>) {
+    for_head_dims(sizes, [&](auto d, auto v) {
+      using Tile = ForwardTile<d(), v()>;
+      device::launch({heads * tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
+                     forward_mma<T, d(), v()>, args, wide);
+    });
+  } else {
+    for_slices(sizes.value_dim, [&](auto slices) {
+      device::launch({heads * tiles_of(sizes.num_queries, fma_tile<T>), device::fma_threads, forward_fma_bytes<T>},
+                     forward_fma<T, slices()>, args, wide);
+    });
+  }
 }
 
 // args.grad_query is wanted.
@@ -45,10 +74,19 @@ template <typename T>
 void launch_query_gradient(const AttentionBackward<T>& args, bool wide) {
   const Sizes& sizes = args.inputs.sizes;
   const int64_t heads = sizes.batch * sizes.num_heads;
-  for_slices(sizes.head_dim, [&](auto slices) {
-    device::launch({heads * tiles_of(sizes.num_queries, fma_tile<T>), device::fma_threads, query_gradient_fma_bytes<T>},
-                   query_gradient_fma<T, slices()>, args, wide);
-  });
+  if constexpr (on_matrix_units<T>) {
+    for_head_dims(sizes, [&](auto d, auto v) {
+      using Tile = QueryGradientTile<d(), v()>;
+      device::launch({heads * tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
+                     query_gradient_mma<T, d(), v()>, args, wide);
+    });
+  } else {
+    for_slices(sizes.head_dim, [&](auto slices) {
+      device::launch(
+          {heads * tiles_of(sizes.num_queries, fma_tile<T>), device::fma_threads, query_gradient_fma_bytes<T>},
+          query_gradient_fma<T, slices()>, args, wide);
+    });
+  }
 }
 
 // One of args.grad_key, grad_value and grad_key_bias is wanted.
@@ -56,10 +94,18 @@ template <typename T>
 void launch_key_gradient(const AttentionBackward<T>& args, bool wide) {
   const Sizes& sizes = args.inputs.sizes;
   const int64_t heads = sizes.batch * sizes.num_kv_heads;
-  for_slices(device::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
-    device::launch({heads * tiles_of(sizes.num_keys, fma_tile<T>), device::fma_threads, key_gradient_fma_bytes<T>},
-                   key_gradient_fma<T, slices()>, args, wide);
-  });
+  if constexpr (on_matrix_units<T>) {
+    for_head_dims(sizes, [&](auto d, auto v) {
+      using Tile = KeyGradientTile<d(), v()>;
+      device::launch({heads * tiles_of(sizes.num_keys, Tile::keys), mma_threads, Tile::template shared_bytes<T>},
+                     key_gradient_mma<T, d(), v()>, args, wide);
+    });
+  } else {
+    for_slices(device::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
+      device::launch({heads * tiles_of(sizes.num_keys, fma_tile<T>), device::fma_threads, key_gradient_fma_bytes<T>},
+                     key_gradient_fma<T, slices()>, args, wide);
+    });
+  }
 }
 
 template <typename T>

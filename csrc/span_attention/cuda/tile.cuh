@@ -44,7 +44,7 @@ struct HeadTile {
 template <typename T>
 __device__ __forceinline__ device::MatrixRows<T> matrix(const Heads<T>& heads, int64_t batch, int64_t head,
                                                         int64_t size) {
-  return {heads.row(batch, head, 0), heads.row_stride, size};
+  return {heads.row(batch, head, 0), heads.row_stride, static_cast<int>(size)};
 }
 
 struct VisibleKeys {
@@ -93,7 +93,7 @@ __device__ __forceinline__ void copy_numbers_async(A* to, const A* from, int64_t
                                                    int64_t end) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     const bool valid = begin <= first + i && first + i < end;
-    device::copy_async<static_cast<int>(sizeof(A))>(to + i, valid ? from + first + i : from, valid);
+    device::copy_async<static_cast<int>(sizeof(A))>(to + i, from + first + i, valid);
   }
 }
 

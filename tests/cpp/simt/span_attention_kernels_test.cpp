@@ -13,9 +13,9 @@
 
 // A race does not depend on the type, and ThreadSanitizer takes its time for every fiber.
 #if defined(SIMT_THREAD_SANITIZER)
-#define KERNEL_TYPES float
+#define KERNEL_TYPES float, bfloat16
 #else
-#define KERNEL_TYPES double, float
+#define KERNEL_TYPES double, float, bfloat16, float16
 #endif
 
 namespace torchops::kernels::span_attention {
