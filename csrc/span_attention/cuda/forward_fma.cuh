@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(device::fma_threads) forward_fma(AttentionForw
   T* weights = memory.take<T>(tile * device::tile_stride<T, tile>);
   T* bias = memory.take<T>(tile);
   Range* of_row = memory.take<Range>(tile);
-  const VisibleRange visible = visible_range(VisibleKeys{inputs.span, inputs.sequence(unit.batch)}, unit.first,
-                                             sizes.num_queries, tile, of_row);
+  const VisibleRange visible =
+      visible_range(VisibleKeys{inputs.span, inputs.sequence(unit.batch)}, unit.first, sizes.num_queries, tile, of_row);
 
   const auto query = matrix(inputs.query, unit.batch, unit.head, sizes.head_dim);
   const auto key = matrix(inputs.key, unit.batch, kv_head, sizes.head_dim);
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(device::fma_threads) forward_fma(AttentionForw
     const bool edge = visible.is_edge(first, tile);
 #pragma unroll
     for (int i = 0; i < r; ++i) {
-      const int2 seen = edge ? visible.within(device::fma_row() + device::fma_side * i, first, tile) : make_int2(0, tile);
+      const int2 seen =
+          edge ? visible.within(device::fma_row() + device::fma_side * i, first, tile) : make_int2(0, tile);
       T largest = minus_infinity<T>;
 #pragma unroll
       for (int j = 0; j < r; ++j) {

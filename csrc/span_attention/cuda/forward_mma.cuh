@@ -14,9 +14,9 @@ struct ForwardTile {
   static constexpr int keys = D <= 192 ? 64 : 32;
 
   template <typename T>
-  static constexpr size_t shared_bytes = device::tile_bytes<T, queries, D> + device::tile_bytes<T, keys, D> +
-                                         device::tile_bytes<T, keys, V> + device::shared_size<float>(keys) +
-                                         device::shared_size<Range>(queries);
+  static constexpr size_t shared_bytes =
+      device::tile_bytes<T, queries, D> + device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> +
+      device::shared_size<float>(keys) + device::shared_size<Range>(queries);
 };
 
 // AttentionForward for 16-bit types: a block of mma_threads for each tile of queries, grid [B * Hq * tiles].
@@ -83,9 +83,8 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
     for (int i = 0; i < m; ++i) {
       largest[i][0] = largest[i][1] = minus_infinity<float>;
     }
-    for_elements(scores, [&](int i, int half, float& score, int) {
-      largest[i][half] = std::fmax(largest[i][half], score);
-    });
+    for_elements(scores,
+                 [&](int i, int half, float& score, int) { largest[i][half] = std::fmax(largest[i][half], score); });
 #pragma unroll
     for (int i = 0; i < m; ++i) {
 #pragma unroll

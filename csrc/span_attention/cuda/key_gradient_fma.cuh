@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(device::fma_threads) key_gradient_fma(Attentio
   T* logsumexp = memory.take<T>(tile);
   T* delta = memory.take<T>(tile);
   Range* of_row = memory.take<Range>(tile);
-  const VisibleRange visible = visible_range(VisibleQueries{inputs.span, inputs.sequence(unit.batch)}, unit.first,
-                                             sizes.num_keys, tile, of_row);
+  const VisibleRange visible =
+      visible_range(VisibleQueries{inputs.span, inputs.sequence(unit.batch)}, unit.first, sizes.num_keys, tile, of_row);
 
   const auto key = matrix(inputs.key, unit.batch, unit.head, sizes.head_dim);
   const auto value = matrix(inputs.value, unit.batch, unit.head, sizes.value_dim);

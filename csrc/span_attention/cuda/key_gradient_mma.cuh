@@ -14,10 +14,9 @@ struct KeyGradientTile {
   static constexpr int queries = D <= 192 ? 32 : 16;
 
   template <typename T>
-  static constexpr size_t shared_bytes =
-      device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> + 2 * device::tile_bytes<T, queries, D> +
-      2 * device::tile_bytes<T, queries, V> + 4 * device::shared_size<float>(queries) +
-      device::shared_size<Range>(keys);
+  static constexpr size_t shared_bytes = device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> +
+                                         2 * device::tile_bytes<T, queries, D> + 2 * device::tile_bytes<T, queries, V> +
+                                         4 * device::shared_size<float>(queries) + device::shared_size<Range>(keys);
 };
 
 // AttentionBackward's grad_key, grad_value and grad_key_bias for 16-bit types. A block of mma_threads for each tile
@@ -54,8 +53,9 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
     if (first < end && member < group_size) {
       const int64_t head = unit.head * group_size + member;
       const int64_t numbers = (unit.batch * sizes.num_heads + head) * sizes.num_queries;
-      device::copy_tile_async<Tile::queries, D, mma_threads>(
-          odd ? odd_queries : even_queries, matrix(inputs.query, unit.batch, head, sizes.head_dim), first, 0, end, wide);
+      device::copy_tile_async<Tile::queries, D, mma_threads>(odd ? odd_queries : even_queries,
+                                                             matrix(inputs.query, unit.batch, head, sizes.head_dim),
+                                                             first, 0, end, wide);
       device::copy_tile_async<Tile::queries, V, mma_threads>(
           odd ? odd_grads : even_grads, matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, 0, end,
           wide);
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
     }
     device::copy_async_commit();
   };
-  device::copy_tile_async<Tile::keys, D, mma_threads>(
-      keys, matrix(inputs.key, unit.batch, unit.head, sizes.head_dim), unit.first, 0, sizes.num_keys, wide);
+  device::copy_tile_async<Tile::keys, D, mma_threads>(keys, matrix(inputs.key, unit.batch, unit.head, sizes.head_dim),
+                                                      unit.first, 0, sizes.num_keys, wide);
   device::copy_tile_async<Tile::keys, V, mma_threads>(
       values, matrix(inputs.value, unit.batch, unit.head, sizes.value_dim), unit.first, 0, sizes.num_keys, wide);
   copy_queries(0, begin, false);
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
                             device::tile_stride<T, V>, value_gradient, [](int, int) { return 1.0F; });
   device::syncthreads();
   if (wants_key) {
-    device::store_tile<Tile::keys, D, mma_threads>(
-        keys, matrix(args.grad_key, unit.batch, unit.head, sizes.head_dim), unit.first, sizes.num_keys, wide);
+    device::store_tile<Tile::keys, D, mma_threads>(keys, matrix(args.grad_key, unit.batch, unit.head, sizes.head_dim),
+                                                   unit.first, sizes.num_keys, wide);
   }
   if (wants_value) {
     device::store_tile<Tile::keys, V, mma_threads>(

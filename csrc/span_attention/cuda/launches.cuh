@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "core/cuda/launch.h"
@@ -12,13 +13,25 @@
 #include "span_attention/cuda/row_delta.cuh"
 #include "span_attention/cuda/side_gradients.cuh"
 
-// Which kernel, in which size, on which grid. `wide`: the rows of every tensor begin at multiples of 16 bytes and
-// have a multiple of 16 bytes.
+// Which kernel, in which size, on which grid.
 
 namespace torchops::kernels::span_attention {
 
 template <int value>
 using int_constant = std::integral_constant<int, value>;
+
+// Whether rows of `size` elements begin at multiples of 16 bytes and have a multiple of 16 bytes.
+template <typename T>
+bool is_wide(const Heads<T>& heads, int64_t size) {
+  constexpr int64_t width = device::widest<std::remove_const_t<T>>;
+  return reinterpret_cast<uintptr_t>(heads.data) % 16 == 0 && heads.batch_stride % width == 0 &&
+         heads.head_stride % width == 0 && heads.row_stride % width == 0 && size % width == 0;
+}
+template <typename T>
+bool is_wide(const Attention<T>& inputs) {
+  return is_wide(inputs.query, inputs.sizes.head_dim) && is_wide(inputs.key, inputs.sizes.head_dim) &&
+         is_wide(inputs.value, inputs.sizes.value_dim);
+}
 
 // Calls body with the number of slices that a kernel is compiled for.
 template <typename Body>
@@ -36,7 +49,7 @@ void for_slices(int64_t size, const Body& body) {
 // Calls body with the lengths of rows of queries and of values that a kernel on matrix units is compiled for.
 template <typename Body>
 void for_head_dims(const Sizes& sizes, const Body& body) {
-  const int64_t longest = device::max(sizes.head_dim, sizes.value_dim);
+  const int64_t longest = std::max(sizes.head_dim, sizes.value_dim);
   if (longest <= 64) {
     body(int_constant<64>{}, int_constant<64>{});
   } else if (longest <= 128) {
@@ -52,8 +65,9 @@ template <typename T>
 inline constexpr bool on_matrix_units = sizeof(T) == 2;
 
 template <typename T>
-void launch_forward(const AttentionForward<T>& args, bool wide) {
+void launch_forward(const AttentionForward<T>& args) {
   const Sizes& sizes = args.inputs.sizes;
+  const bool wide = is_wide(args.inputs) && is_wide(args.output, sizes.value_dim);
   const int64_t heads = sizes.batch * sizes.num_heads;
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
@@ -71,8 +85,10 @@ void launch_forward(const AttentionForward<T>& args, bool wide) {
 
 // args.grad_query is wanted.
 template <typename T>
-void launch_query_gradient(const AttentionBackward<T>& args, bool wide) {
+void launch_query_gradient(const AttentionBackward<T>& args) {
   const Sizes& sizes = args.inputs.sizes;
+  const bool wide =
+      is_wide(args.inputs) && is_wide(args.grad_output, sizes.value_dim) && is_wide(args.grad_query, sizes.head_dim);
   const int64_t heads = sizes.batch * sizes.num_heads;
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
@@ -91,8 +107,10 @@ void launch_query_gradient(const AttentionBackward<T>& args, bool wide) {
 
 // One of args.grad_key, grad_value and grad_key_bias is wanted.
 template <typename T>
-void launch_key_gradient(const AttentionBackward<T>& args, bool wide) {
+void launch_key_gradient(const AttentionBackward<T>& args) {
   const Sizes& sizes = args.inputs.sizes;
+  const bool wide = is_wide(args.inputs) && is_wide(args.grad_output, sizes.value_dim) &&
+                    is_wide(args.grad_key, sizes.head_dim) && is_wide(args.grad_value, sizes.value_dim);
   const int64_t heads = sizes.batch * sizes.num_kv_heads;
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
@@ -101,7 +119,7 @@ void launch_key_gradient(const AttentionBackward<T>& args, bool wide) {
                      key_gradient_mma<T, d(), v()>, args, wide);
     });
   } else {
-    for_slices(device::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
+    for_slices(std::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
       device::launch({heads * tiles_of(sizes.num_keys, fma_tile<T>), device::fma_threads, key_gradient_fma_bytes<T>},
                      key_gradient_fma<T, slices()>, args, wide);
     });
@@ -109,18 +127,18 @@ void launch_key_gradient(const AttentionBackward<T>& args, bool wide) {
 }
 
 template <typename T>
-void launch_row_delta(const RowDelta<T>& args, bool wide) {
+void launch_row_delta(const RowDelta<T>& args) {
   const Sizes& sizes = args.sizes;
   const auto launch = [&](auto width) {
     int lanes = 1;
     while (lanes < device::warp_size && lanes * width() < sizes.value_dim) {
       lanes *= 2;
     }
-    device::launch({tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads / lanes),
-                    row_delta_threads},
-                   row_delta<width(), T>, args, lanes);
+    device::launch(
+        {tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads / lanes), row_delta_threads},
+        row_delta<width(), T>, args, lanes);
   };
-  if (wide) {
+  if (is_wide(args.grad_output, sizes.value_dim) && is_wide(args.output, sizes.value_dim)) {
     launch(int_constant<device::widest<T>>{});
   } else {
     launch(int_constant<1>{});

@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
     copy_values(first + Tile::keys);
 
     for_elements(scores, [&](int i, int half, float& score, int column) {
-      score = device::fast_exp2(score * scale + (key_bias == nullptr ? 0.0F : bias[column] * log2_e<float>) -
-                                log2_sums[i][half]);
+      score = device::fast_exp2(score * scale +
+                                (key_bias == nullptr ? 0.0F : bias[column] * log2_e<float>)-log2_sums[i][half]);
     });
     hide(scores, visible, warp_row, first, 0.0F);
 #pragma unroll

@@ -9,8 +9,7 @@ namespace torchops::kernels::span_attention {
 
 inline constexpr int sink_gradient_threads = 256;
 template <typename A>
-inline constexpr size_t sink_gradient_bytes =
-    device::shared_size<A>(sink_gradient_threads / device::warp_size);
+inline constexpr size_t sink_gradient_bytes = device::shared_size<A>(sink_gradient_threads / device::warp_size);
 
 // A block per head, grid [Hq].
 template <typename A>
@@ -46,10 +45,9 @@ inline constexpr int key_bias_gradient_threads = 256;
 
 // Sums up the heads' shares of the gradient to key_bias; a thread per key, grid [B * Lk / threads].
 template <typename A>
-__global__ void __launch_bounds__(key_bias_gradient_threads)
-    key_bias_gradient(const A* shares,  // [B, Hkv, Lk]
-                      A* grad_key_bias,  // [B, Lk]
-                      Sizes sizes) {
+__global__ void __launch_bounds__(key_bias_gradient_threads) key_bias_gradient(const A* shares,   // [B, Hkv, Lk]
+                                                                               A* grad_key_bias,  // [B, Lk]
+                                                                               Sizes sizes) {
   const int64_t unit = int64_t{blockIdx.x} * key_bias_gradient_threads + threadIdx.x;
   if (unit >= sizes.batch * sizes.num_keys) {
     return;

@@ -19,8 +19,7 @@ constexpr int num_slices(int64_t size) {
 template <typename T>
 __device__ __forceinline__ void copy_slice_async(T* to, const device::MatrixRows<const T>& from, int s, int64_t first,
                                                  int64_t begin, int64_t end, bool wide) {
-  const device::MatrixRows<const T> part{from.data + s * device::slice, from.row_stride,
-                                         from.size - s * device::slice};
+  const device::MatrixRows<const T> part{from.data + s * device::slice, from.row_stride, from.size - s * device::slice};
   device::copy_tile_async<fma_tile<T>, device::slice, device::fma_threads>(to, part, first, begin, end, wide);
 }
 

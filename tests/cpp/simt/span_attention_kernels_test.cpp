@@ -109,7 +109,16 @@ const std::vector<Case> cases = {
     {"band, more queries", {1, 1, 1, 140, 90, 16, 16}, 8, 1, 1, false, true, true, false, Layout::heads_first},
     {"padding", {3, 1, 1, 40, 40, 24, 24}, 4, 1, 0, true, true, false, true, Layout::rows_first},
     {"long rows", {1, 2, 1, 33, 70, 128, 120}, 1, 20, 0, true, false, true, false, Layout::heads_first},
-    {"rows of a latent attention", {1, 1, 1, 66, 66, 192, 128}, 1, -1, -1, true, true, false, false, Layout::rows_first},
+    {"rows of a latent attention",
+     {1, 1, 1, 66, 66, 192, 128},
+     1,
+     -1,
+     -1,
+     true,
+     true,
+     false,
+     false,
+     Layout::rows_first},
     {"longest rows", {1, 1, 1, 35, 50, 256, 200}, 10, 1, 0, true, true, true, false, Layout::heads_first},
     {"no keys", {2, 2, 1, 5, 0, 8, 8}, 1, -1, -1, false, true, true, false, Layout::heads_first},
     {"no queries", {1, 2, 1, 0, 6, 8, 8}, 1, -1, -1, false, false, true, false, Layout::heads_first},
@@ -160,22 +169,12 @@ struct Problem {
   }
 
   int64_t num_rows() const { return sizes.batch * sizes.num_heads * sizes.num_queries; }
-  bool wide() const {
-    const auto fills = [](int64_t size) { return size * static_cast<int64_t>(sizeof(T)) % 16 == 0; };
-    return spec.layout != Layout::odd && fills(sizes.head_dim) && fills(sizes.value_dim);
-  }
 
   Attention<T> inputs() const {
     const auto data = [](const auto& numbers) { return numbers.empty() ? nullptr : numbers.data(); };
-    return {query.heads(),
-            key.heads(),
-            value.heads(),
-            data(key_bias),
-            data(sink),
-            data(query_start),
-            data(key_start),
-            sizes,
-            make_span(spec.block_size, spec.left, spec.right, spec.is_causal),
+    return {query.heads(),        key.heads(), value.heads(),
+            data(key_bias),       data(sink),  data(query_start),
+            data(key_start),      sizes,       make_span(spec.block_size, spec.left, spec.right, spec.is_causal),
             static_cast<A>(scale)};
   }
 
@@ -259,7 +258,10 @@ struct Problem {
 
 // How far a result may be off, as a part of the largest number expected: where it is rounded to T, and where not.
 template <typename T>
-constexpr double rounded = sizeof(T) == 8 ? 1e-13 : sizeof(T) == 4 ? 2e-6 : std::is_same_v<T, float16> ? 2e-3 : 1e-2;
+constexpr double rounded = sizeof(T) == 8               ? 1e-13
+                           : sizeof(T) == 4             ? 2e-6
+                           : std::is_same_v<T, float16> ? 2e-3
+                                                        : 1e-2;
 template <typename T>
 constexpr double accumulated = sizeof(T) == 8 ? 1e-13 : 4e-6;
 
@@ -301,16 +303,14 @@ std::vector<double> filled(Tensor<T> tensor, const Compute& compute) {
 }
 
 template <typename T>
-void check_forward(const Problem<T>& problem, bool wide) {
+void check_forward(const Problem<T>& problem) {
   using A = accumulate_t<T>;
   std::vector<A> logsumexp(problem.logsumexp.size());
   for (const bool wants_logsumexp : {true, false}) {
-    const auto output =
-        filled(Tensor<T>(problem.grad_output.shape, problem.spec.layout), [&](Tensor<T>& tensor) {
-          std::fill(logsumexp.begin(), logsumexp.end(), A(NAN));
-          launch_forward<T>({problem.inputs(), tensor.mutable_heads(), wants_logsumexp ? logsumexp.data() : nullptr},
-                            wide);
-        });
+    const auto output = filled(Tensor<T>(problem.grad_output.shape, problem.spec.layout), [&](Tensor<T>& tensor) {
+      std::fill(logsumexp.begin(), logsumexp.end(), A(NAN));
+      launch_forward<T>({problem.inputs(), tensor.mutable_heads(), wants_logsumexp ? logsumexp.data() : nullptr});
+    });
     check_close("output", output, problem.output, rounded<T>);
     if (wants_logsumexp) {
       check_close("logsumexp", as_double(logsumexp), problem.logsumexp, accumulated<T>);
@@ -319,29 +319,38 @@ void check_forward(const Problem<T>& problem, bool wide) {
 }
 
 template <typename T>
-void check_query_gradient(const Problem<T>& problem, bool wide) {
+void check_query_gradient(const Problem<T>& problem) {
   using A = accumulate_t<T>;
   const auto logsumexp = accumulated_from<A>(problem.logsumexp), delta = accumulated_from<A>(problem.delta);
   const auto gradient = filled(Tensor<T>(problem.query.shape, problem.spec.layout), [&](Tensor<T>& tensor) {
-    launch_query_gradient<T>({problem.inputs(), problem.grad_output.heads(), logsumexp.data(), delta.data(),
-                              tensor.mutable_heads(), {}, {}, nullptr},
-                             wide);
+    launch_query_gradient<T>({problem.inputs(),
+                              problem.grad_output.heads(),
+                              logsumexp.data(),
+                              delta.data(),
+                              tensor.mutable_heads(),
+                              {},
+                              {},
+                              nullptr});
   });
   check_close("grad_query", gradient, problem.grad_query, 2 * rounded<T>);
 }
 
 template <typename T>
-void check_key_gradient(const Problem<T>& problem, bool wide, bool wants_key, bool wants_value, bool wants_bias) {
+void check_key_gradient(const Problem<T>& problem, bool wants_key, bool wants_value, bool wants_bias) {
   CAPTURE(wants_key, wants_value, wants_bias);
   using A = accumulate_t<T>;
   const auto logsumexp = accumulated_from<A>(problem.logsumexp), delta = accumulated_from<A>(problem.delta);
   Tensor<T> grad_key(problem.key.shape, problem.spec.layout), grad_value(problem.value.shape, problem.spec.layout);
   const auto bias = simt::same_in_every_order([&] {
     std::vector<A> shares(problem.bias_shares.size(), A(NAN));
-    launch_key_gradient<T>({problem.inputs(), problem.grad_output.heads(), logsumexp.data(), delta.data(), {},
+    launch_key_gradient<T>({problem.inputs(),
+                            problem.grad_output.heads(),
+                            logsumexp.data(),
+                            delta.data(),
+                            {},
                             wants_key ? grad_key.mutable_heads() : Heads<T>{},
-                            wants_value ? grad_value.mutable_heads() : Heads<T>{}, wants_bias ? shares.data() : nullptr},
-                           wide);
+                            wants_value ? grad_value.mutable_heads() : Heads<T>{},
+                            wants_bias ? shares.data() : nullptr});
     return shares;
   });
   if (wants_key) {
@@ -361,7 +370,7 @@ TEMPLATE_TEST_CASE("span_attention forward", "", KERNEL_TYPES) {
   for (const Case& spec : cases) {
     CAPTURE(spec.name);
     const Problem<TestType> problem(spec);
-    check_forward(problem, problem.wide());
+    check_forward(problem);
   }
 }
 
@@ -369,7 +378,7 @@ TEMPLATE_TEST_CASE("span_attention gradient to queries", "", KERNEL_TYPES) {
   for (const Case& spec : cases) {
     CAPTURE(spec.name);
     const Problem<TestType> problem(spec);
-    check_query_gradient(problem, problem.wide());
+    check_query_gradient(problem);
   }
 }
 
@@ -377,19 +386,12 @@ TEMPLATE_TEST_CASE("span_attention gradient to keys, values and biases", "", KER
   for (const Case& spec : cases) {
     CAPTURE(spec.name);
     const Problem<TestType> problem(spec);
-    check_key_gradient(problem, problem.wide(), true, true, true);
+    check_key_gradient(problem, true, true, true);
   }
   const Problem<TestType> problem(cases[2]);
-  check_key_gradient(problem, problem.wide(), true, false, false);
-  check_key_gradient(problem, problem.wide(), false, true, false);
-  check_key_gradient(problem, problem.wide(), false, false, true);
-}
-
-TEMPLATE_TEST_CASE("span_attention copies aligned rows element by element too", "", KERNEL_TYPES) {
-  const Problem<TestType> problem(cases[1]);
-  check_forward(problem, false);
-  check_query_gradient(problem, false);
-  check_key_gradient(problem, false, true, true, false);
+  check_key_gradient(problem, true, false, false);
+  check_key_gradient(problem, false, true, false);
+  check_key_gradient(problem, false, false, true);
 }
 
 TEMPLATE_TEST_CASE("span_attention delta of rows", "", KERNEL_TYPES) {
@@ -412,8 +414,7 @@ TEMPLATE_TEST_CASE("span_attention delta of rows", "", KERNEL_TYPES) {
         std::vector<A> result(expected.size(), A(NAN));
         launch_row_delta<TestType>({problem.grad_output.heads(), output.heads(),
                                     has_grad_logsumexp ? problem.grad_logsumexp.data() : nullptr, result.data(),
-                                    problem.sizes},
-                                   problem.wide());
+                                    problem.sizes});
         return result;
       });
       check_close("delta", as_double(delta), expected, accumulated<TestType>);
