@@ -22,16 +22,13 @@ struct MatrixRows {
   int size;
 };
 
-// Starts to copy rows first, first + 1, ... into a tile [rows, tile_stride]. Zeros stand for rows outside of
-// [begin, end), which are not read, and for columns behind `size`. With `wide`, 16 bytes at a time: rows begin
-// at such multiples and `size` fills them. All `threads` of the block call it, wait, and meet at a barrier.
+// Starts to copy rows first, first + 1, ... into a tile [rows, tile_stride]. Zeros stand for rows from `end` on,
+// which are not read, and for columns behind `size`. With `wide`, 16 bytes at a time: rows begin at such multiples
+// and `size` fills them. All `threads` of the block call it, wait, and meet at a barrier.
 template <int rows, int columns, int threads, typename T>
-__device__ __forceinline__ void copy_tile_async(T* tile, const MatrixRows<const T>& from, int64_t first, int64_t begin,
-                                                int64_t end, bool wide) {
+__device__ __forceinline__ void copy_tile_async(T* tile, const MatrixRows<const T>& from, int first, int end,
+                                                bool wide) {
   constexpr int stride = tile_stride<T, columns>;
-  // The rows to read, counted from first.
-  const int low = begin <= first ? 0 : static_cast<int>(min<int64_t>(begin - first, rows));
-  const int high = end <= first ? 0 : static_cast<int>(min<int64_t>(end - first, rows));
   const T* source = from.data + first * from.row_stride;
   if (wide) {
     // Eight neighbours copy 128 bytes of a row.
@@ -43,7 +40,7 @@ __device__ __forceinline__ void copy_tile_async(T* tile, const MatrixRows<const 
     source += own_row * from.row_stride + own_column;
 #pragma unroll
     for (int row = 0; row < rows; row += rows_at_once) {
-      const bool inside = low <= own_row + row && own_row + row < high;
+      const bool inside = own_row + row < end - first;
 #pragma unroll
       for (int column = 0; column < columns; column += neighbours * width) {
         copy_async<16>(target + row * stride + column, source + column, inside && own_column + column < from.size);
@@ -55,7 +52,7 @@ __device__ __forceinline__ void copy_tile_async(T* tile, const MatrixRows<const 
 #pragma unroll 1
   for (int unit = static_cast<int>(threadIdx.x); unit < rows * columns; unit += threads) {
     const int row = unit / columns, column = unit % columns;
-    const bool valid = low <= row && row < high && column < from.size;
+    const bool valid = row < end - first && column < from.size;
     const T* element = source + row * from.row_stride + column;
     if constexpr (sizeof(T) >= 4) {
       copy_async<static_cast<int>(sizeof(T))>(tile + row * stride + column, element, valid);
@@ -67,8 +64,7 @@ __device__ __forceinline__ void copy_tile_async(T* tile, const MatrixRows<const 
 
 // The other way: rows of a tile that all have written become rows first, first + 1, ... below `end`.
 template <int rows, int columns, int threads, typename T>
-__device__ __forceinline__ void store_tile(const T* tile, const MatrixRows<T>& to, int64_t first, int64_t end,
-                                           bool wide) {
+__device__ __forceinline__ void store_tile(const T* tile, const MatrixRows<T>& to, int first, int end, bool wide) {
   struct alignas(16) Chunk {
     T element[16 / sizeof(T)];
   };

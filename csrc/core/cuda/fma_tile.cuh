@@ -95,11 +95,11 @@ __device__ __forceinline__ void store_weights(T* to, const T (&weights)[r][r]) {
 
 // Writes the s-th slice of accumulated rows below `end`, multiplied by factor(i).
 template <typename T, int r, typename Factor>
-__device__ __forceinline__ void store_slice(const MatrixRows<T>& to, const T (&sum)[r][4], int s, int64_t first,
-                                            int64_t end, const Factor& factor) {
+__device__ __forceinline__ void store_slice(const MatrixRows<T>& to, const T (&sum)[r][4], int s, int first, int end,
+                                            const Factor& factor) {
 #pragma unroll
   for (int i = 0; i < r; ++i) {
-    const int64_t row = first + fma_row() + fma_side * i;
+    const int row = first + fma_row() + fma_side * i;
     const T scale = factor(i);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {

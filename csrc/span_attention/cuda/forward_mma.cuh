@@ -16,7 +16,7 @@ struct ForwardTile {
   template <typename T>
   static constexpr size_t shared_bytes =
       device::tile_bytes<T, queries, D> + device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> +
-      device::shared_size<float>(keys) + device::shared_size<Range>(queries);
+      device::shared_size<float>(keys) + device::shared_size<int2>(queries);
 };
 
 // AttentionForward for 16-bit types: a block of mma_threads for each tile of queries, grid [B * Hq * tiles].
@@ -29,42 +29,43 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
   const Attention<T>& inputs = args.inputs;
   const Sizes& sizes = inputs.sizes;
   const HeadTile unit = HeadTile::of_block_from_last(sizes.num_queries, sizes.num_heads, Tile::queries);
-  const int64_t kv_head = unit.head / sizes.group_size();
+  const int kv_head = unit.head / static_cast<int>(sizes.group_size());
+  const int num_queries = static_cast<int>(sizes.num_queries);
   device::SharedMemory memory;
   T* queries = memory.take<T>(Tile::queries * device::tile_stride<T, D>);
   T* keys = memory.take<T>(Tile::keys * device::tile_stride<T, D>);
   T* values = memory.take<T>(Tile::keys * device::tile_stride<T, V>);
   float* bias = memory.take<float>(Tile::keys);
-  Range* of_row = memory.take<Range>(Tile::queries);
+  int2* of_row = memory.take<int2>(Tile::queries);
   const VisibleRange visible = visible_range(VisibleKeys{inputs.span, inputs.sequence(unit.batch)}, unit.first,
-                                             sizes.num_queries, Tile::queries, of_row);
-  const int64_t end = visible.any.end;
+                                             num_queries, Tile::queries, of_row);
+  const int end = visible.end;
 
   const auto key = matrix(inputs.key, unit.batch, kv_head, sizes.head_dim);
   const auto value = matrix(inputs.value, unit.batch, kv_head, sizes.value_dim);
   const float* key_bias = inputs.key_bias == nullptr ? nullptr : inputs.key_bias + unit.batch * sizes.num_keys;
-  const auto copy_keys = [&](int64_t first) {
+  const auto copy_keys = [&](int first) {
     if (first < end) {
-      device::copy_tile_async<Tile::keys, D, mma_threads>(keys, key, first, 0, end, wide);
+      device::copy_tile_async<Tile::keys, D, mma_threads>(keys, key, first, end, wide);
     }
     device::copy_async_commit();
   };
-  const auto copy_values = [&](int64_t first) {
-    device::copy_tile_async<Tile::keys, V, mma_threads>(values, value, first, 0, end, wide);
+  const auto copy_values = [&](int first) {
+    device::copy_tile_async<Tile::keys, V, mma_threads>(values, value, first, end, wide);
     if (key_bias != nullptr) {
-      copy_numbers_async(bias, key_bias, first, Tile::keys, 0, end);
+      copy_numbers_async(bias, key_bias, first, Tile::keys, end);
     }
     device::copy_async_commit();
   };
   device::copy_tile_async<Tile::queries, D, mma_threads>(
-      queries, matrix(inputs.query, unit.batch, unit.head, sizes.head_dim), unit.first, 0, sizes.num_queries, wide);
-  copy_keys(visible.any.begin);
+      queries, matrix(inputs.query, unit.batch, unit.head, sizes.head_dim), unit.first, num_queries, wide);
+  copy_keys(visible.begin);
 
   const int warp_row = static_cast<int>(threadIdx.x) / device::warp_size * 16 * m;
   const float scale = inputs.scale * log2_e<float>;
   float sum[m][V / 8][4] = {};
   OnlineSoftmax<float> softmax[m][2];
-  for (int64_t first = visible.any.begin; first < end; first += Tile::keys) {
+  for (int first = visible.begin; first < end; first += Tile::keys) {
     device::copy_async_wait<0>();
     device::syncthreads();  // the keys are there, and the values before have been multiplied
     copy_values(first);
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
       OnlineSoftmax<float>& row_softmax = softmax[i][half];
       row_softmax.sum = over_lanes_of_row(row_softmax.sum, [](float a, float b) { return a + b; });
       factors[i][half] = row_softmax.finish(inputs.sink == nullptr ? nullptr : inputs.sink + unit.head);
-      const int64_t row = unit.first + warp_row + device::mma_row(i, half);
-      if (args.logsumexp != nullptr && threadIdx.x % 4 == 0 && row < sizes.num_queries) {
+      const int row = unit.first + warp_row + device::mma_row(i, half);
+      if (args.logsumexp != nullptr && threadIdx.x % 4 == 0 && row < num_queries) {
         args.logsumexp[(unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + row] = row_softmax.logsumexp();
       }
     }
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
                             [&](int i, int half) { return factors[i][half]; });
   device::syncthreads();
   device::store_tile<Tile::queries, V, mma_threads>(
-      queries, matrix(args.output, unit.batch, unit.head, sizes.value_dim), unit.first, sizes.num_queries, wide);
+      queries, matrix(args.output, unit.batch, unit.head, sizes.value_dim), unit.first, num_queries, wide);
 }
 
 }  // namespace torchops::kernels::span_attention

@@ -14,9 +14,9 @@ struct KeyGradientTile {
   static constexpr int queries = D <= 192 ? 32 : 16;
 
   template <typename T>
-  static constexpr size_t shared_bytes = device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> +
-                                         2 * device::tile_bytes<T, queries, D> + 2 * device::tile_bytes<T, queries, V> +
-                                         4 * device::shared_size<float>(queries) + device::shared_size<Range>(keys);
+  static constexpr size_t shared_bytes =
+      device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> + 2 * device::tile_bytes<T, queries, D> +
+      2 * device::tile_bytes<T, queries, V> + 4 * device::shared_size<float>(queries) + device::shared_size<int2>(keys);
 };
 
 // AttentionBackward's grad_key, grad_value and grad_key_bias for 16-bit types. A block of mma_threads for each tile
@@ -30,9 +30,10 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
   const Attention<T>& inputs = args.inputs;
   const Sizes& sizes = inputs.sizes;
   const HeadTile unit = HeadTile::of_block(sizes.num_keys, sizes.num_kv_heads, Tile::keys);
-  const int64_t group_size = sizes.group_size();
+  const int group_size = static_cast<int>(sizes.group_size());
   const bool wants_key = args.grad_key.data != nullptr, wants_value = args.grad_value.data != nullptr;
   const bool wants_scores = wants_key || args.grad_key_bias != nullptr;
+  const int num_keys = static_cast<int>(sizes.num_keys);
   device::SharedMemory memory;
   T* keys = memory.take<T>(Tile::keys * device::tile_stride<T, D>);
   T* values = memory.take<T>(Tile::keys * device::tile_stride<T, V>);
@@ -44,30 +45,29 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
   float* odd_logsumexp = memory.take<float>(Tile::queries);
   float* even_delta = memory.take<float>(Tile::queries);
   float* odd_delta = memory.take<float>(Tile::queries);
-  Range* of_row = memory.take<Range>(Tile::keys);
-  const VisibleRange visible = visible_range(VisibleQueries{inputs.span, inputs.sequence(unit.batch)}, unit.first,
-                                             sizes.num_keys, Tile::keys, of_row);
-  const int64_t begin = visible.any.begin, end = visible.any.end;
+  int2* of_row = memory.take<int2>(Tile::keys);
+  const VisibleRange visible =
+      visible_range(VisibleQueries{inputs.span, inputs.sequence(unit.batch)}, unit.first, num_keys, Tile::keys, of_row);
+  const int begin = visible.begin, end = visible.end;
 
-  const auto copy_queries = [&](int64_t member, int64_t first, bool odd) {
+  const auto copy_queries = [&](int member, int first, bool odd) {
     if (first < end && member < group_size) {
-      const int64_t head = unit.head * group_size + member;
+      const int head = unit.head * group_size + member;
       const int64_t numbers = (unit.batch * sizes.num_heads + head) * sizes.num_queries;
-      device::copy_tile_async<Tile::queries, D, mma_threads>(odd ? odd_queries : even_queries,
-                                                             matrix(inputs.query, unit.batch, head, sizes.head_dim),
-                                                             first, 0, end, wide);
+      device::copy_tile_async<Tile::queries, D, mma_threads>(
+          odd ? odd_queries : even_queries, matrix(inputs.query, unit.batch, head, sizes.head_dim), first, end, wide);
       device::copy_tile_async<Tile::queries, V, mma_threads>(
-          odd ? odd_grads : even_grads, matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, 0, end,
+          odd ? odd_grads : even_grads, matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, end,
           wide);
-      copy_numbers_async(odd ? odd_logsumexp : even_logsumexp, args.logsumexp + numbers, first, Tile::queries, 0, end);
-      copy_numbers_async(odd ? odd_delta : even_delta, args.delta + numbers, first, Tile::queries, 0, end);
+      copy_numbers_async(odd ? odd_logsumexp : even_logsumexp, args.logsumexp + numbers, first, Tile::queries, end);
+      copy_numbers_async(odd ? odd_delta : even_delta, args.delta + numbers, first, Tile::queries, end);
     }
     device::copy_async_commit();
   };
   device::copy_tile_async<Tile::keys, D, mma_threads>(keys, matrix(inputs.key, unit.batch, unit.head, sizes.head_dim),
-                                                      unit.first, 0, sizes.num_keys, wide);
+                                                      unit.first, num_keys, wide);
   device::copy_tile_async<Tile::keys, V, mma_threads>(
-      values, matrix(inputs.value, unit.batch, unit.head, sizes.value_dim), unit.first, 0, sizes.num_keys, wide);
+      values, matrix(inputs.value, unit.batch, unit.head, sizes.value_dim), unit.first, num_keys, wide);
   copy_queries(0, begin, false);
 
   const int warp = static_cast<int>(threadIdx.x) / device::warp_size;
@@ -79,16 +79,16 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
   for (int i = 0; i < m; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = unit.first + warp_row + device::mma_row(i, half);
-      const bool given = inputs.key_bias != nullptr && row < sizes.num_keys;
+      const int row = unit.first + warp_row + device::mma_row(i, half);
+      const bool given = inputs.key_bias != nullptr && row < num_keys;
       bias[i][half] = given ? inputs.key_bias[unit.batch * sizes.num_keys + row] * log2_e<float> : 0.0F;
       bias_gradient[i][half] = 0;
     }
   }
   float key_gradient[m][key_columns / 8][4] = {}, value_gradient[m][value_columns / 8][4] = {};
   bool odd = false;
-  for (int64_t member = 0; member < group_size; ++member) {
-    for (int64_t first = begin; first < end; first += Tile::queries, odd = !odd) {
+  for (int member = 0; member < group_size; ++member) {
+    for (int first = begin; first < end; first += Tile::queries, odd = !odd) {
       device::copy_async_wait<0>();
       device::syncthreads();  // the queries are there, and those before have been multiplied
       const bool is_last = first + Tile::queries >= end;
@@ -138,11 +138,11 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
   device::syncthreads();
   if (wants_key) {
     device::store_tile<Tile::keys, D, mma_threads>(keys, matrix(args.grad_key, unit.batch, unit.head, sizes.head_dim),
-                                                   unit.first, sizes.num_keys, wide);
+                                                   unit.first, num_keys, wide);
   }
   if (wants_value) {
     device::store_tile<Tile::keys, V, mma_threads>(
-        values, matrix(args.grad_value, unit.batch, unit.head, sizes.value_dim), unit.first, sizes.num_keys, wide);
+        values, matrix(args.grad_value, unit.batch, unit.head, sizes.value_dim), unit.first, num_keys, wide);
   }
   if (args.grad_key_bias != nullptr) {
 #pragma unroll
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float sum = over_lanes_of_row(bias_gradient[i][half], [](float a, float b) { return a + b; });
-        const int64_t row = unit.first + warp_row + device::mma_row(i, half);
-        if (column_part == 0 && threadIdx.x % 4 == 0 && row < sizes.num_keys) {
+        const int row = unit.first + warp_row + device::mma_row(i, half);
+        if (column_part == 0 && threadIdx.x % 4 == 0 && row < num_keys) {
           args.grad_key_bias[(unit.batch * sizes.num_kv_heads + unit.head) * sizes.num_keys + row] = sum;
         }
       }

@@ -77,7 +77,8 @@ void launch_forward(const AttentionForward<T>& args) {
     });
   } else {
     for_slices(sizes.value_dim, [&](auto slices) {
-      device::launch({heads * tiles_of(sizes.num_queries, fma_tile<T>), device::fma_threads, forward_fma_bytes<T>},
+      using Slices = ForwardSlices<T, slices()>;
+      device::launch({heads * tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
                      forward_fma<T, slices()>, args, wide);
     });
   }
@@ -98,9 +99,9 @@ void launch_query_gradient(const AttentionBackward<T>& args) {
     });
   } else {
     for_slices(sizes.head_dim, [&](auto slices) {
-      device::launch(
-          {heads * tiles_of(sizes.num_queries, fma_tile<T>), device::fma_threads, query_gradient_fma_bytes<T>},
-          query_gradient_fma<T, slices()>, args, wide);
+      using Slices = QueryGradientSlices<T, slices()>;
+      device::launch({heads * tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
+                     query_gradient_fma<T, slices()>, args, wide);
     });
   }
 }
@@ -120,7 +121,8 @@ void launch_key_gradient(const AttentionBackward<T>& args) {
     });
   } else {
     for_slices(std::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
-      device::launch({heads * tiles_of(sizes.num_keys, fma_tile<T>), device::fma_threads, key_gradient_fma_bytes<T>},
+      using Slices = KeyGradientSlices<T, slices()>;
+      device::launch({heads * tiles_of(sizes.num_keys, Slices::tile), device::fma_threads, Slices::shared_bytes},
                      key_gradient_fma<T, slices()>, args, wide);
     });
   }

@@ -31,8 +31,8 @@ __device__ __forceinline__ void for_elements(float (&scores)[m][n][4], const Bod
 // Replaces what a row does not see by `hidden`, if some row does not see all. Rows are counted from first_row of the
 // tile, columns stand for first, first + 1, ...
 template <int m, int n>
-__device__ __forceinline__ void hide(float (&scores)[m][n][4], const VisibleRange& visible, int first_row,
-                                     int64_t first, float hidden) {
+__device__ __forceinline__ void hide(float (&scores)[m][n][4], const VisibleRange& visible, int first_row, int first,
+                                     float hidden) {
   if (!visible.is_edge(first, 8 * n)) {
     return;
   }
@@ -40,13 +40,13 @@ __device__ __forceinline__ void hide(float (&scores)[m][n][4], const VisibleRang
   for (int i = 0; i < m; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int2 seen = visible.within(first_row + device::mma_row(i, half), first, 8 * n);
+      const int2 seen = visible.of_row[first_row + device::mma_row(i, half)];
 #pragma unroll
       for (int j = 0; j < n; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = scores[i][j][2 * half + e];
-          const int column = device::mma_column(j, e);
+          const int column = first + device::mma_column(j, e);
           score = seen.x <= column && column < seen.y ? score : hidden;
         }
       }

@@ -4,37 +4,38 @@
 
 namespace torchops::kernels::span_attention {
 
-// Rows of queries and of keys in a tile, each thread has 4 x 4 of the pairs, or 2 x 2 where numbers are long.
-template <typename T>
-inline constexpr int fma_rows_per_thread = sizeof(T) == 4 ? 4 : 2;
-template <typename T>
-inline constexpr int fma_tile = device::fma_side * fma_rows_per_thread<T>;
+// Rows of queries and of keys in a tile of a kernel whose threads accumulate so many slices of rows: a thread has
+// 4 x 4 of the pairs, or 2 x 2 where its registers do not hold more.
+template <typename T, int accumulated_slices>
+inline constexpr int fma_rows_per_thread = sizeof(T) == 4 && accumulated_slices <= 4 ? 4 : 2;
+template <typename T, int accumulated_slices>
+inline constexpr int fma_tile = device::fma_side * fma_rows_per_thread<T, accumulated_slices>;
 
 // Slices that rows of so many elements are cut into.
 constexpr int num_slices(int64_t size) {
   return static_cast<int>((size + device::slice - 1) / device::slice);
 }
 
-// Starts to copy the s-th slice of rows first, first + 1, ... of a tile; zeros stand for rows outside of [begin, end).
-template <typename T>
-__device__ __forceinline__ void copy_slice_async(T* to, const device::MatrixRows<const T>& from, int s, int64_t first,
-                                                 int64_t begin, int64_t end, bool wide) {
+// Starts to copy the s-th slice of rows first, first + 1, ... of a tile; zeros stand for rows from `end` on.
+template <int tile, typename T>
+__device__ __forceinline__ void copy_slice_async(T* to, const device::MatrixRows<const T>& from, int s, int first,
+                                                 int end, bool wide) {
   const device::MatrixRows<const T> part{from.data + s * device::slice, from.row_stride, from.size - s * device::slice};
-  device::copy_tile_async<fma_tile<T>, device::slice, device::fma_threads>(to, part, first, begin, end, wide);
+  device::copy_tile_async<tile, device::slice, device::fma_threads>(to, part, first, end, wide);
 }
 
-template <typename T>
-inline constexpr size_t slice_stream_bytes = 4 * device::tile_bytes<T, fma_tile<T>, device::slice>;
+template <typename T, int tile>
+inline constexpr size_t slice_stream_bytes = 4 * device::tile_bytes<T, tile, device::slice>;
 
 // Slices on their way through two pairs of buffers: while a block multiplies one pair, the next is copied.
 // Each call of copy(first, second) starts the copies of one step, or none behind the last.
-template <typename T, typename Copy>
+template <typename T, int tile, typename Copy>
 class SliceStream {
  public:
   __device__ SliceStream(device::SharedMemory& memory, const Copy& copy) : copy_(copy) {
     for (int i = 0; i < 2; ++i) {
-      first_[i] = memory.take<T>(fma_tile<T> * device::tile_stride<T, device::slice>);
-      second_[i] = memory.take<T>(fma_tile<T> * device::tile_stride<T, device::slice>);
+      first_[i] = memory.take<T>(tile * device::tile_stride<T, device::slice>);
+      second_[i] = memory.take<T>(tile * device::tile_stride<T, device::slice>);
     }
     copy_(first_[0], second_[0]);
     device::copy_async_commit();
