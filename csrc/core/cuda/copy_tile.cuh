@@ -28,37 +28,34 @@ struct MatrixRows {
 template <int rows, int columns, int threads, typename T>
 __device__ __forceinline__ void copy_tile_async(T* tile, const MatrixRows<const T>& from, int first, int end,
                                                 bool wide) {
-  constexpr int stride = tile_stride<T, columns>;
-  const T* source = from.data + first * from.row_stride;
-  if (wide) {
-    // Eight neighbours copy 128 bytes of a row.
-    constexpr int width = static_cast<int>(16 / sizeof(T)), neighbours = 8, rows_at_once = threads / neighbours;
-    static_assert(rows % rows_at_once == 0 && columns % (neighbours * width) == 0);
-    const int own_row = static_cast<int>(threadIdx.x) / neighbours;
-    const int own_column = static_cast<int>(threadIdx.x) % neighbours * width;
-    T* target = tile + own_row * stride + own_column;
-    source += own_row * from.row_stride + own_column;
+  // Eight neighbours copy 128 bytes of a row.
+  constexpr int width = static_cast<int>(16 / sizeof(T)), neighbours = 8, rows_at_once = threads / neighbours;
+  static_assert(rows % rows_at_once == 0 && columns % (neighbours * width) == 0);
+  const int own_row = static_cast<int>(threadIdx.x) / neighbours;
+  const int own_column = static_cast<int>(threadIdx.x) % neighbours * width;
+  T* target = tile + own_row * tile_stride<T, columns> + own_column;
+  const T* source = from.data + (first + own_row) * from.row_stride + own_column;
+  const int own_rows = end - first - own_row, own_columns = from.size - own_column;
 #pragma unroll
-    for (int row = 0; row < rows; row += rows_at_once) {
-      const bool inside = own_row + row < end - first;
+  for (int row = 0; row < rows; row += rows_at_once) {
 #pragma unroll
-      for (int column = 0; column < columns; column += neighbours * width) {
-        copy_async<16>(target + row * stride + column, source + column, inside && own_column + column < from.size);
+    for (int column = 0; column < columns; column += neighbours * width) {
+      T* to = target + row * tile_stride<T, columns> + column;
+      if (wide) {
+        copy_async<16>(to, source + column, row < own_rows && column < own_columns);
+        continue;
       }
-      source += rows_at_once * from.row_stride;
-    }
-    return;
-  }
 #pragma unroll 1
-  for (int unit = static_cast<int>(threadIdx.x); unit < rows * columns; unit += threads) {
-    const int row = unit / columns, column = unit % columns;
-    const bool valid = row < end - first && column < from.size;
-    const T* element = source + row * from.row_stride + column;
-    if constexpr (sizeof(T) >= 4) {
-      copy_async<static_cast<int>(sizeof(T))>(tile + row * stride + column, element, valid);
-    } else {
-      tile[row * stride + column] = valid ? *element : T{};
+      for (int e = 0; e < width; ++e) {
+        const bool valid = row < own_rows && column + e < own_columns;
+        if constexpr (sizeof(T) >= 4) {
+          copy_async<static_cast<int>(sizeof(T))>(to + e, source + column + e, valid);
+        } else {
+          to[e] = valid ? source[column + e] : T{};
+        }
+      }
     }
+    source += rows_at_once * from.row_stride;
   }
 }
 

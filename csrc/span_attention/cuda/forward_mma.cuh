@@ -11,7 +11,7 @@ template <int D, int V>
 struct ForwardTile {
   static constexpr int row_blocks = V <= 128 ? 2 : 1;
   static constexpr int queries = mma_warps * 16 * row_blocks;
-  static constexpr int keys = D <= 192 ? 64 : 32;
+  static constexpr int keys = V <= 64 ? 64 : D <= 192 ? 48 : 32;
 
   template <typename T>
   static constexpr size_t shared_bytes =
@@ -75,8 +75,9 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
     device::syncthreads();  // the values are there, and the keys have been multiplied
     copy_keys(first + Tile::keys);
 
-    for_elements(scores, [&](int, int, float& score, int column) {
-      score = score * scale + (key_bias == nullptr ? 0.0F : bias[column] * log2_e<float>);
+    for_elements(scores, [&](int i, int half, int j, int e) {
+      const float of_key = key_bias == nullptr ? 0.0F : bias[device::mma_column(j, e)] * log2_e<float>;
+      scores[i][j][2 * half + e] = scores[i][j][2 * half + e] * scale + of_key;
     });
     hide(scores, visible, warp_row, first, minus_infinity<float>);
     float largest[m][2];
@@ -84,8 +85,9 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
     for (int i = 0; i < m; ++i) {
       largest[i][0] = largest[i][1] = minus_infinity<float>;
     }
-    for_elements(scores,
-                 [&](int i, int half, float& score, int) { largest[i][half] = std::fmax(largest[i][half], score); });
+    for_elements(scores, [&](int i, int half, int j, int e) {
+      largest[i][half] = std::fmax(largest[i][half], scores[i][j][2 * half + e]);
+    });
 #pragma unroll
     for (int i = 0; i < m; ++i) {
 #pragma unroll
@@ -99,7 +101,8 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
         }
       }
     }
-    for_elements(scores, [&](int i, int half, float& score, int) {
+    for_elements(scores, [&](int i, int half, int j, int e) {
+      float& score = scores[i][j][2 * half + e];
       score = device::fast_exp2(score - softmax[i][half].reference());
       softmax[i][half].sum += score;
     });

@@ -8,15 +8,15 @@ namespace torchops::kernels::span_attention {
 // registers: two warps then share the rows of keys, each with half of the columns.
 template <int D, int V>
 struct KeyGradientTile {
-  static constexpr int column_parts = D <= 192 ? 1 : 2;
+  static constexpr int column_parts = D <= 128 ? 1 : 2;
   static constexpr int row_blocks = D <= 64 ? 2 : 1;
   static constexpr int keys = mma_warps / column_parts * 16 * row_blocks;
   static constexpr int queries = D <= 192 ? 32 : 16;
 
   template <typename T>
-  static constexpr size_t shared_bytes =
-      device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> + 2 * device::tile_bytes<T, queries, D> +
-      2 * device::tile_bytes<T, queries, V> + 4 * device::shared_size<float>(queries) + device::shared_size<int2>(keys);
+  static constexpr size_t shared_bytes = device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> +
+                                         2 * device::tile_bytes<T, queries, D> + 2 * device::tile_bytes<T, queries, V> +
+                                         2 * device::shared_size<float>(2 * queries) + device::shared_size<int2>(keys);
 };
 
 // AttentionBackward's grad_key, grad_value and grad_key_bias for 16-bit types. A block of mma_threads for each tile
@@ -37,30 +37,27 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
   device::SharedMemory memory;
   T* keys = memory.take<T>(Tile::keys * device::tile_stride<T, D>);
   T* values = memory.take<T>(Tile::keys * device::tile_stride<T, V>);
-  T* even_queries = memory.take<T>(Tile::queries * device::tile_stride<T, D>);
-  T* odd_queries = memory.take<T>(Tile::queries * device::tile_stride<T, D>);
-  T* even_grads = memory.take<T>(Tile::queries * device::tile_stride<T, V>);
-  T* odd_grads = memory.take<T>(Tile::queries * device::tile_stride<T, V>);
-  float* even_logsumexp = memory.take<float>(Tile::queries);
-  float* odd_logsumexp = memory.take<float>(Tile::queries);
-  float* even_delta = memory.take<float>(Tile::queries);
-  float* odd_delta = memory.take<float>(Tile::queries);
+  T* both_queries = memory.take<T>(2 * Tile::queries * device::tile_stride<T, D>);
+  T* both_grads = memory.take<T>(2 * Tile::queries * device::tile_stride<T, V>);
+  float* both_logsumexp = memory.take<float>(2 * Tile::queries);
+  float* both_delta = memory.take<float>(2 * Tile::queries);
   int2* of_row = memory.take<int2>(Tile::keys);
   const VisibleRange visible =
       visible_range(VisibleQueries{inputs.span, inputs.sequence(unit.batch)}, unit.first, num_keys, Tile::keys, of_row);
   const int begin = visible.begin, end = visible.end;
 
-  const auto copy_queries = [&](int member, int first, bool odd) {
+  const auto copy_queries = [&](int member, int first, int buffer) {
     if (first < end && member < group_size) {
       const int head = unit.head * group_size + member;
       const int64_t numbers = (unit.batch * sizes.num_heads + head) * sizes.num_queries;
       device::copy_tile_async<Tile::queries, D, mma_threads>(
-          odd ? odd_queries : even_queries, matrix(inputs.query, unit.batch, head, sizes.head_dim), first, end, wide);
+          both_queries + buffer * Tile::queries * device::tile_stride<T, D>,
+          matrix(inputs.query, unit.batch, head, sizes.head_dim), first, end, wide);
       device::copy_tile_async<Tile::queries, V, mma_threads>(
-          odd ? odd_grads : even_grads, matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, end,
-          wide);
-      copy_numbers_async(odd ? odd_logsumexp : even_logsumexp, args.logsumexp + numbers, first, Tile::queries, end);
-      copy_numbers_async(odd ? odd_delta : even_delta, args.delta + numbers, first, Tile::queries, end);
+          both_grads + buffer * Tile::queries * device::tile_stride<T, V>,
+          matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, end, wide);
+      copy_numbers_async(both_logsumexp + buffer * Tile::queries, args.logsumexp + numbers, first, Tile::queries, end);
+      copy_numbers_async(both_delta + buffer * Tile::queries, args.delta + numbers, first, Tile::queries, end);
     }
     device::copy_async_commit();
   };
@@ -68,7 +65,7 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
                                                       unit.first, num_keys, wide);
   device::copy_tile_async<Tile::keys, V, mma_threads>(
       values, matrix(inputs.value, unit.batch, unit.head, sizes.value_dim), unit.first, num_keys, wide);
-  copy_queries(0, begin, false);
+  copy_queries(0, begin, 0);
 
   const int warp = static_cast<int>(threadIdx.x) / device::warp_size;
   const int warp_row = warp / Tile::column_parts * 16 * m;
@@ -86,43 +83,45 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
     }
   }
   float key_gradient[m][key_columns / 8][4] = {}, value_gradient[m][value_columns / 8][4] = {};
-  bool odd = false;
+  int buffer = 0;
   for (int member = 0; member < group_size; ++member) {
-    for (int first = begin; first < end; first += Tile::queries, odd = !odd) {
+    for (int first = begin; first < end; first += Tile::queries, buffer ^= 1) {
       device::copy_async_wait<0>();
       device::syncthreads();  // the queries are there, and those before have been multiplied
       const bool is_last = first + Tile::queries >= end;
-      copy_queries(is_last ? member + 1 : member, is_last ? begin : first + Tile::queries, !odd);
-      const T* queries = odd ? odd_queries : even_queries;
-      const T* grads = odd ? odd_grads : even_grads;
-      const float* logsumexp = odd ? odd_logsumexp : even_logsumexp;
-      const float* delta = odd ? odd_delta : even_delta;
+      copy_queries(is_last ? member + 1 : member, is_last ? begin : first + Tile::queries, buffer ^ 1);
+      const T* queries = both_queries + buffer * Tile::queries * device::tile_stride<T, D>;
+      const T* grads = both_grads + buffer * Tile::queries * device::tile_stride<T, V>;
+      const float* logsumexp = both_logsumexp + buffer * Tile::queries;
+      const float* delta = both_delta + buffer * Tile::queries;
 
       float scores[m][n][4] = {};
       device::multiply_transposed<T, D>(scores, keys + warp_row * device::tile_stride<T, D>, queries);
-      for_elements(scores, [&](int i, int half, float& score, int column) {
-        score = device::fast_exp2(score * scale + bias[i][half] - log2_sum(logsumexp[column]));
+      for_elements(scores, [&](int i, int half, int j, int e) {
+        float& score = scores[i][j][2 * half + e];
+        score = device::fast_exp2(score * scale + bias[i][half] - log2_sum(logsumexp[device::mma_column(j, e)]));
       });
       hide(scores, visible, warp_row, first, 0.0F);
       if (wants_value) {
         device::multiply_rounded<T, V>(value_gradient, scores, grads + column_part * value_columns);
       }
       if (wants_scores) {
-        float products[m][n][4] = {};
-        device::multiply_transposed<T, V>(products, values + warp_row * device::tile_stride<T, V>, grads);
+        // A few queries at a time, for want of registers.
 #pragma unroll
-        for (int i = 0; i < m; ++i) {
-#pragma unroll
-          for (int j = 0; j < n; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              scores[i][j][e] *= products[i][j][e] - delta[device::mma_column(j, e % 2)];
-              bias_gradient[i][e / 2] += scores[i][j][e];
-            }
+        for (int part = 0; part < n; part += 2) {
+          float products[m][2][4] = {}, gradient[m][2][4];
+          const T* part_grads = grads + 8 * part * device::tile_stride<T, V>;
+          device::multiply_transposed<T, V>(products, values + warp_row * device::tile_stride<T, V>, part_grads);
+          for_elements(products, [&](int i, int half, int j, int e) {
+            const int at = 2 * half + e;
+            gradient[i][j][at] =
+                scores[i][part + j][at] * (products[i][j][at] - delta[device::mma_column(part + j, e)]);
+            bias_gradient[i][half] += gradient[i][j][at];
+          });
+          if (wants_key) {
+            const T* part_queries = queries + 8 * part * device::tile_stride<T, D>;
+            device::multiply_rounded<T, D>(key_gradient, gradient, part_queries + column_part * key_columns);
           }
-        }
-        if (wants_key) {
-          device::multiply_rounded<T, D>(key_gradient, scores, queries + column_part * key_columns);
         }
       }
     }

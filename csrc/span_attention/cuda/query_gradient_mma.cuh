@@ -9,12 +9,13 @@ template <int D, int V>
 struct QueryGradientTile {
   static constexpr int row_blocks = D <= 128 ? 2 : 1;
   static constexpr int queries = mma_warps * 16 * row_blocks;
-  static constexpr int keys = D <= 64 ? 64 : D <= 192 ? 32 : 16;
+  static constexpr int keys = D <= 192 ? 32 : 16;
 
   template <typename T>
   static constexpr size_t shared_bytes =
       device::tile_bytes<T, queries, D> + device::tile_bytes<T, queries, V> + 2 * device::tile_bytes<T, keys, D> +
-      device::tile_bytes<T, keys, V> + 2 * device::shared_size<float>(keys) + device::shared_size<int2>(queries);
+      device::tile_bytes<T, keys, V> + device::shared_size<float>(2 * keys) + device::shared_size<float2>(queries) +
+      device::shared_size<int2>(queries);
 };
 
 // AttentionBackward's grad_query for 16-bit types: a block of mma_threads for each tile of queries, grid
@@ -31,11 +32,10 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
   device::SharedMemory memory;
   T* queries = memory.take<T>(Tile::queries * device::tile_stride<T, D>);
   T* grads = memory.take<T>(Tile::queries * device::tile_stride<T, V>);
-  T* even_keys = memory.take<T>(Tile::keys * device::tile_stride<T, D>);
-  T* odd_keys = memory.take<T>(Tile::keys * device::tile_stride<T, D>);
+  T* both_keys = memory.take<T>(2 * Tile::keys * device::tile_stride<T, D>);
   T* values = memory.take<T>(Tile::keys * device::tile_stride<T, V>);
-  float* even_bias = memory.take<float>(Tile::keys);
-  float* odd_bias = memory.take<float>(Tile::keys);
+  float* both_bias = memory.take<float>(2 * Tile::keys);
+  float2* row_numbers = memory.take<float2>(Tile::queries);
   int2* of_row = memory.take<int2>(Tile::queries);
   const VisibleRange visible = visible_range(VisibleKeys{inputs.span, inputs.sequence(unit.batch)}, unit.first,
                                              num_queries, Tile::queries, of_row);
@@ -44,11 +44,12 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
   const auto key = matrix(inputs.key, unit.batch, kv_head, sizes.head_dim);
   const auto value = matrix(inputs.value, unit.batch, kv_head, sizes.value_dim);
   const float* key_bias = inputs.key_bias == nullptr ? nullptr : inputs.key_bias + unit.batch * sizes.num_keys;
-  const auto copy_keys = [&](int first, bool odd) {
+  const auto copy_keys = [&](int first, int buffer) {
     if (first < end) {
-      device::copy_tile_async<Tile::keys, D, mma_threads>(odd ? odd_keys : even_keys, key, first, end, wide);
+      device::copy_tile_async<Tile::keys, D, mma_threads>(both_keys + buffer * Tile::keys * device::tile_stride<T, D>,
+                                                          key, first, end, wide);
       if (key_bias != nullptr) {
-        copy_numbers_async(odd ? odd_bias : even_bias, key_bias, first, Tile::keys, end);
+        copy_numbers_async(both_bias + buffer * Tile::keys, key_bias, first, Tile::keys, end);
       }
     }
     device::copy_async_commit();
@@ -63,52 +64,49 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
       queries, matrix(inputs.query, unit.batch, unit.head, sizes.head_dim), unit.first, num_queries, wide);
   device::copy_tile_async<Tile::queries, V, mma_threads>(
       grads, matrix(args.grad_output, unit.batch, unit.head, sizes.value_dim), unit.first, num_queries, wide);
-  copy_keys(visible.begin, false);
+  copy_keys(visible.begin, 0);
   copy_values(visible.begin);
 
   const int warp_row = static_cast<int>(threadIdx.x) / device::warp_size * 16 * m;
   const float scale = inputs.scale * log2_e<float>;
-  float log2_sums[m][2], delta[m][2];
-#pragma unroll
-  for (int i = 0; i < m; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = unit.first + warp_row + device::mma_row(i, half);
-      const int64_t index = (unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + row;
-      const bool valid = row < num_queries;
-      log2_sums[i][half] = log2_sum(valid ? args.logsumexp[index] : minus_infinity<float>);
-      delta[i][half] = valid ? args.delta[index] : 0.0F;
-    }
+  // Of each row its logsumexp in base 2 and delta, in shared memory for want of registers.
+  for (int row = static_cast<int>(threadIdx.x); row < Tile::queries; row += mma_threads) {
+    const int64_t index = (unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + unit.first + row;
+    const bool valid = unit.first + row < num_queries;
+    row_numbers[row] = valid ? make_float2(log2_sum(args.logsumexp[index]), args.delta[index])
+                             : make_float2(log2_sum(minus_infinity<float>), 0.0F);
   }
   float gradient[m][D / 8][4] = {};
-  bool odd = false;
-  for (int first = visible.begin; first < end; first += Tile::keys, odd = !odd) {
+  int buffer = 0;
+  for (int first = visible.begin; first < end; first += Tile::keys, buffer ^= 1) {
     device::copy_async_wait<0>();
     device::syncthreads();  // keys and values are there, and the keys before have been multiplied
-    copy_keys(first + Tile::keys, !odd);
-    const T* keys = odd ? odd_keys : even_keys;
-    const float* bias = odd ? odd_bias : even_bias;
-    float scores[m][n][4] = {}, products[m][n][4] = {};
+    copy_keys(first + Tile::keys, buffer ^ 1);
+    const T* keys = both_keys + buffer * Tile::keys * device::tile_stride<T, D>;
+    const float* bias = both_bias + buffer * Tile::keys;
+    float scores[m][n][4] = {};
     device::multiply_transposed<T, D>(scores, queries + warp_row * device::tile_stride<T, D>, keys);
-    device::multiply_transposed<T, V>(products, grads + warp_row * device::tile_stride<T, V>, values);
-    device::syncthreads();  // the values have been multiplied
-    copy_values(first + Tile::keys);
-
-    for_elements(scores, [&](int i, int half, float& score, int column) {
-      score = device::fast_exp2(score * scale +
-                                (key_bias == nullptr ? 0.0F : bias[column] * log2_e<float>)-log2_sums[i][half]);
-    });
-    hide(scores, visible, warp_row, first, 0.0F);
+    float2 numbers[m][2];
 #pragma unroll
     for (int i = 0; i < m; ++i) {
 #pragma unroll
-      for (int j = 0; j < n; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          scores[i][j][e] *= products[i][j][e] - delta[i][e / 2];
-        }
+      for (int half = 0; half < 2; ++half) {
+        numbers[i][half] = row_numbers[warp_row + device::mma_row(i, half)];
       }
     }
+    for_elements(scores, [&](int i, int half, int j, int e) {
+      const float of_key = key_bias == nullptr ? 0.0F : bias[device::mma_column(j, e)] * log2_e<float>;
+      float& score = scores[i][j][2 * half + e];
+      score = device::fast_exp2(score * scale + of_key - numbers[i][half].x);
+    });
+    hide(scores, visible, warp_row, first, 0.0F);
+    float products[m][n][4] = {};
+    device::multiply_transposed<T, V>(products, grads + warp_row * device::tile_stride<T, V>, values);
+    for_elements(scores, [&](int i, int half, int j, int e) {
+      scores[i][j][2 * half + e] *= products[i][j][2 * half + e] - numbers[i][half].y;
+    });
+    device::syncthreads();  // the values have been multiplied
+    copy_values(first + Tile::keys);
     device::multiply_rounded<T, D>(gradient, scores, keys);
   }
 

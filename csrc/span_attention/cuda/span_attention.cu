@@ -2,6 +2,7 @@
 
 #include "span_attention/arguments.h"
 #include "span_attention/cuda/launches.cuh"
+#include "span_attention/cuda/lengths.h"
 
 namespace torchops {
 namespace {
@@ -27,6 +28,7 @@ at::Tensor span_attention_without_lse_cuda(const at::Tensor& query, const at::Te
                                            const std::optional<at::Tensor>& key_start) {
   const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
   check_span_attention("span_attention", query, key, value, options);
+  check_lengths("span_attention", query, key);
   const c10::cuda::CUDAGuard guard(query.device());
   return span_attention_cuda(query, key, value, options, {});
 }
@@ -38,6 +40,7 @@ std::tuple<at::Tensor, at::Tensor> span_attention_lse_cuda(
     const std::optional<at::Tensor>& key_start) {
   const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
   check_span_attention("span_attention_lse", query, key, value, options);
+  check_lengths("span_attention_lse", query, key);
   const c10::cuda::CUDAGuard guard(query.device());
   auto logsumexp = empty_logsumexp(query);
   auto output = span_attention_cuda(query, key, value, options, logsumexp);

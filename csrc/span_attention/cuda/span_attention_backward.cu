@@ -3,6 +3,7 @@
 
 #include "span_attention/arguments.h"
 #include "span_attention/cuda/launches.cuh"
+#include "span_attention/cuda/lengths.h"
 
 namespace torchops {
 namespace {
@@ -17,6 +18,7 @@ SpanGradients span_attention_backward_cuda(
   const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
   check_span_attention_backward(grad_output, grad_logsumexp, query, key, value, output, logsumexp, options,
                                 output_mask);
+  check_lengths("_span_attention_backward", query, key);
   const c10::cuda::CUDAGuard guard(query.device());
   const SpanTensors inputs(query, key, value, options);
   const auto sizes = inputs.sizes();
