@@ -11,11 +11,13 @@
 #include "orders.h"
 #include "span_attention/cuda/launches.cuh"
 
-// A race does not depend on the type, and ThreadSanitizer takes its time for every fiber.
-#if defined(SIMT_THREAD_SANITIZER)
+// A race does not depend on the type or on lengths of rows, and ThreadSanitizer takes its time for every fiber. There
+// are two kinds of kernels, by type.
+#if defined(SIMT_THREAD_SANITIZER) || defined(SIMT_MUTATION)
 #define KERNEL_TYPES float, bfloat16
 #else
 #define KERNEL_TYPES double, float, bfloat16, float16
+#define EVERY_SIZE
 #endif
 
 namespace torchops::kernels::span_attention {
@@ -84,6 +86,11 @@ struct Tensor {
       }
     }
   }
+  // Between rows that lie apart there is memory that nobody may write to; it is NaN from the beginning.
+  bool only_elements_are_written() const {
+    const auto is_number = [](const T& element) { return !std::isnan(device::widen(element)); };
+    return std::count_if(memory.begin(), memory.end(), is_number) == shape.numel();
+  }
   std::vector<double> wide() const {
     std::vector<double> result;
     const_cast<Tensor*>(this)->for_each([&](const T& element) { result.push_back(device::widen(element)); });
@@ -100,13 +107,15 @@ struct Case {
   Layout layout;
 };
 
-// In the order of the operator's arguments: B, Hq, Hkv, Lq, Lk, D, Dv.
+// Sizes: B, Hq, Hkv, Lq, Lk, D, Dv.
 const std::vector<Case> cases = {
-    {"full, tiny", {1, 1, 1, 5, 7, 3, 2}, 1, -1, -1, false, false, false, false, Layout::heads_first},
-    {"causal, groups", {2, 4, 2, 70, 70, 64, 64}, 1, -1, -1, true, false, false, false, Layout::rows_first},
     {"window", {1, 2, 1, 150, 150, 20, 36}, 1, 8, 0, true, false, true, false, Layout::heads_first},
-    {"blocks, more keys", {2, 2, 2, 37, 200, 40, 72}, 16, 0, 0, false, true, false, true, Layout::odd},
+    {"causal, groups", {1, 4, 2, 70, 70, 64, 64}, 1, -1, -1, true, false, false, false, Layout::rows_first},
+    {"blocks, more keys", {2, 2, 2, 37, 140, 40, 72}, 16, 0, 0, false, true, false, true, Layout::odd},
     {"band, more queries", {1, 1, 1, 140, 90, 16, 16}, 8, 1, 1, false, true, true, false, Layout::heads_first},
+    {"longest rows", {1, 1, 1, 35, 50, 256, 200}, 10, 1, 0, true, true, true, false, Layout::heads_first},
+#if defined(EVERY_SIZE)
+    {"full, tiny", {1, 1, 1, 5, 7, 3, 2}, 1, -1, -1, false, false, false, false, Layout::heads_first},
     {"padding", {3, 1, 1, 40, 40, 24, 24}, 4, 1, 0, true, true, false, true, Layout::rows_first},
     {"long rows", {1, 2, 1, 33, 70, 128, 120}, 1, 20, 0, true, false, true, false, Layout::heads_first},
     {"rows of a latent attention",
@@ -119,9 +128,10 @@ const std::vector<Case> cases = {
      false,
      false,
      Layout::rows_first},
-    {"longest rows", {1, 1, 1, 35, 50, 256, 200}, 10, 1, 0, true, true, true, false, Layout::heads_first},
+    {"values longer than keys", {1, 1, 1, 20, 30, 16, 150}, 1, -1, 3, false, false, false, false, Layout::odd},
     {"no keys", {2, 2, 1, 5, 0, 8, 8}, 1, -1, -1, false, true, true, false, Layout::heads_first},
     {"no queries", {1, 2, 1, 0, 6, 8, 8}, 1, -1, -1, false, false, true, false, Layout::heads_first},
+#endif
 };
 
 // The inputs of a case, what the operator and its gradient are, and what the kernels make of them.
@@ -299,22 +309,21 @@ std::vector<double> filled(Tensor<T> tensor, const Compute& compute) {
     compute(tensor);
     return tensor.memory;
   });
+  REQUIRE(tensor.only_elements_are_written());
   return tensor.wide();
 }
 
 template <typename T>
-void check_forward(const Problem<T>& problem) {
+void check_forward(const Problem<T>& problem, bool wants_logsumexp) {
   using A = accumulate_t<T>;
   std::vector<A> logsumexp(problem.logsumexp.size());
-  for (const bool wants_logsumexp : {true, false}) {
-    const auto output = filled(Tensor<T>(problem.grad_output.shape, problem.spec.layout), [&](Tensor<T>& tensor) {
-      std::fill(logsumexp.begin(), logsumexp.end(), A(NAN));
-      launch_forward<T>({problem.inputs(), tensor.mutable_heads(), wants_logsumexp ? logsumexp.data() : nullptr});
-    });
-    check_close("output", output, problem.output, rounded<T>);
-    if (wants_logsumexp) {
-      check_close("logsumexp", as_double(logsumexp), problem.logsumexp, accumulated<T>);
-    }
+  const auto output = filled(Tensor<T>(problem.grad_output.shape, problem.spec.layout), [&](Tensor<T>& tensor) {
+    std::fill(logsumexp.begin(), logsumexp.end(), A(NAN));
+    launch_forward<T>({problem.inputs(), tensor.mutable_heads(), wants_logsumexp ? logsumexp.data() : nullptr});
+  });
+  check_close("output", output, problem.output, rounded<T>);
+  if (wants_logsumexp) {
+    check_close("logsumexp", as_double(logsumexp), problem.logsumexp, accumulated<T>);
   }
 }
 
@@ -354,9 +363,11 @@ void check_key_gradient(const Problem<T>& problem, bool wants_key, bool wants_va
     return shares;
   });
   if (wants_key) {
+    REQUIRE(grad_key.only_elements_are_written());
     check_close("grad_key", grad_key.wide(), problem.grad_key, 2 * rounded<T>);
   }
   if (wants_value) {
+    REQUIRE(grad_value.only_elements_are_written());
     check_close("grad_value", grad_value.wide(), problem.grad_value, rounded<T>);
   }
   if (wants_bias) {
@@ -370,8 +381,9 @@ TEMPLATE_TEST_CASE("span_attention forward", "", KERNEL_TYPES) {
   for (const Case& spec : cases) {
     CAPTURE(spec.name);
     const Problem<TestType> problem(spec);
-    check_forward(problem);
+    check_forward(problem, true);
   }
+  check_forward(Problem<TestType>(cases.front()), false);
 }
 
 TEMPLATE_TEST_CASE("span_attention gradient to queries", "", KERNEL_TYPES) {
@@ -388,7 +400,7 @@ TEMPLATE_TEST_CASE("span_attention gradient to keys, values and biases", "", KER
     const Problem<TestType> problem(spec);
     check_key_gradient(problem, true, true, true);
   }
-  const Problem<TestType> problem(cases[2]);
+  const Problem<TestType> problem(cases.front());
   check_key_gradient(problem, true, false, false);
   check_key_gradient(problem, false, true, false);
   check_key_gradient(problem, false, false, true);
