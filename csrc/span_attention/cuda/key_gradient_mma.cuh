@@ -47,25 +47,26 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
   const int begin = visible.begin, end = visible.end;
 
   const auto copy_queries = [&](int member, int first, int buffer) {
-    if (first < end && member < group_size) {
-      const int head = unit.head * group_size + member;
-      const int64_t numbers = (unit.batch * sizes.num_heads + head) * sizes.num_queries;
-      device::copy_tile_async<Tile::queries, D, mma_threads>(
-          both_queries + buffer * Tile::queries * device::tile_stride<T, D>,
-          matrix(inputs.query, unit.batch, head, sizes.head_dim), first, end, wide);
-      device::copy_tile_async<Tile::queries, V, mma_threads>(
-          both_grads + buffer * Tile::queries * device::tile_stride<T, V>,
-          matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, end, wide);
-      copy_numbers_async(both_logsumexp + buffer * Tile::queries, args.logsumexp + numbers, first, Tile::queries, end);
-      copy_numbers_async(both_delta + buffer * Tile::queries, args.delta + numbers, first, Tile::queries, end);
+    if (first >= end || member == group_size) {
+      return;
     }
-    device::copy_async_commit();
+    const int head = unit.head * group_size + member;
+    const int64_t numbers = (unit.batch * sizes.num_heads + head) * sizes.num_queries;
+    device::copy_tile_async<Tile::queries, D, mma_threads>(
+        both_queries + buffer * Tile::queries * device::tile_stride<T, D>,
+        matrix(inputs.query, unit.batch, head, sizes.head_dim), first, end, wide);
+    device::copy_tile_async<Tile::queries, V, mma_threads>(
+        both_grads + buffer * Tile::queries * device::tile_stride<T, V>,
+        matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, end, wide);
+    copy_numbers_async(both_logsumexp + buffer * Tile::queries, args.logsumexp + numbers, first, Tile::queries, end);
+    copy_numbers_async(both_delta + buffer * Tile::queries, args.delta + numbers, first, Tile::queries, end);
   };
   device::copy_tile_async<Tile::keys, D, mma_threads>(keys, matrix(inputs.key, unit.batch, unit.head, sizes.head_dim),
                                                       unit.first, num_keys, wide);
   device::copy_tile_async<Tile::keys, V, mma_threads>(
       values, matrix(inputs.value, unit.batch, unit.head, sizes.value_dim), unit.first, num_keys, wide);
   copy_queries(0, begin, 0);
+  device::copy_async_commit();
 
   const int warp = static_cast<int>(threadIdx.x) / device::warp_size;
   const int warp_row = warp / Tile::column_parts * 16 * m;
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
       device::syncthreads();  // the queries are there, and those before have been multiplied
       const bool is_last = first + Tile::queries >= end;
       copy_queries(is_last ? member + 1 : member, is_last ? begin : first + Tile::queries, buffer ^ 1);
+      device::copy_async_commit();
       const T* queries = both_queries + buffer * Tile::queries * device::tile_stride<T, D>;
       const T* grads = both_grads + buffer * Tile::queries * device::tile_stride<T, V>;
       const float* logsumexp = both_logsumexp + buffer * Tile::queries;
