@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
     copy_numbers_async(both_logsumexp + buffer * Tile::queries, args.logsumexp + numbers, first, Tile::queries, end);
     copy_numbers_async(both_delta + buffer * Tile::queries, args.delta + numbers, first, Tile::queries, end);
   };
-  device::copy_tile_async<Tile::keys, D, mma_threads>(keys, matrix(inputs.key, unit.batch, unit.head, sizes.head_dim),
-                                                      unit.first, num_keys, wide);
-  device::copy_tile_async<Tile::keys, V, mma_threads>(
-      values, matrix(inputs.value, unit.batch, unit.head, sizes.value_dim), unit.first, num_keys, wide);
+  const auto key = matrix(inputs.key, unit.batch, unit.head, sizes.head_dim);
+  const auto value = matrix(inputs.value, unit.batch, unit.head, sizes.value_dim);
+  device::copy_tile_async<Tile::keys, D, mma_threads>(keys, key, unit.first, num_keys, wide);
+  device::copy_tile_async<Tile::keys, V, mma_threads>(values, value, unit.first, num_keys, wide);
   copy_queries(0, begin, 0);
   device::copy_async_commit();
 
