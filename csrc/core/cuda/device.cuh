@@ -274,6 +274,13 @@ __device__ __forceinline__ float fast_exp2(float value) {
 __device__ __forceinline__ float fast_log2(float value) {
   return __log2f(value);
 }
+// For kernels of every type: there is no fast way for double.
+__device__ __forceinline__ double fast_exp2(double value) {
+  return ::exp2(value);
+}
+__device__ __forceinline__ double fast_log2(double value) {
+  return ::log2(value);
+}
 __device__ __forceinline__ float fast_divide(float dividend, float divisor) {
   return __fdividef(dividend, divisor);
 }

@@ -264,6 +264,12 @@ inline float fast_exp2(float value) {
 inline float fast_log2(float value) {
   return std::log2(value);
 }
+inline double fast_exp2(double value) {
+  return std::exp2(value);
+}
+inline double fast_log2(double value) {
+  return std::log2(value);
+}
 inline float fast_divide(float dividend, float divisor) {
   return dividend / divisor;
 }

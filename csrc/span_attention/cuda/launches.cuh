@@ -1,0 +1,161 @@
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "core/cuda/launch.h"
+#include "span_attention/cuda/forward_fma.cuh"
+#include "span_attention/cuda/forward_mma.cuh"
+#include "span_attention/cuda/key_gradient_fma.cuh"
+#include "span_attention/cuda/key_gradient_mma.cuh"
+#include "span_attention/cuda/query_gradient_fma.cuh"
+#include "span_attention/cuda/query_gradient_mma.cuh"
+#include "span_attention/cuda/row_delta.cuh"
+#include "span_attention/cuda/side_gradients.cuh"
+
+// Which kernel, in which size, on which grid.
+
+namespace torchops::kernels::span_attention {
+
+template <int value>
+using int_constant = std::integral_constant<int, value>;
+
+// Whether rows of `size` elements begin at multiples of 16 bytes and have a multiple of 16 bytes.
+template <typename T>
+bool is_wide(const Heads<T>& heads, int64_t size) {
+  constexpr int64_t width = device::widest<std::remove_const_t<T>>;
+  return reinterpret_cast<uintptr_t>(heads.data) % 16 == 0 && heads.batch_stride % width == 0 &&
+         heads.head_stride % width == 0 && heads.row_stride % width == 0 && size % width == 0;
+}
+template <typename T>
+bool is_wide(const Attention<T>& inputs) {
+  return is_wide(inputs.query, inputs.sizes.head_dim) && is_wide(inputs.key, inputs.sizes.head_dim) &&
+         is_wide(inputs.value, inputs.sizes.value_dim);
+}
+
+// Calls body with the number of slices that a kernel is compiled for.
+template <typename Body>
+void for_slices(int64_t size, const Body& body) {
+  switch (num_slices(size)) {
+    case 1:
+      return body(int_constant<1>{});
+    case 2:
+      return body(int_constant<2>{});
+    default:
+      return body(int_constant<4>{});
+  }
+}
+
+// Calls body with the lengths of rows of queries and of values that a kernel on matrix units is compiled for.
+template <typename Body>
+void for_head_dims(const Sizes& sizes, const Body& body) {
+  const int64_t longest = std::max(sizes.head_dim, sizes.value_dim);
+  if (longest <= 64) {
+    body(int_constant<64>{}, int_constant<64>{});
+  } else if (longest <= 128) {
+    body(int_constant<128>{}, int_constant<128>{});
+  } else if (sizes.head_dim <= 192 && sizes.value_dim <= 128) {
+    body(int_constant<192>{}, int_constant<128>{});
+  } else {
+    body(int_constant<256>{}, int_constant<256>{});
+  }
+}
+
+template <typename T>
+inline constexpr bool on_matrix_units = sizeof(T) == 2;
+
+template <typename T>
+void launch_forward(const AttentionForward<T>& args) {
+  const Sizes& sizes = args.inputs.sizes;
+  const bool wide = is_wide(args.inputs) && is_wide(args.output, sizes.value_dim);
+  const int64_t heads = sizes.batch * sizes.num_heads;
+  if constexpr (on_matrix_units<T>) {
+    for_head_dims(sizes, [&](auto d, auto v) {
+      using Tile = ForwardTile<d(), v()>;
+      device::launch({heads * tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
+                     forward_mma<T, d(), v()>, args, wide);
+    });
+  } else {
+    for_slices(sizes.value_dim, [&](auto slices) {
+      using Slices = ForwardSlices<T, slices()>;
+      device::launch({heads * tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
+                     forward_fma<T, slices()>, args, wide);
+    });
+  }
+}
+
+// args.grad_query is wanted.
+template <typename T>
+void launch_query_gradient(const AttentionBackward<T>& args) {
+  const Sizes& sizes = args.inputs.sizes;
+  const bool wide =
+      is_wide(args.inputs) && is_wide(args.grad_output, sizes.value_dim) && is_wide(args.grad_query, sizes.head_dim);
+  const int64_t heads = sizes.batch * sizes.num_heads;
+  if constexpr (on_matrix_units<T>) {
+    for_head_dims(sizes, [&](auto d, auto v) {
+      using Tile = QueryGradientTile<d(), v()>;
+      device::launch({heads * tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
+                     query_gradient_mma<T, d(), v()>, args, wide);
+    });
+  } else {
+    for_slices(sizes.head_dim, [&](auto slices) {
+      using Slices = QueryGradientSlices<T, slices()>;
+      device::launch({heads * tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
+                     query_gradient_fma<T, slices()>, args, wide);
+    });
+  }
+}
+
+// One of args.grad_key, grad_value and grad_key_bias is wanted.
+template <typename T>
+void launch_key_gradient(const AttentionBackward<T>& args) {
+  const Sizes& sizes = args.inputs.sizes;
+  const bool wide = is_wide(args.inputs) && is_wide(args.grad_output, sizes.value_dim) &&
+                    is_wide(args.grad_key, sizes.head_dim) && is_wide(args.grad_value, sizes.value_dim);
+  const int64_t heads = sizes.batch * sizes.num_kv_heads;
+  if constexpr (on_matrix_units<T>) {
+    for_head_dims(sizes, [&](auto d, auto v) {
+      using Tile = KeyGradientTile<d(), v()>;
+      device::launch({heads * tiles_of(sizes.num_keys, Tile::keys), mma_threads, Tile::template shared_bytes<T>},
+                     key_gradient_mma<T, d(), v()>, args, wide);
+    });
+  } else {
+    for_slices(std::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
+      using Slices = KeyGradientSlices<T, slices()>;
+      device::launch({heads * tiles_of(sizes.num_keys, Slices::tile), device::fma_threads, Slices::shared_bytes},
+                     key_gradient_fma<T, slices()>, args, wide);
+    });
+  }
+}
+
+template <typename T>
+void launch_row_delta(const RowDelta<T>& args) {
+  const Sizes& sizes = args.sizes;
+  const auto launch = [&](auto width) {
+    int lanes = 1;
+    while (lanes < device::warp_size && lanes * width() < sizes.value_dim) {
+      lanes *= 2;
+    }
+    device::launch(
+        {tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads / lanes), row_delta_threads},
+        row_delta<width(), T>, args, lanes);
+  };
+  if (is_wide(args.grad_output, sizes.value_dim) && is_wide(args.output, sizes.value_dim)) {
+    launch(int_constant<device::widest<T>>{});
+  } else {
+    launch(int_constant<1>{});
+  }
+}
+
+template <typename A>
+void launch_sink_gradient(const SinkGradient<A>& args) {
+  device::launch({args.sizes.num_heads, sink_gradient_threads, sink_gradient_bytes<A>}, sink_gradient<A>, args);
+}
+
+template <typename A>
+void launch_key_bias_gradient(const A* shares, A* grad_key_bias, const Sizes& sizes) {
+  device::launch({tiles_of(sizes.batch * sizes.num_keys, key_bias_gradient_threads), key_bias_gradient_threads},
+                 key_bias_gradient<A>, shares, grad_key_bias, sizes);
+}
+
+}  // namespace torchops::kernels::span_attention

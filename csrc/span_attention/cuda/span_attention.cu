@@ -1,0 +1,57 @@
+#include <torch/library.h>
+
+#include "span_attention/arguments.h"
+#include "span_attention/cuda/launches.cuh"
+#include "span_attention/cuda/lengths.h"
+
+namespace torchops {
+namespace {
+
+at::Tensor span_attention_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               const SpanOptions& options, const at::Tensor& logsumexp) {
+  const SpanTensors inputs(query, key, value, options);
+  auto output = empty_with_layout_of(query, value.size(3));
+  for_dtype(query.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = kernels::accumulate_t<T>;
+    kernels::span_attention::launch_forward<T>({inputs.arguments<T>(), mutable_heads<T>(output),
+                                                logsumexp.defined() ? logsumexp.mutable_data_ptr<A>() : nullptr});
+  });
+  return output;
+}
+
+at::Tensor span_attention_without_lse_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                           c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
+                                           std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+                                           const std::optional<at::Tensor>& sink,
+                                           const std::optional<at::Tensor>& query_start,
+                                           const std::optional<at::Tensor>& key_start) {
+  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
+  check_span_attention("span_attention", query, key, value, options);
+  check_lengths("span_attention", query, key);
+  const c10::cuda::CUDAGuard guard(query.device());
+  return span_attention_cuda(query, key, value, options, {});
+}
+
+std::tuple<at::Tensor, at::Tensor> span_attention_lse_cuda(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
+    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+    const std::optional<at::Tensor>& key_start) {
+  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
+  check_span_attention("span_attention_lse", query, key, value, options);
+  check_lengths("span_attention_lse", query, key);
+  const c10::cuda::CUDAGuard guard(query.device());
+  auto logsumexp = empty_logsumexp(query);
+  auto output = span_attention_cuda(query, key, value, options, logsumexp);
+  return {output, logsumexp};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+  m.impl("span_attention", span_attention_without_lse_cuda);
+  m.impl("span_attention_lse", span_attention_lse_cuda);
+}
+
+}  // namespace torchops
