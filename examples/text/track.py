@@ -90,15 +90,16 @@ def build_variants(short: bool) -> list[Variant]:
     full = mixed_span(range(DEPTH))
     dense = Variant("full", "", attending(full))
     variants = [dense, Variant("full, by torch", "", attending(full, by_torch), same_as=dense)]
+    sizes = (SPAN,) if short else (64, SPAN)
     for full_layers in (FULL_LAYERS,) if short else (FULL_LAYERS, ()):
         prefix = MIXED if full_layers else "only"
-        for size in (SPAN,) if short else (64, SPAN):  # a byte attends to the last ``size`` bytes up to itself
+        for size in sizes:  # a byte attends to the last ``size`` bytes up to itself
             window = mixed_span(full_layers, left=size - 1)
             variants.append(Variant(f"{prefix} windows", str(size), attending(window), size == SPAN))
             if variants[-1].name == EXPORTED:
                 masked = attending(window, by_torch)
                 variants.append(Variant(f"{prefix} windows, by torch", str(size), masked, False, variants[-1]))
-        for size in (SPAN,) if short else (64, SPAN):  # or to those of its block up to itself
+        for size in sizes:  # or to those of its block up to itself
             block = mixed_span(full_layers, block_size=size)
             variants.append(Variant(f"{prefix} blocks", str(size), attending(block), size == SPAN))
     return variants
@@ -148,8 +149,7 @@ def measure(variants: list[Variant], sources: Sources, contexts: Sequence[int], 
         variant.result.forward[longest] = longest / seconds[variant.name]
 
 
-def report(variants: list[Variant], num_passages: int, folder: Path) -> None:
-    """Prints the table, and writes it as results.json and as a plot."""
+def tabulate(variants: list[Variant], num_passages: int) -> None:
     full = variants[0].result
     longest_trained, longest = max(full.training), max(full.forward)
 
@@ -196,8 +196,10 @@ def report(variants: list[Variant], num_passages: int, folder: Path) -> None:
         ],
         rows,
     )
-    write_results({variant.name: variant.result for variant in variants}, folder / "results.json")
 
+
+def draw(variants: list[Variant], path: Path) -> None:
+    full = variants[0].result
     compared = [variant for variant in variants if variant.compared]
     panels = [
         Panel(
@@ -206,10 +208,7 @@ def report(variants: list[Variant], num_passages: int, folder: Path) -> None:
             "held-out loss, nats per byte",
             [
                 Point(
-                    variant.series,
-                    variant.setting,
-                    variant.result.training[CONTEXT] / 1e3,
-                    variant.result.loss_after,
+                    variant.series, variant.setting, variant.result.training[CONTEXT] / 1e3, variant.result.loss_after
                 )
                 for variant in variants
             ],
@@ -237,9 +236,7 @@ def report(variants: list[Variant], num_passages: int, folder: Path) -> None:
             x_ticks=list(full.training),
         ),
     ]
-    image = folder / "loss_throughput.png"
-    plot("Text: full attention and mixed spans in a byte-level decoder", panels, image)
-    console.print(f"Wrote {folder / 'results.json'} and {image}.")
+    plot("Text: full attention and mixed spans in a byte-level decoder", panels, path)
 
 
 def exported(variants: list[Variant]) -> Variant:
@@ -288,7 +285,7 @@ def run(short: bool, output: Path) -> str:
         f"Processes: {NUM_PROCESSES}, threads of each: {torch.get_num_threads()}."
     )
     console.print(f"\n1. Training it with full attention, {dense_steps} steps of {BATCH_SIZE} passages.")
-    train(dense, batches(seed=0), byte_loss, dense_steps, 5e-3, "full")
+    train(dense, batches(seed=0), byte_loss, dense_steps, 3e-3, "full")
 
     console.print(f"\n2. Giving its weights to every variant, and fine-tuning each for {tuning_steps} steps.")
     full_losses = torch.empty(0)
@@ -313,7 +310,11 @@ def run(short: bool, output: Path) -> str:
     if IS_MAIN:
         console.print("\n3. Measuring time and memory, all variants in turn.")
         measure(variants, sources, contexts, rounds)
-        report(variants, num_passages, folder)
+        tabulate(variants, num_passages)
+        results, image = folder / "results.json", folder / "loss_throughput.png"
+        write_results({variant.name: variant.result for variant in variants}, results)
+        draw(variants, image)
+        console.print(f"Wrote {results} and {image}.")
         console.print(f"\n4. Saving '{EXPORTED}' and running it without its code.")
         export.save_and_check(exported(variants).model, passages[0][:2], folder, output / "cpp_build")
         summary = summarize(variants)
