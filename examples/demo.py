@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torchops
 
-from . import digits
+from . import digits, text
 from .common.distributed import IS_MAIN, process_group
 from .common.report import console
 
-TRACKS = {"digits": digits.run}
+TRACKS = {"digits": digits.run, "text": text.run}
 OUTPUT = Path(__file__).resolve().parent / "output"
 
 

@@ -1,5 +1,6 @@
 """Saves a model for use without its source code, and checks that what was saved computes the same."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -14,6 +15,17 @@ import torchops
 from .report import console
 
 EXAMPLES = Path(__file__).resolve().parent.parent
+
+
+def save_and_check(model: nn.Module, inputs: Tensor, folder: Path, cpp_build: Path) -> None:
+    """Saves the model in both forms, and runs them in a fresh Python process and in a C++ program, which is
+    built in the folder ``cpp_build``. Raises if one of them does not compute the same."""
+    console.print(f"Saving it as TorchScript and with torch.export, in {folder}.")
+    save(model, inputs, folder)
+    console.print("Running both in a fresh Python process.")
+    check_in_fresh_process(folder)
+    console.print("Running the TorchScript model from a C++ program, without Python.")
+    check_from_cpp(folder, cpp_build)
 
 
 def save(model: nn.Module, inputs: Tensor, folder: Path) -> None:
@@ -36,22 +48,31 @@ def check_in_fresh_process(folder: Path) -> None:
 
 
 def check_from_cpp(folder: Path, build: Path) -> None:
-    """Builds examples/cpp in the folder ``build``, and runs the scripted model in it."""
+    """Runs the scripted model in examples/cpp, which is built in the folder ``build``."""
+    program = build_cpp(build)
+    if program is None:
+        return
+    for batch in ("all", "one"):
+        files = [folder / "scripted.pt", folder / f"input_{batch}.pt", folder / f"output_{batch}.pt"]
+        _run([str(program), *map(str, files)])
+
+
+@functools.cache  # one program for all tracks
+def build_cpp(build: Path) -> Path | None:
+    """Builds examples/cpp in the folder ``build``; None if there is nothing to build it with."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     cmake = shutil.which("cmake", path=path)
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0], path=path)
     if cmake is None or compiler is None:
         missing = "cmake" if cmake is None else "a C++ compiler"
         console.print(f"  skipped: {missing} is not installed, and the C++ program needs to be compiled.")
-        return
+        return None
     shutil.rmtree(build, ignore_errors=True)  # it may remember another torch
     prefixes = f"{torchops.utils.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
     configure = [cmake, "-S", str(EXAMPLES / "cpp"), "-B", str(build)]
     _run([*configure, "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_PREFIX_PATH={prefixes}"], show=False)
     _run([cmake, "--build", str(build)], show=False)
-    for batch in ("all", "one"):
-        files = [folder / "scripted.pt", folder / f"input_{batch}.pt", folder / f"output_{batch}.pt"]
-        _run([str(build / "run_scripted"), *map(str, files)])
+    return build / "run_scripted"
 
 
 def _run(command: list[str], cwd: Path | None = None, show: bool = True) -> None:

@@ -1,5 +1,6 @@
 """Time and memory, so that variants can be compared."""
 
+import copy
 import json
 import os
 import statistics
@@ -8,10 +9,31 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from rich.progress import track
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from .report import console
+
+
+def forward_step(model: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
+    return torch.inference_mode()(lambda: model(inputs))
+
+
+def training_step(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], None]:
+    """A training step on a copy of the model, so that measuring does not change it."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def median_seconds(steps: Mapping[str, Callable[[], object]], rounds: int, title: str) -> dict[str, float]:

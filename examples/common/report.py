@@ -1,13 +1,18 @@
 """What the user sees: plain sentences, tables and plots."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+import torchops
 
 from .distributed import IS_MAIN
 
@@ -27,9 +32,16 @@ def print_table(title: str, caption: str, columns: Sequence[str], rows: Sequence
     console.print(table)
 
 
+def write_results(results: Mapping[str, Any], path: Path) -> None:
+    """Writes what was found out about each variant, a dataclass by name, and on which machine, as JSON."""
+    machine = torchops.utils.config() | {"threads": torch.get_num_threads()}
+    variants = {name: asdict(result) for name, result in results.items()}
+    path.write_text(json.dumps({"machine": machine, "variants": variants}, indent=2) + "\n")
+
+
 @dataclass
 class Point:
-    """One variant in a panel. The points of a series have one colour and are joined by a line."""
+    """One variant in a panel. The points of a series have one colour in all panels and are joined by a line."""
 
     series: str
     label: str
@@ -45,25 +57,34 @@ class Panel:
         title, x_label, y_label: what stands around it.
         points: what it shows.
         band: a range of y that is shaded, such as a standard error around what the others compare with.
+        x_ticks: the values of x to name, at equal ratios; None for even ticks.
     """
 
     title: str
     x_label: str
     y_label: str
     points: Sequence[Point]
-    band: tuple[float, float]
+    band: tuple[float, float] | None = None
+    x_ticks: Sequence[float] | None = None
 
 
 def plot(title: str, panels: Sequence[Panel], path: Path) -> None:
     """Draws panels side by side into an image file."""
     figure = Figure(figsize=(5.2 * len(panels), 5.2))
     axes = figure.subplots(1, len(panels), squeeze=False)
+    all_series = list(dict.fromkeys(point.series for panel in panels for point in panel.points))
+    lines = {}
     for panel, axis in zip(panels, axes[0], strict=True):
-        axis.axhspan(*panel.band, color="grey", alpha=0.15)
-        for index, series in enumerate(dict.fromkeys(point.series for point in panel.points)):
+        if panel.band is not None:
+            axis.axhspan(*panel.band, color="grey", alpha=0.15)
+        for index, series in enumerate(all_series):
             points = [point for point in panel.points if point.series == series]
+            if not points:
+                continue
             color = f"C{index}"
-            axis.plot([point.x for point in points], [point.y for point in points], "o-", color=color, label=series)
+            (lines[series],) = axis.plot(
+                [point.x for point in points], [point.y for point in points], "o-", color=color
+            )
             for point in points:
                 axis.annotate(
                     point.label,
@@ -75,10 +96,13 @@ def plot(title: str, panels: Sequence[Panel], path: Path) -> None:
                     color=color,
                 )
         axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        if panel.x_ticks is not None:
+            axis.set_xscale("log")
+            axis.set_xticks(panel.x_ticks, [f"{tick:g}" for tick in panel.x_ticks])
+            axis.minorticks_off()
         axis.margins(0.08)
         axis.grid(alpha=0.3)
-    handles, series = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, series, loc="lower center", ncols=len(series), frameon=False)
+    figure.legend([lines[series] for series in all_series], all_series, loc="lower center", ncols=6, frameon=False)
     figure.suptitle(title)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=130)

@@ -5,9 +5,8 @@ fine-tuned for a short while, and accuracy, time and memory are compared.
 """
 
 import copy
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torchops
 
 from ..common import export, measurement
 from ..common.distributed import IS_MAIN, NUM_PROCESSES, wait_for_all
-from ..common.report import Panel, Point, console, plot, print_table
+from ..common.report import Panel, Point, console, plot, print_table, write_results
 from ..common.training import train
 from .data import IMAGE_SIZE, Digits, load
 from .vision_transformer import Block, KeepTokens, MergeTokens, PruneTokens, VisionTransformer
@@ -112,28 +111,13 @@ def tokens_per_layer(model: nn.Module, images: Tensor) -> list[int]:
     return counts
 
 
-def forward_step(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    return torch.inference_mode()(lambda: model(images))
-
-
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A training step on a copy of the model, so that measuring does not change it."""
-    model = copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def measure(variants: list[Variant], digits: Digits, rounds: int) -> None:
     """Fills in tokens, throughput and memory."""
     images, labels = digits.test_images[:MEASURED_BATCH_SIZE], digits.test_labels[:MEASURED_BATCH_SIZE]
-    forward_steps = {variant.name: forward_step(variant.model, images) for variant in variants}
-    training_steps = {variant.name: training_step(variant.model, images, labels) for variant in variants}
+    forward_steps = {variant.name: measurement.forward_step(variant.model, images) for variant in variants}
+    training_steps = {
+        variant.name: measurement.training_step(variant.model, images, labels, F.cross_entropy) for variant in variants
+    }
     forward = measurement.median_seconds(forward_steps, rounds, "measuring forward passes")
     training = measurement.median_seconds(training_steps, rounds, "measuring training steps")
     for variant in variants:
@@ -183,9 +167,7 @@ def report(variants: list[Variant], digits: Digits, folder: Path) -> None:
         ],
         rows,
     )
-    machine = torchops.utils.config() | {"threads": torch.get_num_threads()}
-    results = {"machine": machine, "variants": {variant.name: asdict(variant.result) for variant in variants}}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_results({variant.name: variant.result for variant in variants}, folder / "results.json")
 
     def panel(title: str, throughput: str, accuracy_at: str) -> Panel:
         points = []
@@ -264,13 +246,8 @@ def run(short: bool, output: Path) -> str:
         console.print("\n3. Measuring throughput and memory, all variants in turn.")
         measure(variants, digits, rounds)
         report(variants, digits, folder)
-        name, model = exported(variants).name, exported(variants).model
-        console.print(f"\n4. Saving '{name}' as TorchScript and with torch.export, in {folder}.")
-        export.save(model, digits.test_images, folder)
-        console.print("5. Running both in a fresh Python process without the model's code.")
-        export.check_in_fresh_process(folder)
-        console.print("6. Running the TorchScript model from a C++ program, without Python.")
-        export.check_from_cpp(folder, output / "cpp_build")
+        console.print(f"\n4. Saving '{exported(variants).name}' and running it without its code.")
+        export.save_and_check(exported(variants).model, digits.test_images, folder, output / "cpp_build")
         summary = summarize(variants)
     wait_for_all()
     return summary

@@ -1,0 +1,322 @@
+"""The text track: a byte-level decoder, with full attention and with a mix of spans (MASFormer).
+
+It is trained with full attention. Then its weights go into variants that attend to windows or blocks in
+some layers or in all of them, each is fine-tuned for a short while, and loss, time and memory are compared.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchops
+
+from ..common import export, measurement
+from ..common.distributed import IS_MAIN, NUM_PROCESSES, wait_for_all
+from ..common.report import Panel, Point, console, plot, print_table, write_results
+from ..common.training import train
+from .data import VOCABULARY, Sources, load
+from .decoder import Decoder, Span, SpanByTorch
+
+CONTEXT = 2048
+DIM = 128
+DEPTH = 4
+NUM_HEADS = 4
+FULL_LAYERS = (0,)  # of the mixed variants
+MIXED = f"{len(FULL_LAYERS)} full +"  # what they are called
+SPAN = 256
+EXPORTED = f"{MIXED} windows {SPAN}"
+BATCH_SIZE = 2
+PARTS = 8  # of the context, by which losses are told apart
+
+
+@dataclass
+class Result:
+    """What is found out about a variant; losses in nats per byte, throughputs in bytes/s by context, memory in
+    bytes."""
+
+    visible_pairs: float = 0.0  # share of those of full attention
+    loss_before: float = 0.0
+    loss_after: float = 0.0
+    loss_by_part: list[float] = field(default_factory=list)  # of the context, after fine-tuning
+    excess: float = 0.0  # of loss_after over that of full attention
+    excess_error: float = 0.0  # standard error of its mean over passages
+    training: dict[int, float] = field(default_factory=dict)
+    forward: dict[int, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+
+@dataclass
+class Variant:
+    """A model to compare.
+
+    Args:
+        series, setting: its name: a kind and, within it, a size.
+        convert: makes it from the dense model.
+        compared: whether to compare it by position and at longer contexts, too.
+        same_as: a variant before it that computes the same by other means: it takes the weights of that one instead
+            of being fine-tuned.
+    """
+
+    series: str
+    setting: str
+    convert: Callable[[Decoder], Decoder]
+    compared: bool = True
+    same_as: "Variant | None" = None
+    model: Decoder = field(init=False)
+    result: Result = field(default_factory=Result)
+
+    @property
+    def name(self) -> str:
+        return f"{self.series} {self.setting}".rstrip()
+
+
+def attending(
+    spans: Sequence[Mapping[str, Any]], attention: Callable[..., nn.Module] = Span
+) -> Callable[[Decoder], Decoder]:
+    """Each layer attends to the span of its own."""
+    return lambda dense: dense.with_attention([attention(**span) for span in spans])
+
+
+def build_variants(short: bool) -> list[Variant]:
+    """Full attention first; a short run has fewer of them."""
+    mixed_span = functools.partial(torchops.nn.mixed_span, DEPTH, is_causal=True)
+    by_torch = functools.partial(SpanByTorch, CONTEXT)
+    full = mixed_span(range(DEPTH))
+    dense = Variant("full", "", attending(full))
+    variants = [dense, Variant("full, by torch", "", attending(full, by_torch), same_as=dense)]
+    sizes = (SPAN,) if short else (64, SPAN)
+    for full_layers in (FULL_LAYERS,) if short else (FULL_LAYERS, ()):
+        prefix = MIXED if full_layers else "only"
+        for size in sizes:  # a byte attends to the last ``size`` bytes up to itself
+            window = mixed_span(full_layers, left=size - 1)
+            variants.append(Variant(f"{prefix} windows", str(size), attending(window), size == SPAN))
+            if variants[-1].name == EXPORTED:
+                masked = attending(window, by_torch)
+                variants.append(Variant(f"{prefix} windows, by torch", str(size), masked, False, variants[-1]))
+        for size in sizes:  # or to those of its block up to itself
+            block = mixed_span(full_layers, block_size=size)
+            variants.append(Variant(f"{prefix} blocks", str(size), attending(block), size == SPAN))
+    return variants
+
+
+def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats per byte, of logits [B, L, VOCABULARY] and bytes [B, L]."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.inference_mode()
+def held_out_losses(model: nn.Module, passages: tuple[Tensor, Tensor]) -> Tensor:
+    """Nats for every byte of the passages, [count, context]."""
+    losses = [
+        F.cross_entropy(model(symbols).transpose(1, 2), targets, reduction="none")
+        for symbols, targets in zip(*(part.split(4) for part in passages), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def share_of_pairs(model: Decoder) -> float:
+    """How many pairs of bytes the layers compare, to those of full attention."""
+    spans = [layer.attend for layer in model.layers]
+    pairs = [torchops.nn.visible_pairs(CONTEXT, s.block_size, s.left, s.right, s.is_causal) for s in spans]
+    return sum(pairs) / len(pairs) / torchops.nn.visible_pairs(CONTEXT, is_causal=True)
+
+
+def measure(variants: list[Variant], sources: Sources, contexts: Sequence[int], rounds: int) -> None:
+    """Fills in throughput and memory: training steps at all contexts but the longest, forward passes at the longest."""
+    compared = [variant for variant in variants if variant.compared]
+    for context in contexts[:-1]:
+        batch_size, measured = (BATCH_SIZE, variants) if context == CONTEXT else (1, compared)
+        symbols, targets = next(sources.batches(batch_size, context, seed=2))
+        steps = {
+            variant.name: measurement.training_step(variant.model, symbols, targets, byte_loss) for variant in measured
+        }
+        seconds = measurement.median_seconds(steps, rounds, f"measuring training, {context} bytes")
+        for variant in measured:
+            variant.result.training[context] = symbols.numel() / seconds[variant.name]
+            if context == CONTEXT:
+                variant.result.peak_memory = measurement.peak_memory(steps[variant.name])
+    longest = contexts[-1]
+    passage = sources.held_out_passages(1, longest)[0]
+    forward_steps = {variant.name: measurement.forward_step(variant.model, passage) for variant in compared}
+    seconds = measurement.median_seconds(forward_steps, rounds, f"measuring forward, {longest} bytes")
+    for variant in compared:
+        variant.result.forward[longest] = longest / seconds[variant.name]
+
+
+def tabulate(variants: list[Variant], num_passages: int) -> None:
+    full = variants[0].result
+    longest_trained, longest = max(full.training), max(full.forward)
+
+    def compare(throughput: dict[int, float], dense: dict[int, float], context: int) -> str:
+        if context not in throughput:
+            return ""
+        return f"{throughput[context] / 1e3:.1f} ({throughput[context] / dense[context]:.2f}x)"
+
+    rows = []
+    for variant in variants:
+        result = variant.result
+        rows.append(
+            [
+                variant.name,
+                f"{100 * result.visible_pairs:.0f} %",
+                f"{result.loss_before:.3f}",
+                f"{result.loss_after:.3f}",
+                f"{result.excess:+.3f} ±{result.excess_error:.3f}",
+                f"{1e3 * BATCH_SIZE * CONTEXT / result.training[CONTEXT]:.0f}",
+                compare(result.training, full.training, CONTEXT),
+                compare(result.training, full.training, longest_trained),
+                compare(result.forward, full.forward, longest),
+                f"{result.peak_memory / 2**20:.0f} ({result.peak_memory / full.peak_memory:.2f}x)",
+            ]
+        )
+    print_table(
+        "Text: what shorter spans cost and what they save",
+        "Pairs: how many pairs of bytes attention compares, of those of full attention. Loss: nats per byte on "
+        f"{num_passages} held-out passages of {CONTEXT} bytes, as converted and after fine-tuning, and its difference "
+        f"to full attention with the standard error over passages. A step trains on {BATCH_SIZE} passages. Throughput: "
+        f"median over interleaved rounds, {torch.get_num_threads()} thread(s); more than {CONTEXT} bytes are one "
+        "passage. Memory: peak of torch's CPU allocations during a step, beyond weights and the optimizer's state.",
+        [
+            "variant",
+            "pairs",
+            "loss\nbefore",
+            "loss\nafter",
+            "after,\nto full",
+            "step\nms",
+            f"training, kB/s\nat {CONTEXT}",
+            f"training, kB/s\nat {longest_trained}",
+            f"forward, kB/s\nat {longest}",
+            "memory\nMiB",
+        ],
+        rows,
+    )
+
+
+def draw(variants: list[Variant], path: Path) -> None:
+    full = variants[0].result
+    compared = [variant for variant in variants if variant.compared]
+    panels = [
+        Panel(
+            "fine-tuned",
+            f"training, kB/s (context {CONTEXT})",
+            "held-out loss, nats per byte",
+            [
+                Point(
+                    variant.series, variant.setting, variant.result.training[CONTEXT] / 1e3, variant.result.loss_after
+                )
+                for variant in variants
+            ],
+        ),
+        Panel(
+            f"fine-tuned, spans of {SPAN}, by position",
+            "position of the byte",
+            "loss more than full attention's, nats per byte",
+            [
+                Point(variant.series, "", (part + 0.5) * CONTEXT / PARTS, loss - full.loss_by_part[part])
+                for variant in compared
+                if variant.same_as is None
+                for part, loss in enumerate(variant.result.loss_by_part)
+            ],
+        ),
+        Panel(
+            f"spans of {SPAN}, longer contexts",
+            "context in bytes",
+            "training, kB/s",
+            [
+                Point(variant.series, "", context, throughput / 1e3)
+                for variant in compared
+                for context, throughput in variant.result.training.items()
+            ],
+            x_ticks=list(full.training),
+        ),
+    ]
+    plot("Text: full attention and mixed spans in a byte-level decoder", panels, path)
+
+
+def exported(variants: list[Variant]) -> Variant:
+    return next(variant for variant in variants if variant.name == EXPORTED)
+
+
+def summarize(variants: list[Variant]) -> str:
+    full, mixed = variants[0].result, exported(variants).result
+    longest_trained, longest = max(full.training), max(full.forward)
+    return (
+        f"{EXPORTED}: loss {mixed.loss_after:.3f} nats per byte (full attention {full.loss_after:.3f}), "
+        f"{mixed.training[CONTEXT] / full.training[CONTEXT]:.2f}x the training throughput "
+        f"({mixed.training[longest_trained] / full.training[longest_trained]:.2f}x at {longest_trained} bytes), "
+        f"{mixed.forward[longest] / full.forward[longest]:.2f}x the forward throughput at {longest} bytes; its "
+        "exports compute the same."
+    )
+
+
+def run(short: bool, output: Path) -> str:
+    """Runs the track.
+
+    Args:
+        short: train, tune and measure for a much shorter time, with fewer variants; shows that all works,
+            not how well.
+        output: folder to write to.
+
+    Returns:
+        what came out, in a sentence; empty in all processes but the main one.
+    """
+    dense_steps, tuning_steps, rounds, num_passages = (20, 5, 2, 8) if short else (450, 60, 8, 32)
+    contexts = (CONTEXT, 4096, 8192) if short else (CONTEXT, 4096, 8192, 16384)
+    folder = output / "text"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    sources = load()
+    passages = sources.held_out_passages(num_passages, CONTEXT)
+    dense = Decoder(VOCABULARY, DIM, NUM_HEADS, [Span() for _ in range(DEPTH)])
+    batches = functools.partial(sources.batches, BATCH_SIZE, CONTEXT)
+    variants = build_variants(short)
+
+    num_weights = sum(weight.numel() for weight in dense.parameters())
+    console.print(
+        f"{len(sources.train) / 1e6:.1f} MB of the standard library's sources to train on, "
+        f"{len(sources.held_out) / 1e6:.1f} MB to test. A byte-level decoder of {DEPTH} layers and dimension {DIM}, "
+        f"{num_weights / 1e6:.2f} M weights, reads {CONTEXT} bytes at once. "
+        f"Processes: {NUM_PROCESSES}, threads of each: {torch.get_num_threads()}."
+    )
+    console.print(f"\n1. Training it with full attention, {dense_steps} steps of {BATCH_SIZE} passages.")
+    train(dense, batches(seed=0), byte_loss, dense_steps, 3e-3, "full")
+
+    console.print(f"\n2. Giving its weights to every variant, and fine-tuning each for {tuning_steps} steps.")
+    full_losses = torch.empty(0)
+    for variant in variants:
+        variant.model = variant.convert(dense)
+        result = variant.result
+        result.visible_pairs = share_of_pairs(variant.model)
+        result.loss_before = held_out_losses(variant.model, passages).mean().item()
+        if variant.same_as is None:
+            train(variant.model, batches(seed=1), byte_loss, tuning_steps, 1e-3, variant.name)
+        else:
+            variant.model.load_state_dict(variant.same_as.model.state_dict())
+        losses = held_out_losses(variant.model, passages)
+        result.loss_after = losses.mean().item()
+        result.loss_by_part = [part.mean().item() for part in losses.chunk(PARTS, 1)]
+        if variant is variants[0]:
+            full_losses = losses
+        excess = (losses - full_losses).mean(1)
+        result.excess, result.excess_error = excess.mean().item(), excess.std().item() / num_passages**0.5
+
+    summary = ""
+    if IS_MAIN:
+        console.print("\n3. Measuring time and memory, all variants in turn.")
+        measure(variants, sources, contexts, rounds)
+        tabulate(variants, num_passages)
+        results, image = folder / "results.json", folder / "loss_throughput.png"
+        write_results({variant.name: variant.result for variant in variants}, results)
+        draw(variants, image)
+        console.print(f"Wrote {results} and {image}.")
+        console.print(f"\n4. Saving '{EXPORTED}' and running it without its code.")
+        export.save_and_check(exported(variants).model, passages[0][:2], folder, output / "cpp_build")
+        summary = summarize(variants)
+    wait_for_all()
+    return summary
