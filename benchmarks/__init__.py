@@ -3,7 +3,9 @@
 A family is a module of this package, found by name, with
 
 - ``rows(options) -> Iterator[Row]``: what is measured (see :mod:`benchmarks.harness.rows`);
-- ``NOTES``: sentences for the reader of the figures, printed under the tables and kept in the JSON.
+- ``NOTES``: sentences for the reader of the figures, printed under the tables and kept in the JSON;
+- if it has them, ``CURVES``: plots besides that of all ratios, and ``findings(report) -> Sequence[Finding]``:
+  tables that it makes of its figures.
 
 Benchmarks are not tests: nothing here fails because of a time.
 """

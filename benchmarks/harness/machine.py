@@ -73,6 +73,22 @@ def cpu_name() -> str:
     return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
 
 
+def cpu_flags() -> set[str]:
+    """Instruction sets by the names that Linux gives them; none where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    flags = re.search(r"^(?:flags|Features)\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return set(flags[1].split()) if flags else set()
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a row may still take, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
+    return int(available[1]) * 1024 if available else None
+
+
 def slug(device: torch.device) -> str:
     """The processor's name as part of a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85)"
     is "intel-xeon"."""

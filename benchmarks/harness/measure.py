@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from .launches import launches
-from .memory import peak_extra_bytes
+from .memory import peak_extra_bytes, peak_resident_bytes
 from .results import TORCHOPS, ContenderResult, Quartiles, RowResult
-from .rows import Contender, Row, dtype_name
+from .rows import Absent, Contender, Row, Tensors, dtype_name
 
 # By dtype of the activations: relative, and absolute as a share of the largest magnitude.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -21,64 +21,115 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, tor
 @dataclass(frozen=True)
 class Effort:
     """How long is measured. A sample is the mean time of as many calls as fill sample_seconds; a round
-    is one sample of each contender; there are as many rounds as fill row_seconds, within limits."""
+    is one sample of each contender; there are as many rounds as fill row_seconds, within limits. Of rounds
+    that take longer than long_row_seconds together there are few_rounds."""
 
     sample_seconds: float
     row_seconds: float
     min_rounds: int
     max_rounds: int
+    long_row_seconds: float
+    few_rounds: int
+
+    def is_enough(self, rounds: int, seconds: float) -> bool:
+        return (
+            rounds >= self.max_rounds
+            or (rounds >= self.min_rounds and seconds > self.row_seconds)
+            or (rounds >= self.few_rounds and seconds > self.long_row_seconds)
+        )
+
+    def expected_seconds(self, row: Row) -> float:
+        """About what measuring the row takes on a machine of two cores."""
+        rounds = min(self.min_rounds, max(self.few_rounds, self.long_row_seconds / max(row.round_seconds, 1e-3)))
+        return row.setup_seconds + max(1.3 * self.row_seconds, (WARM_UP_CALLS + rounds) * row.round_seconds)
 
 
-THOROUGH = Effort(sample_seconds=5e-3, row_seconds=1.5, min_rounds=11, max_rounds=51)
-QUICK = Effort(sample_seconds=2e-3, row_seconds=0.2, min_rounds=5, max_rounds=11)
+THOROUGH = Effort(
+    sample_seconds=5e-3, row_seconds=1.5, min_rounds=11, max_rounds=51, long_row_seconds=3.0, few_rounds=3
+)
+QUICK = Effort(sample_seconds=2e-3, row_seconds=0.2, min_rounds=5, max_rounds=11, long_row_seconds=1.0, few_rounds=3)
+# One is compared with torchops, one is watched for its memory.
+WARM_UP_CALLS = 2
 
 
 def measure(row: Row, device: torch.device, effort: Effort, shuffler: random.Random) -> RowResult:
-    """Raises AssertionError if contenders disagree."""
-    contenders = row.contenders()
-    check_agreement(row, contenders)
+    """Raises AssertionError if contenders disagree, and what torchops raises."""
+    contenders, absent = warmed_up(row)
+    memory = {name: peak_extra_bytes(contender.run, device) for name, contender in contenders.items()}
+    resident = {
+        name: peak_resident_bytes(contender.run, device)
+        for name, contender in contenders.items()
+        if contender.memory_target is not None
+    }
     calls = {name: calls_per_sample(contender, device, effort) for name, contender in contenders.items()}
     samples = take_samples(contenders, calls, device, effort, shuffler)
     results = {
         name: ContenderResult(
             seconds=Quartiles.of(samples[name]),
             ratio=Quartiles.of([own / ours for own, ours in zip(samples[name], samples[TORCHOPS], strict=True)]),
-            peak_extra_bytes=peak_extra_bytes(contender.run, device),
+            peak_extra_bytes=memory[name],
             is_bound=contender.is_bound,
             target=contender.target,
             calls=calls[name],
             samples=[float(f"{sample:.4g}") for sample in samples[name]],
             launches=launches(contender.run, device),
+            memory_target=contender.memory_target,
+            peak_resident_bytes=resident.get(name),
         )
         for name, contender in contenders.items()
     }
-    return RowResult(row.operation, row.shape, dtype_name(row.dtype), row.direction, results)
+    return RowResult(
+        row.operation, row.shape, dtype_name(row.dtype), row.direction, results, dict(row.parameters), absent
+    )
 
 
-def check_agreement(row: Row, contenders: Mapping[str, Contender]) -> None:
-    ours = contenders[TORCHOPS]
+def warmed_up(row: Row) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders, each of which ran once and agrees with torchops, and why others are absent."""
+    declared = row.contenders()
+    ours = declared[TORCHOPS]
+    assert isinstance(ours, Contender) and ours.align is not None
     expected = ours.align(ours.run())
-    for name, contender in contenders.items():
-        if contender is ours or contender.is_bound:
+    contenders, absent = {TORCHOPS: ours}, {}
+    for name, contender in declared.items():
+        if contender is ours:
             continue
-        for position, (actual, wanted) in enumerate(zip(contender.align(contender.run()), expected, strict=True)):
-            tolerance = TOLERANCE[row.dtype] if wanted.is_floating_point() else 0.0
-            torch.testing.assert_close(
-                actual,
-                wanted,
-                rtol=tolerance,
-                atol=tolerance * wanted.abs().max().item(),
-                check_dtype=False,
-                msg=lambda reason, name=name, position=position: (
-                    f"{row.label}: {name} and torchops disagree in result {position}\n{reason}"
-                ),
-            )
+        if isinstance(contender, Absent):
+            absent[name] = contender.reason
+            continue
+        try:
+            actual = contender.run()
+        except Exception as error:  # whatever a rival raises is a reason for having no figures of it
+            absent[name] = in_one_line(error)
+            continue
+        contenders[name] = contender
+        if contender.align is not None and not contender.is_bound:
+            check_agreement(row, name, contender.align(actual), expected)
+    return contenders, absent
+
+
+def in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
+
+
+def check_agreement(row: Row, name: str, results: Tensors, expected: Tensors) -> None:
+    for position, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
+        tolerance = TOLERANCE[row.dtype] if wanted.is_floating_point() else 0.0
+        torch.testing.assert_close(
+            actual,
+            wanted,
+            rtol=tolerance,
+            atol=tolerance * wanted.abs().max().item(),
+            check_dtype=False,
+            msg=lambda reason, position=position: f"{name} and torchops disagree in result {position}: {reason}",
+        )
 
 
 def calls_per_sample(contender: Contender, device: torch.device, effort: Effort) -> int:
-    """Warms up on the way."""
-    seconds_per_call(contender.run, 2, device)
-    seconds = min(seconds_per_call(contender.run, 1, device) for _ in range(3))
+    """Measured on a contender that is warm."""
+    seconds = seconds_per_call(contender.run, 1, device)
+    if seconds < effort.sample_seconds:
+        seconds = min(seconds_per_call(contender.run, 1, device) for _ in range(3))
     return max(1, math.ceil(effort.sample_seconds / seconds))
 
 
@@ -96,9 +147,9 @@ def take_samples(
     gc.disable()
     try:
         start = time.perf_counter()
-        for done in range(effort.max_rounds):
-            if done >= effort.min_rounds and time.perf_counter() - start > effort.row_seconds:
-                break
+        rounds = 0
+        while not effort.is_enough(rounds, time.perf_counter() - start):
+            rounds += 1
             shuffler.shuffle(order)
             for name in order:
                 samples[name].append(seconds_per_call(contenders[name].run, calls[name], device))

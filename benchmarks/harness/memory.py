@@ -1,8 +1,13 @@
 """Peak of the memory that one call takes besides what was there before it: what it returns, what it
-saves for backward and what it uses in between. Counted is what torch's allocators hand out; scratch that
-an operator takes elsewhere (packed panels of a matrix product, torch's as torchops's) is not seen."""
+saves for backward and what it uses in between. peak_extra_bytes counts what torch's allocators hand out;
+scratch that an operator takes elsewhere (packed panels of a matrix product, torch's as torchops's) is not
+seen. peak_resident_bytes sees all of it, rounded to what the system hands out."""
 
+import ctypes
+import gc
 import json
+import os
+import re
 import tempfile
 from collections.abc import Callable
 from operator import itemgetter
@@ -38,3 +43,23 @@ def peak_on_cpu(run: Callable[[], object]) -> int:
         allocated += change
         peak = max(peak, allocated)
     return peak
+
+
+def peak_resident_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """How much the process grows during a call, as the system counts it. None where it does not tell: only
+    Linux does, of the CPU's memory."""
+    reset = Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not os.access(reset, os.W_OK):
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed before is used again unseen
+    reset.write_text("5")  # the peak is what is resident now
+    before = resident_bytes("VmRSS")
+    run()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS is what is resident now, VmHWM its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[0]) * 1024

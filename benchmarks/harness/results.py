@@ -4,9 +4,11 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .rows import Curves
 
 TORCHOPS = "torchops"
 
@@ -40,6 +42,8 @@ class ContenderResult:
     calls: int
     samples: list[float]
     launches: int | None = None
+    memory_target: int | None = None
+    peak_resident_bytes: int | None = None  # measured where there is a target, and where the system tells it
 
     @property
     def is_loss(self) -> bool:
@@ -52,11 +56,15 @@ class ContenderResult:
 
 @dataclass(frozen=True)
 class RowResult:
+    """parameters are the numbers behind shape; absent says of contenders why they have no figures."""
+
     operation: str
     shape: str
     dtype: str
     direction: str
     contenders: dict[str, ContenderResult]
+    parameters: dict[str, int] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -68,13 +76,25 @@ class RowResult:
 
 
 @dataclass(frozen=True)
+class Target:
+    """One target of a run, in words, and what was reached of it."""
+
+    row: RowResult
+    what: str
+    wanted: str
+    reached: str
+    is_met: bool
+
+
+@dataclass(frozen=True)
 class Report:
-    """One run of one family: conditions is what it ran on and how."""
+    """One run of one family: conditions is what it ran on and how, failures why rows have no figures, by label."""
 
     family: str
     conditions: dict[str, Any]
     notes: str
     rows: list[RowResult]
+    failures: dict[str, str] = field(default_factory=dict)
 
     def operations(self) -> dict[str, list[RowResult]]:
         """Rows by operation, in the order in which they ran."""
@@ -82,6 +102,40 @@ class Report:
         for row in self.rows:
             groups.setdefault(row.operation, []).append(row)
         return groups
+
+    def on(self, curves: Curves) -> list[RowResult]:
+        return [
+            row
+            for row in self.operations().get(curves.operation, [])
+            if curves.parameter in row.parameters and curves.fixed.items() <= row.parameters.items()
+        ]
+
+    def losses(self) -> list[tuple[RowResult, str, ContenderResult]]:
+        """Where a rival takes less time than torchops, with the rival's name."""
+        return [(row, name, contender) for row in self.rows for name, contender in row.others() if contender.is_loss]
+
+    def absences(self) -> dict[tuple[str, str], list[str]]:
+        """Labels of rows by contender that they are without, and reason."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            for name, reason in row.absent.items():
+                groups.setdefault((name, reason), []).append(row.label)
+        return groups
+
+    def targets(self) -> Iterator[Target]:
+        for row in self.rows:
+            for name, contender in row.contenders.items():
+                if contender.target is not None:
+                    reached = f"{contender.ratio.median:.2f}"
+                    yield Target(
+                        row, f"{name} / torchops", f"{contender.target:.2f}", reached, not contender.misses_target
+                    )
+                if contender.memory_target is not None and contender.peak_resident_bytes is not None:
+                    reached, wanted = (
+                        f"{size / 2**20:.0f} MiB" for size in (contender.peak_resident_bytes, contender.memory_target)
+                    )
+                    is_met = contender.peak_resident_bytes <= contender.memory_target
+                    yield Target(row, f"{name}: peak extra memory", f"at most {wanted}", reached, is_met)
 
     def save(self, path: Path) -> None:
         """One line a row, so that two runs can be compared with diff."""

@@ -1,7 +1,9 @@
-"""What a family declares: rows of contenders that do the same work on the same inputs."""
+"""What a family declares: rows of contenders that do the same work on the same inputs, and what is to be
+made of the figures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,16 +25,27 @@ class Contender:
     Args:
         run: does it once, and returns everything that it made: outputs, then gradients.
         align: brings these into the order and layout of torchops's, for the comparison before the
-            timing; never timed.
+            timing; never timed. None: it answers another question (full attention beside a window), so that
+            there is nothing to compare.
         is_bound: it does less than the work (a copy moves the bytes and no more): a bound to come
             close to, not a rival to beat, and not compared.
         target: the ratio, this contender's time / torchops's time, that torchops wants to reach.
+        memory_target: bytes that a call may add to what is resident, at its peak.
     """
 
     run: Callable[[], Tensors]
-    align: Callable[[Tensors], Tensors] = as_it_is
+    align: Callable[[Tensors], Tensors] | None = as_it_is
     is_bound: bool = False
     target: float | None = None
+    memory_target: int | None = None
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Stands for a contender that is not tried in a row, and says why. One that is tried and fails becomes
+    absent for that reason."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -46,13 +59,19 @@ class Row:
         direction: FORWARD or FORWARD_BACKWARD.
         contenders: makes the inputs and the contenders by name, "torchops" among them; called when the
             row's turn comes, so that only one row's inputs are in memory.
+        parameters: the numbers behind shape, by which curves and findings pick rows.
+        setup_seconds, round_seconds: about what it takes to make the contenders, and to call each of them
+            once, on a machine of two cores: for the estimate of a run's duration, and for its progress bar.
     """
 
     operation: str
     shape: str
     dtype: torch.dtype
     direction: str
-    contenders: Callable[[], Mapping[str, Contender]]
+    contenders: Callable[[], Mapping[str, Contender | Absent]]
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    setup_seconds: float = 0.1
+    round_seconds: float = 0.0
 
     @property
     def label(self) -> str:
@@ -70,12 +89,42 @@ class Options:
     full: bool
 
 
+@dataclass(frozen=True)
+class Curves:
+    """A plot of one operation's rows over a parameter: a panel for each dtype and direction, a curve for each
+    contender.
+
+    Args:
+        name: part of the image's name.
+        parameter: what the rows differ in.
+        fixed: the values of other parameters that a row has, to be in it.
+        shows: seconds of a call, or their ratio to torchops's.
+    """
+
+    name: str
+    title: str
+    operation: str
+    parameter: str
+    fixed: Mapping[str, int]
+    shows: Literal["seconds", "ratio"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A table that a family makes of its figures."""
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
 def contender(
     forward: Callable[[], Tensors],
     inputs: Tensors,
     grad_output: Tensor,
-    align: Callable[[Tensors], Tensors] = as_it_is,
+    align: Callable[[Tensors], Tensors] | None = as_it_is,
     target: float | None = None,
+    memory_target: int | None = None,
 ) -> Contender:
     """A contender that calls forward and then, if inputs require gradients, takes those of its first
     output to them, grad_output being the gradient of that output, made beforehand."""
@@ -85,7 +134,8 @@ def contender(
         return (*outputs, *torch.autograd.grad(outputs[0], inputs, grad_output))
 
     needs_gradients = any(input.requires_grad for input in inputs)
-    return Contender(forward_and_backward if needs_gradients else forward, align, target=target)
+    run = forward_and_backward if needs_gradients else forward
+    return Contender(run, align, target=target, memory_target=memory_target)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,15 +1,18 @@
-"""A report in the terminal: ratios first, then times and memory, then where torchops loses."""
+"""A report in the terminal: ratios first, then times and memory, findings, targets, and where torchops loses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .results import TORCHOPS, ContenderResult, Quartiles, Report, RowResult
+from .rows import Finding
+
+NO_LOSSES = "in none of these rows"
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: Report, findings: Sequence[Finding], console: Console) -> None:
     console.rule(f"torchops / {report.family}")
     for name, value in report.conditions.items():
         shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
@@ -20,7 +23,15 @@ def show(report: Report, console: Console) -> None:
     console.rule("time of one call: median and quartiles; peak extra memory; on a GPU, what it launches")
     for operation, rows in report.operations().items():
         console.print(table(operation, rows, cost_cell))
-    for paragraph in (report.notes, losses(report), missed_targets(report)):
+    for finding in findings:
+        console.print(finding_table(finding))
+    console.rule("targets")
+    console.print(target_table(report))
+    for paragraph in (
+        report.notes,
+        f"Where torchops loses: {'; '.join(losses(report)) or NO_LOSSES}.",
+        *missing(report),
+    ):
         console.print(paragraph, highlight=False, markup=False)
 
 
@@ -33,6 +44,21 @@ def table(title: str, rows: list[RowResult], cell: Callable[[ContenderResult], T
     for row in rows:
         cells = (cell(row.contenders[name]) if name in row.contenders else Text() for name in names)
         result.add_row(row.shape, row.dtype, row.direction, *cells)
+    return result
+
+
+def finding_table(finding: Finding) -> Table:
+    result = Table(*finding.header, title=finding.title, title_justify="left", title_style="bold")
+    for line in finding.lines:
+        result.add_row(*line)
+    return result
+
+
+def target_table(report: Report) -> Table:
+    result = Table("row", "what", "target", "reached", "")
+    for target in report.targets():
+        verdict = Text("met", "green") if target.is_met else Text("not met", "red")
+        result.add_row(target.row.label, target.what, target.wanted, target.reached, verdict)
     return result
 
 
@@ -61,21 +87,17 @@ def three_digits(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def losses(report: Report) -> str:
-    found = [
+def losses(report: Report) -> list[str]:
+    return [
         f"{row.label}: {name} takes {contender.ratio.median:.2f} of its time"
-        for row in report.rows
-        for name, contender in row.others()
-        if contender.is_loss
+        for row, name, contender in report.losses()
     ]
-    return f"Where torchops loses: {'; '.join(found) or 'in none of these rows'}."
 
 
-def missed_targets(report: Report) -> str:
-    found = [
-        f"{row.label}: {contender.ratio.median:.2f} of {contender.target:.2f} against {name}"
-        for row in report.rows
-        for name, contender in row.others()
-        if contender.misses_target
+def missing(report: Report) -> list[str]:
+    """Contenders and rows without figures."""
+    absences = [
+        f"Without {name} in {len(labels)} row{'s' * (len(labels) > 1)}: {reason} ({'; '.join(labels)})"
+        for (name, reason), labels in report.absences().items()
     ]
-    return f"Targets not met: {'; '.join(found) or 'none'}."
+    return absences + [f"FAILED: {label}: {reason}" for label, reason in report.failures.items()]
