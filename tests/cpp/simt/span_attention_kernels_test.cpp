@@ -125,12 +125,12 @@ const std::vector<Case> cases = {
      false,
      Layout::rows_first},
     {"longest rows", {1, 1, 1, 35, 50, 256, 200}, 10, 1, 0, true, true, true, false, Layout::heads_first},
+    {"no keys", {2, 2, 1, 5, 0, 8, 8}, 1, -1, -1, false, true, true, false, Layout::heads_first},
 #if defined(EVERY_SIZE)
     {"full, tiny", {1, 1, 1, 5, 7, 3, 2}, 1, -1, -1, false, false, false, false, Layout::heads_first},
     {"padding", {3, 1, 1, 40, 40, 24, 24}, 4, 1, 0, true, true, false, true, Layout::rows_first},
     {"long rows", {1, 2, 1, 33, 70, 128, 120}, 1, 20, 0, true, false, true, false, Layout::heads_first},
     {"values longer than keys", {1, 1, 1, 20, 30, 16, 150}, 1, -1, 3, false, false, false, false, Layout::odd},
-    {"no keys", {2, 2, 1, 5, 0, 8, 8}, 1, -1, -1, false, true, true, false, Layout::heads_first},
     {"no queries", {1, 2, 1, 0, 6, 8, 8}, 1, -1, -1, false, false, true, false, Layout::heads_first},
 #endif
 };
