@@ -131,6 +131,14 @@ TEST_CASE("fast functions") {
   CHECK(output[1] == 0);
 }
 
+TEST_CASE("the fast functions of doubles are exact ones") {
+  const std::vector<double> input(32, 2.7182818284590452);
+  std::vector<double> output(2 * 32);
+  device::launch({1, 32}, functions_of_doubles, input.data(), output.data());
+  CHECK(output[0] == Approx(6.5808859910179210).epsilon(1e-15));
+  CHECK(output[32] == Approx(1.4426950408889634).epsilon(1e-15));
+}
+
 TEST_CASE("bits are counted and found") {
   std::vector<uint32_t> input(32, 0);
   input[1] = 1;

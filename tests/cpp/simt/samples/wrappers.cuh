@@ -225,6 +225,15 @@ __global__ void functions(const float* input,  // [32]
   output[96 + i] = device::reciprocal_sqrt(input[i]);
 }
 
+// output: exp2, log2.
+__global__ void functions_of_doubles(const double* input,  // [32]
+                                     double* output)       // [2, 32]
+{
+  const unsigned i = threadIdx.x;
+  output[i] = device::fast_exp2(input[i]);
+  output[32 + i] = device::fast_log2(input[i]);
+}
+
 // output: popc, ffs, clz.
 __global__ void bits(const uint32_t* input,  // [32]
                      int* output)            // [3, 32]
