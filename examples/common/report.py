@@ -1,6 +1,7 @@
 """What the user sees: plain sentences, tables and plots."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ def plot(title: str, panels: Sequence[Panel], path: Path) -> None:
             axis.minorticks_off()
         axis.margins(0.08)
         axis.grid(alpha=0.3)
-    figure.legend([lines[series] for series in all_series], all_series, loc="lower center", ncols=6, frameon=False)
+    handles, columns = [lines[series] for series in all_series], 7
+    figure.legend(handles, all_series, loc="lower center", ncols=columns, frameon=False)
     figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.tight_layout(rect=(0, 0.05 * math.ceil(len(handles) / columns), 1, 1))
     figure.savefig(path, dpi=130)

@@ -266,7 +266,7 @@ def run(short: bool, output: Path) -> str:
     Returns:
         what came out, in a sentence; empty in all processes but the main one.
     """
-    dense_steps, tuning_steps, rounds, num_passages = (20, 5, 2, 8) if short else (450, 60, 8, 32)
+    dense_steps, tuning_steps, rounds, num_passages = (20, 5, 2, 8) if short else (450, 60, 6, 32)
     contexts = (CONTEXT, 4096, 8192) if short else (CONTEXT, 4096, 8192, 16384)
     folder = output / "text"
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ def run(short: bool, output: Path) -> str:
         result.visible_pairs = share_of_pairs(variant.model)
         result.loss_before = held_out_losses(variant.model, passages).mean().item()
         if variant.same_as is None:
-            train(variant.model, batches(seed=1), byte_loss, tuning_steps, 1e-3, variant.name)
+            train(variant.model, batches(seed=1), byte_loss, tuning_steps, 5e-4, variant.name)
         else:
             variant.model.load_state_dict(variant.same_as.model.state_dict())
         losses = held_out_losses(variant.model, passages)
