@@ -48,8 +48,8 @@ THOROUGH = Effort(
     sample_seconds=5e-3, row_seconds=1.5, min_rounds=11, max_rounds=51, long_row_seconds=3.0, few_rounds=3
 )
 QUICK = Effort(sample_seconds=2e-3, row_seconds=0.2, min_rounds=5, max_rounds=11, long_row_seconds=1.0, few_rounds=3)
-# One is compared with torchops, one is watched for its memory.
-WARM_UP_CALLS = 2
+# One is compared with torchops, one is watched for its memory, one tells how many calls fill a sample.
+WARM_UP_CALLS = 3
 
 
 def measure(row: Row, device: torch.device, effort: Effort, shuffler: random.Random) -> RowResult:
