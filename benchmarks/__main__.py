@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
     shuffler = random.Random(0)
     other_load = machine.OtherLoad()
     results, failures = [], {}
+    told: set[tuple[str, str]] = set()  # reasons are printed once
     columns = (BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(expected))
@@ -110,8 +111,9 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
             progress.update(task, description=row.label)
             try:
                 results.append(measure(row, device, effort, shuffler))
-                for name, reason in results[-1].absent.items():
-                    console.print(f"{row.label}: without {name}: {reason}", highlight=False, markup=False)
+                for absence in results[-1].absent.items() - told:
+                    console.print(f"{row.label}: without {': '.join(absence)}", highlight=False, markup=False)
+                    told.add(absence)
             except Exception as error:  # the other rows are still worth having
                 failures[row.label] = in_one_line(error)
                 console.print(f"FAILED: {row.label}: {failures[row.label]}", highlight=False, markup=False)

@@ -97,7 +97,7 @@ def losses(report: Report) -> list[str]:
 def missing(report: Report) -> list[str]:
     """Contenders and rows without figures."""
     absences = [
-        f"Without {name} in {len(labels)} row{'s' * (len(labels) > 1)}: {reason} ({'; '.join(labels)})"
+        f"Without {name}: {reason} ({labels[0]}{f'; and {len(labels) - 1} more rows' * (len(labels) > 1)})"
         for (name, reason), labels in report.absences().items()
     ]
     return absences + [f"FAILED: {label}: {reason}" for label, reason in report.failures.items()]
