@@ -48,7 +48,7 @@ def main() -> None:
     tables.show(report, findings(report), console)
     partial = arguments.quick or arguments.filter or arguments.dtype or arguments.threads
     path = RESULTS / f"{report.family}-{device.type}-{machine.slug(device)}.json"
-    if arguments.output or not partial:
+    if report.rows and (arguments.output or not partial):
         path = arguments.output or path
         report.save(path)
         console.print(f"Written: {path}")
