@@ -277,6 +277,13 @@ def span_attention_sized(dtype: torch.dtype, device: str, length: int) -> Inputs
     }
 
 
+def span_attention_large(device: str) -> Inputs:
+    """Four tensors of 4 GB."""
+    shape = (2**15 + 1, 1, 256, 256)
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name in ("query", "key", "value")}
+    return {name: tensor.normal_() for name, tensor in tensors.items()} | {"left": 60, "is_causal": True}
+
+
 def span_attention_autocast(device: str) -> tuple[Inputs, Inputs]:
     """What is multiplied is lowered, what is added to scores is not."""
     wide = span_attention_sized(torch.float32, device, 8)
@@ -286,14 +293,15 @@ def span_attention_autocast(device: str) -> tuple[Inputs, Inputs]:
 # ---- _span_attention_backward -------------------------------------------------------------------
 
 
-def backward_inputs(inputs: Inputs) -> Inputs:
+def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:
     options = {"block_size": 1, "left": -1, "right": -1, "is_causal": False, "scale": None}
     options |= dict.fromkeys(("key_bias", "sink", "query_start", "key_start"))
     output, logsumexp = torch.ops.torchops.span_attention_lse(**inputs)
-    generator = torch.Generator().manual_seed(5)
-    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    if grad_output is None:
+        generator = torch.Generator().manual_seed(5)
+        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     return {
-        "grad_output": grad.to(output),
+        "grad_output": grad_output,
         "grad_logsumexp": torch.ones_like(logsumexp),
         **options,
         **inputs,
@@ -348,6 +356,11 @@ def backward_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
     return backward_inputs(span_attention_sized(dtype, device, length))
 
 
+def backward_large(device: str) -> Inputs:
+    inputs = span_attention_large(device)
+    return backward_inputs(inputs, torch.randn_like(inputs["query"]))
+
+
 DIFFERENTIABLE = ("query", "key", "value", "key_bias", "sink")
 
 # The backward takes exponentials of scores less their log-sum-exp, which has been rounded.
@@ -365,6 +378,8 @@ CASES = [
         gradient_tolerance=GRADIENT_TOLERANCE,
         unbatched=("sink",),
         autocast=span_attention_autocast,
+        launches=1,
+        large=span_attention_large,
     ),
     OpCase(
         "span_attention_lse",
@@ -377,6 +392,15 @@ CASES = [
         gradient_tolerance=GRADIENT_TOLERANCE,
         unbatched=("sink",),
         autocast=span_attention_autocast,
+        launches=1,
+        large=span_attention_large,
     ),
-    OpCase("_span_attention_backward", backward_samples, backward_invalid, backward_sized),
+    OpCase(
+        "_span_attention_backward",
+        backward_samples,
+        backward_invalid,
+        backward_sized,
+        launches=5,
+        large=backward_large,
+    ),
 ]

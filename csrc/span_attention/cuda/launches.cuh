@@ -131,11 +131,11 @@ void launch_key_gradient(const AttentionBackward<T>& args) {
 template <typename T>
 void launch_row_delta(const RowDelta<T>& args) {
   const Sizes& sizes = args.sizes;
+  int lanes = 1;
+  while (lanes < device::warp_size && lanes * row_delta_chunk<T> < sizes.value_dim) {
+    lanes *= 2;
+  }
   const auto launch = [&](auto width) {
-    int lanes = 1;
-    while (lanes < device::warp_size && lanes * width() < sizes.value_dim) {
-      lanes *= 2;
-    }
     device::launch(
         {tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads / lanes), row_delta_threads},
         row_delta<width(), T>, args, lanes);
