@@ -48,30 +48,41 @@ class OpCase:
     invalid: Callable[[str], Iterable[Invalid]]
     # (dtype, device, length) -> a call of any length; the contract takes LARGE to have it split over threads.
     sized: Callable[[torch.dtype, str, int], Inputs]
-    # The mathematics in plain PyTorch; None for a backward, which the gradients of its forward test.
+    # The mathematics in plain PyTorch; None for an internal operator, which those that call it test.
     reference: Callable | None = None
-    # The arguments that have gradients, and the operator that computes them.
+    # The arguments that have gradients, and the operator that computes them, if that takes one.
     differentiable: Sequence[str] = ()
     backward: str = ""
-    # How far gradients may be off in a dtype, where that is more than TOLERANCE.
+    # What of the outputs is compared with the reference, where they are one of many right answers.
+    compared: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
+    # How far outputs and gradients may be off in a dtype, where that is more than TOLERANCE.
+    output_tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
     gradient_tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
+    # Those of `differentiable` whose gradient is another than the derivative, by design.
+    straight_through: Sequence[str] = ()
+    # Whether it is composed of torch's dense decompositions, which wait for a CUDA device, and whose bits may differ
+    # between numbers of threads.
+    decomposes: bool = False
     # The tensor arguments whose first dimension is not the batch.
     unbatched: Sequence[str] = ()
+    # The smallest batch of an exported program: torch.export tells sizes that become 1 from others.
+    least_batch: int = 1
     # device -> (inputs under autocast, inputs that give the same without it); None where it changes nothing.
     autocast: Callable[[str], tuple[Inputs, Inputs]] | None = None
-    # Kernels that a sized call launches on CUDA when everything is float32; None before there is a CUDA half.
+    # Kernels of our own that a sized call launches on CUDA when everything is float32.
     launches: int | None = None
     # device -> a call in which a tensor has more than 2**31 elements and no row of the batch depends on another.
     large: Callable[[str], Inputs] | None = None
 
     @property
-    def is_backward(self) -> bool:
+    def is_internal(self) -> bool:
+        """Called by other operators only: a backward, or a forward that also returns what its backward needs."""
         return self.name.startswith("_")
 
     @property
     def op(self) -> Callable:
-        """The function a user calls, resp. the registered operator of a backward."""
-        return getattr(torch.ops.torchops, self.name).default if self.is_backward else getattr(torchops, self.name)
+        """The function a user calls, resp. the registered operator of an internal one."""
+        return getattr(torch.ops.torchops, self.name).default if self.is_internal else getattr(torchops, self.name)
 
     @property
     def overload(self) -> torch._ops.OpOverload:

@@ -8,7 +8,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from cases import EVERY_DTYPE, EVERY_OP
+from cases import EVERY_DTYPE, EVERY_OP, KERNEL_OPS
 from contract import (
     Inputs,
     OpCase,
@@ -81,7 +81,7 @@ def differ(first: list[Tensor], second: list[Tensor]) -> bool:
 # ---- launching ----------------------------------------------------------------------------------
 
 
-@EVERY_OP
+@KERNEL_OPS
 @EVERY_DTYPE
 def test_graph_replays_on_new_inputs(case: OpCase, dtype: torch.dtype) -> None:
     inputs = case.sized(dtype, "cuda", LENGTH)
@@ -102,7 +102,7 @@ def test_graph_replays_on_new_inputs(case: OpCase, dtype: torch.dtype) -> None:
     assert differ(*seen), "both inputs give the same, so that the replay shows nothing"
 
 
-@EVERY_OP
+@KERNEL_OPS
 def test_side_stream(case: OpCase) -> None:
     """The inputs arrive late on a stream of their own: whoever runs on another one meets their old values."""
     inputs = case.sized(torch.float32, "cuda", LENGTH)
@@ -119,7 +119,7 @@ def test_side_stream(case: OpCase) -> None:
     assert_same_bits(actual, expected, "on a side stream")
 
 
-@EVERY_OP
+@KERNEL_OPS
 @EVERY_DTYPE
 def test_no_synchronisation(case: OpCase, dtype: torch.dtype) -> None:
     for sample in case.samples(dtype, "cuda"):
@@ -132,7 +132,7 @@ def test_no_synchronisation(case: OpCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
-@EVERY_OP
+@KERNEL_OPS
 def test_another_device_than_the_current_one(case: OpCase) -> None:
     inputs = case.sized(torch.float32, "cuda:0", LENGTH)
     actual = Step(case, map_tensors(inputs, lambda t: t.to("cuda:1")))()
@@ -154,9 +154,10 @@ def test_agrees_with_the_cpu(case: OpCase, dtype: torch.dtype) -> None:
     for sample in case.samples(dtype, "cpu"):
         actual = outputs_of(case.op(**map_tensors(sample.inputs, lambda t: t.cuda())))
         expected = outputs_of(case.op(**sample.inputs))
-        for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        tolerance = max(case.output_tolerance.get(dtype, 0), backward_tolerance(case, dtype))
+        for index, (one, other) in enumerate(zip(case.compared(actual), case.compared(expected), strict=True)):
             exact = other.double() if other.is_floating_point() else other
-            assert_close(one.cpu(), exact, dtype, f"{sample.id}, output {index}", backward_tolerance(case, dtype))
+            assert_close(one.cpu(), exact, dtype, f"{sample.id}, output {index}", tolerance)
 
 
 @EVERY_OP
@@ -200,7 +201,7 @@ def test_cpu_tensors_among_cuda_tensors_raise(case: OpCase) -> None:
 
 
 @pytest.mark.skipif(IS_DEBUG_BUILD, reason="a debug build stops there")
-@EVERY_OP
+@KERNEL_OPS
 def test_bad_data_does_no_harm(case: OpCase) -> None:
     """What the CPU refuses for its data runs through; compute-sanitizer sees that it stays within bounds."""
     for call in case.invalid("cuda"):

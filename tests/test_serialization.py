@@ -56,7 +56,7 @@ def save(case: OpCase, folder: Path, calls: list[Inputs]) -> None:
     calls = [defaults | inputs for inputs in calls]
     torch.jit.script(getattr(torchops, case.name)).save(str(folder / "scripted.pt"))
     # The batch is dynamic; lengths are bound to the integers of the call (r, k, num_groups).
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=case.least_batch)
     dynamic = {
         name: {0: batch} if isinstance(value, torch.Tensor) and name not in case.unbatched else None
         for name, value in calls[0].items()

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 
@@ -16,6 +17,13 @@ inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& tensor) {
 // An undefined tensor is an absent one; operators take absent ones as std::nullopt.
 inline std::optional<at::Tensor> optional_tensor(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+// Whether autograd will ask for a gradient to one of them.
+inline bool any_requires_grad(std::initializer_list<at::Tensor> tensors) {
+  return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) {
+           return tensor.defined() && tensor.requires_grad();
+         });
 }
 
 // Which gradients a backward has to compute. AutogradContext::needs_input_grad counts only those

@@ -23,6 +23,10 @@ void Checks::rank(const char* name, const at::Tensor& tensor, const char* dims) 
                     shape_string(tensor.sym_sizes()));
 }
 
+void Checks::not_scalar(const char* name, const at::Tensor& tensor, const char* dims) const {
+  TORCH_CHECK_VALUE(tensor.dim() >= 1, op_, ": expected ", name, " of shape ", dims, ", got []");
+}
+
 void Checks::shape(const char* name, const at::Tensor& tensor, const char* dims, c10::SymIntArrayRef expected) const {
   rank(name, tensor, dims);
   const auto sizes = tensor.sym_sizes();
@@ -59,6 +63,22 @@ void Checks::given(const char* name, const std::optional<at::Tensor>& tensor, co
   TORCH_CHECK_VALUE(tensor.has_value(), op_, ": expected ", name, " to be a tensor because ", reason, ", got None");
 }
 
+void Checks::sizes(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected) const {
+  const auto actual = tensor.sym_sizes();
+  bool same = actual.size() == expected.size();
+  for (size_t i = 0; same && i < expected.size(); ++i) {
+    same = actual[i].sym_eq(expected[i]).expect_true(__FILE__, __LINE__);
+  }
+  TORCH_CHECK_VALUE(same, op_, ": expected ", name, " of shape ", shape_string(expected), ", got ",
+                    shape_string(actual));
+}
+
+void Checks::index(const char* name, const at::Tensor& tensor) const {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kByte || dtype == at::kShort, op_, ": expected ", name,
+                    " of dtype Byte or Short, got ", dtype);
+}
+
 void Checks::integer(const char* name, const at::Tensor& tensor) const {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kLong || dtype == at::kInt, op_, ": expected ", name, " of dtype Long or Int, got ",
@@ -75,6 +95,12 @@ void Checks::at_most(const char* name, const c10::SymInt& value, const char* hig
   at_least(name, value, 0);
   TORCH_CHECK_VALUE(value.sym_le(highest).expect_true(__FILE__, __LINE__), op_, ": expected ", name,
                     " <= ", highest_name, " = ", highest, ", got ", value);
+}
+
+void Checks::equal(const char* name, const c10::SymInt& value, const char* expected_name,
+                   const c10::SymInt& expected) const {
+  TORCH_CHECK_VALUE(value.sym_eq(expected).expect_true(__FILE__, __LINE__), op_, ": expected ", name, " to be ",
+                    expected_name, " = ", expected, ", got ", value);
 }
 
 void Checks::between(const char* name, const c10::SymInt& value, int64_t lowest, int64_t highest) const {

@@ -19,6 +19,8 @@ class Checks {
 
   // dims names the dimensions and thereby counts them: "[B, N, C]".
   void rank(const char* name, const at::Tensor& tensor, const char* dims) const;
+  // Of at least one dimension: "[..., in]".
+  void not_scalar(const char* name, const at::Tensor& tensor, const char* dims) const;
   void shape(const char* name, const at::Tensor& tensor, const char* dims, c10::SymIntArrayRef expected) const;
   void dtype(const char* name, const at::Tensor& tensor, at::ScalarType expected) const;
   // float64, float32, bfloat16 or float16.
@@ -27,11 +29,16 @@ class Checks {
   void same_dtype(const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) const;
   // An optional tensor that is needed because of `reason`.
   void given(const char* name, const std::optional<at::Tensor>& tensor, const char* reason) const;
+  // Sizes that have no names of their own.
+  void sizes(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected) const;
+  // uint8 or int16.
+  void index(const char* name, const at::Tensor& tensor) const;
   // int64 or int32.
   void integer(const char* name, const at::Tensor& tensor) const;
   void at_least(const char* name, const c10::SymInt& value, int64_t lowest) const;
   // 0 <= value <= highest, where highest_name says what the bound is.
   void at_most(const char* name, const c10::SymInt& value, const char* highest_name, const c10::SymInt& highest) const;
+  void equal(const char* name, const c10::SymInt& value, const char* expected_name, const c10::SymInt& expected) const;
   void between(const char* name, const c10::SymInt& value, int64_t lowest, int64_t highest) const;
   void multiple_of(const char* name, const c10::SymInt& value, const char* unit_name, const c10::SymInt& unit) const;
 

@@ -237,9 +237,7 @@ at::Tensor span_attention_autograd(const at::Tensor& query, const at::Tensor& ke
                                    std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
                                    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
                                    const std::optional<at::Tensor>& key_start) {
-  const auto requires_grad = [](const std::optional<at::Tensor>& tensor) { return tensor && tensor->requires_grad(); };
-  if (at::GradMode::is_enabled() && (query.requires_grad() || key.requires_grad() || value.requires_grad() ||
-                                     requires_grad(key_bias) || requires_grad(sink))) {
+  if (any_requires_grad({query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)})) {
     check_span_attention("span_attention", query, key, value,
                          {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
     return SpanAttention::apply(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink,

@@ -59,14 +59,15 @@ struct Selection {
   int32_t ties;
 };
 
-// key(i) for i in 0..count-1, 1 <= k <= count: digit by digit, from the highest, the k-th largest key.
-template <typename Key>
+// key(i) for i in 0..count-1, below 2^key_bits, 1 <= k <= count: digit by digit, from the highest, the k-th largest
+// key.
+template <int key_bits = 64, typename Key>
 __device__ Selection select_largest(const Key& key, int32_t count, int32_t k, int32_t* shared /* [256 + 2] */) {
   int32_t* const histogram = shared;
   int32_t* const found = shared + 256;  // the digit, and how many keys with it are still to take
   Selection selection{0, k};
   uint64_t known_digits = 0;
-  for (int shift = 56; shift >= 0; shift -= 8) {
+  for (int shift = key_bits - 8; shift >= 0; shift -= 8) {
     for (int digit = static_cast<int>(threadIdx.x); digit < 256; digit += static_cast<int>(blockDim.x)) {
       histogram[digit] = 0;
     }
