@@ -1,0 +1,207 @@
+#pragma once
+
+#include "core/cpu/matrix_product.h"
+
+// Blocks of matrices as operands of matrix products, padded with zeros.
+
+namespace torchops::kernels::core::TORCHOPS_LEVEL {
+
+// What a dtype is multiplied as.
+template <typename T>
+struct multiplicand {
+  using type = accumulate_t<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct multiplicand<bfloat16> {
+  using type = bfloat16_pair;
+};
+#endif
+template <typename T>
+using multiplicand_t = typename multiplicand<T>::type;
+
+template <typename E>
+inline constexpr bool is_pair = element<E>::depth == 2;
+
+template <typename E>
+inline constexpr int64_t lane_count = vector_bytes / static_cast<int64_t>(sizeof(E));
+
+constexpr int64_t divide_up(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+constexpr int64_t round_up(int64_t count, int64_t unit) {
+  return divide_up(count, unit) * unit;
+}
+constexpr int64_t smaller(int64_t one, int64_t other) {
+  return one < other ? one : other;
+}
+
+// Elements that hold `size` numbers along the depth.
+template <typename E>
+constexpr int64_t depth_of(int64_t size) {
+  return divide_up(size, element<E>::depth);
+}
+
+// A vector of elements along the depth, of which `used` numbers are left.
+template <typename E, typename T>
+inline __attribute__((always_inline)) typename element<E>::vector load_elements(const T* from, int64_t used) {
+  if constexpr (is_pair<E>) {
+    vuint words = {};
+    if (used >= 2 * lane_count<E>) {
+      __builtin_memcpy(&words, from, sizeof(words));
+    } else {
+      __builtin_memcpy(&words, from, static_cast<size_t>(used) * sizeof(T));
+    }
+    return words;
+  } else {
+    return load_piece(from, static_cast<int>(smaller(used, lanes<T>)));
+  }
+}
+
+template <typename E>
+inline void store_elements(E* to, typename element<E>::vector elements) {
+  __builtin_memcpy(to, &elements, sizeof(elements));
+}
+
+// sum + a * b, where every lane is an element.
+template <typename E>
+inline vec<sum_t<E>> multiply_add_lanes(typename element<E>::vector a, typename element<E>::vector b,
+                                        vec<sum_t<E>> sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (is_pair<E>) {
+    return bit_cast<vfloat>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+  }
+#endif
+  if constexpr (!is_pair<E>) {
+    return sum + a * b;
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The pairs of the lanes of two rows of bfloat16.
+inline void interleave(vuint first, vuint second, vuint (&pairs)[2]) {
+  using Halfwords = vec<uint16_t>;
+  constexpr int size = sizeof(Halfwords) / sizeof(uint16_t);
+  for (int half = 0; half < 2; ++half) {
+    Halfwords order;
+    for (int lane = 0; lane < size; ++lane) {
+      order[lane] = static_cast<uint16_t>(half * size / 2 + lane / 2 + lane % 2 * size);
+    }
+    pairs[half] = bit_cast<vuint>(__builtin_shuffle(bit_cast<Halfwords>(first), bit_cast<Halfwords>(second), order));
+  }
+}
+#endif
+
+// `count` rows of `size` numbers along the depth -> [padded_count][stride], zeros behind.
+template <typename E, typename T>
+void pack_rows(const T* from, int64_t row_stride, int64_t count, int64_t size, int64_t padded_count, int64_t stride,
+               E* packed) {
+  for (int64_t row = 0; row < padded_count; ++row, packed += stride) {
+    int64_t d = 0;
+    if (row < count) {
+      for (; d * element<E>::depth < size; d += lane_count<E>) {
+        const auto elements =
+            load_elements<E>(from + row * row_stride + d * element<E>::depth, size - d * element<E>::depth);
+        const int64_t left = stride - d;
+        __builtin_memcpy(packed + d, &elements, static_cast<size_t>(smaller(left, lane_count<E>)) * sizeof(E));
+      }
+    }
+    for (; d < stride; ++d) {
+      packed[d] = E{};
+    }
+  }
+}
+
+// The elements of one depth for as many columns as a vector of T has: of one row of numbers, or of two rows whose
+// neighbours make pairs, the second one null behind the depth. `used` columns are left.
+template <typename E, typename T>
+inline __attribute__((always_inline)) void load_across(const T* row, const T* next, int64_t used,
+                                                       typename element<E>::vector (&elements)[element<E>::depth]) {
+  if constexpr (is_pair<E>) {
+    interleave(load_elements<E>(row, used), next == nullptr ? vuint{} : load_elements<E>(next, used), elements);
+  } else {
+    elements[0] = load_elements<E>(row, used);
+  }
+}
+// Columns that load_across takes.
+template <typename E>
+inline constexpr int64_t columns_across = lane_count<E> * element<E>::depth;
+
+// Rows one below the other along the depth, [size, count] -> [groups][depth_of(size)][group], with zeros behind the
+// columns. A group is a multiple of columns_across.
+template <int64_t group, typename E, typename T>
+void pack_across(const T* from, int64_t row_stride, int64_t size, int64_t count, E* packed) {
+  const int64_t depth = depth_of<E>(size);
+  // A few rows at a time: then whole lines are written, and few pages are read by turns.
+  constexpr int64_t rows_at_once = 8;
+  for (int64_t first = 0; first < depth; first += rows_at_once) {
+    const int64_t end = smaller(first + rows_at_once, depth);
+    for (int64_t column = 0; column < count; column += columns_across<E>) {
+      E* const to = packed + column / group * group * depth + column % group;
+      for (int64_t d = first; d < end; ++d) {
+        const T* const row = from + d * element<E>::depth * row_stride + column;
+        typename element<E>::vector elements[element<E>::depth];
+        load_across<E>(row, d * element<E>::depth + 1 < size ? row + row_stride : nullptr, count - column, elements);
+        __builtin_memcpy(to + d * group, elements, sizeof(elements));
+      }
+    }
+  }
+}
+
+// A block of the left operand, [count, size], in strips of tile_rows rows that product_tile reads: as the rows lie,
+// or, where the depth lies across them, in groups of rows [depth][group].
+template <typename E>
+struct LeftBlock {
+  static constexpr int64_t group = columns_across<E> < tile_rows ? tile_rows : columns_across<E>;
+
+  E* data;
+  int64_t depth = 0;  // in elements
+  bool in_groups = false;
+
+  static int64_t elements(int64_t count, int64_t size) { return round_up(count, group) * depth_of<E>(size); }
+
+  Operand<E> strip(int64_t row) const {
+    return in_groups ? Operand<E>{data + row / group * group * depth + row % group, 1, group}
+                     : Operand<E>{data + row * depth, depth, 1};
+  }
+
+  template <typename T>
+  void pack(const T* from, int64_t row_stride, int64_t depth_stride, int64_t count, int64_t size) {
+    depth = depth_of<E>(size);
+    in_groups = depth_stride != 1;
+    if (in_groups) {
+      pack_across<group>(from, depth_stride, size, count, data);
+    } else {
+      pack_rows(from, row_stride, count, size, round_up(count, tile_rows), depth, data);
+    }
+  }
+};
+
+// A block of the right operand, [size, count] -> [depth_of(size)][panel_columns].
+template <typename E, typename T>
+void pack_panel(const T* from, int64_t depth_stride, int64_t column_stride, int64_t size, int64_t count, E* packed) {
+  constexpr int64_t panel = panel_columns<sum_t<E>>;
+  constexpr int64_t side = lane_count<E>;
+  if (column_stride == 1) {
+    pack_across<panel>(from, depth_stride, size, count, packed);
+    return;
+  }
+  const int64_t depth = depth_of<E>(size);
+  for (int64_t column = 0; column < count; column += side) {
+    for (int64_t first = 0; first < depth; first += side) {
+      const int64_t used = size - first * element<E>::depth;
+      typename element<E>::vector square[side];
+      for (int64_t row = 0; row < side; ++row) {
+        square[row] = column + row < count
+                          ? load_elements<E>(from + (column + row) * column_stride + first * element<E>::depth, used)
+                          : typename element<E>::vector{};
+      }
+      transpose(square);
+      for (int64_t d = 0; d < side && first + d < depth; ++d) {
+        store_elements(packed + (first + d) * panel + column, square[d]);
+      }
+    }
+  }
+}
+
+}  // namespace torchops::kernels::core::TORCHOPS_LEVEL
