@@ -5,4 +5,5 @@
 // tracing work as they do from Python.
 
 #include "span_attention/span_attention.h"
+#include "stf/stf.h"
 #include "tokens/tokens.h"

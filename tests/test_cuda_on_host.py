@@ -31,7 +31,7 @@ def test_cuda_floor(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("lib", "__pycache__"))
     (package / "lib").mkdir()
     shutil.copy(LIBRARY, package / "lib")
-    files = [str(TESTS / name) for name in ("test_contract.py", "test_launches.py", "test_tokens.py")]
+    files = [str(TESTS / name) for name in ("test_contract.py", "test_launches.py", "test_tokens.py", "test_stf.py")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", TO_RUN, "-p", "no:cacheprovider", *files],
         env={key: value for key, value in os.environ.items() if key != "TORCHOPS_CPU_CAPABILITY"},

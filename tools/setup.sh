@@ -70,5 +70,7 @@ if [ "$purpose" = test ]; then
     say "timm could not be installed: its tests will be skipped."
   "$python" -m pip install --quiet "transformers==5.23.0" "tokenizers==0.23.3" "safetensors==0.8.0" ||
     say "transformers could not be installed: its tests will be skipped."
+  "$python" -m pip install --quiet "peft==0.21.2" "accelerate==1.15.0" ||
+    say "peft could not be installed: its tests will be skipped."
 fi
 echo "$python" >&3

@@ -1,4 +1,7 @@
 """Modules on top of the operators, one file per family. All of them can be scripted."""
 
 from .span_attention import *  # noqa: F403
+from .stf import *  # noqa: F403
+from .stf_conversion import *  # noqa: F403
+from .stf_projection import *  # noqa: F403
 from .tokens import *  # noqa: F403

@@ -1,0 +1,177 @@
+#pragma once
+
+#include "core/cpu/arena.h"
+#include "core/cpu/simd.h"
+#include "stf/cpu/sparse_product_kernel.h"
+
+// What the products with the sparse factor have in common: nonzeros as lists of values and sources, and sums of
+// their products with vectors of tokens.
+
+namespace torchops::kernels::stf::TORCHOPS_LEVEL {
+
+inline constexpr int most_vectors = 4;
+
+template <int number>
+struct int_constant {
+  static constexpr int value = number;
+};
+
+// Calls body(a constant) with the number of vectors in a tile of tokens.
+template <typename T, typename Body>
+inline void for_vectors(int64_t token_tile, const Body& body) {
+  switch (token_tile / lanes<T>) {
+    case 1:
+      return body(int_constant<1>{});
+    case 2:
+      return body(int_constant<2>{});
+    default:
+      return body(int_constant<most_vectors>{});
+  }
+}
+
+// The highest of the indices of `count` nonzeros, which are copied.
+template <typename Index>
+int32_t copy_indices(const Index* indices, int64_t count, uint16_t* to) {
+  int32_t highest = 0;
+  for (int64_t at = 0; at < count; ++at) {
+    highest = indices[at] > highest ? indices[at] : highest;
+    to[at] = indices[at];
+  }
+  return highest;
+}
+
+// Position of the first index out of range among `count` from `begin` on.
+template <typename T>
+int64_t first_wrong_index(const SparseFactor<T>& factor, int64_t begin, int64_t count) {
+  for (int64_t at = begin; at < begin + count; ++at) {
+    if (factor.index(at) >= factor.basis_size) {
+      return at;
+    }
+  }
+  return -1;
+}
+
+// A block of rows as the loops read it.
+template <typename T>
+struct RowBlock {
+  using A = accumulate_t<T>;
+
+  A* values;          // [row_block][blocks][nnz]
+  uint16_t* sources;  // [row_block][blocks][nnz]
+  int32_t* starts;    // [row_block][blocks][chunks + 1]: where the nonzeros of a chunk of atoms begin
+  A* output;          // [row_block][token_tile]
+  int64_t chunk_size;
+  int64_t num_chunks;
+
+  RowBlock(Arena* arena, const SparseFactor<T>& factor, int64_t token_tile)
+      : chunk_size(sources_of_chunk(factor, token_tile)), num_chunks(parts_of(factor.basis_size, chunk_size)) {
+    values = arena->take<A>(row_block * factor.row_size());
+    sources = arena->take<uint16_t>(row_block * factor.row_size());
+    starts = arena->take<int32_t>(row_block * factor.num_blocks * (num_chunks + 1));
+    output = arena->take<A>(row_block * token_tile);
+  }
+
+  // Reads count rows from `first` on. Returns the position of an index that is out of range, or -1.
+  int64_t load(const SparseFactor<T>& factor, int64_t first, int64_t count) const {
+    const int64_t size = count * factor.row_size();
+    const int64_t begin = first * factor.row_size();
+    if (factor.values != nullptr) {
+      for_each_vector<T>(size, [&](int64_t at, int used) {
+        store_piece(values + at, load_piece(factor.values + begin + at, used), used);
+      });
+    }
+    const int32_t highest = factor.byte_indices
+                                ? copy_indices(static_cast<const uint8_t*>(factor.indices) + begin, size, sources)
+                                : copy_indices(static_cast<const uint16_t*>(factor.indices) + begin, size, sources);
+    if (highest >= factor.basis_size && size > 0) {
+      return first_wrong_index(factor, begin, size);
+    }
+    for (int64_t list = 0; list < count * factor.num_blocks; ++list) {
+      find_chunks(list * factor.nnz, factor.nnz, starts + list * (num_chunks + 1));
+    }
+    return -1;
+  }
+
+ private:
+  // Sources that do not increase count as the first chunk's: slower and as right.
+  void find_chunks(int64_t begin, int64_t nnz, int32_t* chunk_starts) const {
+    bool descends = false;
+    for (int64_t e = begin + 1; e < begin + nnz && num_chunks > 1; ++e) {
+      descends |= sources[e] < sources[e - 1];
+    }
+    chunk_starts[0] = static_cast<int32_t>(begin);
+    chunk_starts[num_chunks] = static_cast<int32_t>(begin + nnz);
+    for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
+      chunk_starts[chunk] =
+          static_cast<int32_t>(descends ? begin + nnz : first_at_least(begin, nnz, chunk * chunk_size));
+    }
+  }
+
+  int64_t first_at_least(int64_t begin, int64_t count, int64_t source) const {
+    while (count > 0) {
+      const int64_t half = count / 2;
+      const bool below = sources[begin + half] < source;
+      begin = below ? begin + half + 1 : begin;
+      count = below ? count - half - 1 : half;
+    }
+    return begin;
+  }
+};
+
+template <typename T>
+int64_t rows_in_block(const SparseFactor<T>& factor, int64_t first) {
+  const int64_t left = factor.num_rows - first;
+  return left < row_block ? left : row_block;
+}
+
+// A square of numbers, loaded row by row, turned and handed to store_row(row, numbers).
+template <typename A, typename Load, typename Store>
+inline __attribute__((always_inline)) void turn(const Load& load_row, const Store& store_row) {
+  vec<A> square[lanes<A>];
+  for (int row = 0; row < lanes<A>; ++row) {
+    square[row] = load_row(row);
+  }
+  transpose(square);
+  for (int row = 0; row < lanes<A>; ++row) {
+    store_row(row, square[row]);
+  }
+}
+
+// sums [vectors] += the values of a list times the tokens [vectors] of their sources. Neighbours go to sums of
+// their own, for an addition waits for the one before.
+template <int vectors, typename A>
+inline void add_list(const A* values, const uint16_t* sources, int64_t count, const A* tile, A* sums) {
+  constexpr int chains = 8 / vectors;
+  constexpr int64_t width = vectors * lanes<A>;
+  // Without unrolled loops the compiler keeps a second copy of the sums on the stack.
+  vec<A> sum[chains][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < chains * vectors; ++i) {
+    sum[i / vectors][i % vectors] = i < vectors ? load(sums + i * lanes<A>) : vec<A>{};
+  }
+  int64_t e = 0;
+  for (; e + chains <= count; e += chains) {
+#pragma GCC unroll 8
+    for (int i = 0; i < chains * vectors; ++i) {
+      const A* const source = tile + sources[e + i / vectors] * width;
+      sum[i / vectors][i % vectors] += values[e + i / vectors] * load(source + i % vectors * lanes<A>);
+    }
+  }
+  for (; e < count; ++e) {
+    const A* const source = tile + sources[e] * width;
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      sum[0][v] += values[e] * load(source + v * lanes<A>);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = vectors; i < chains * vectors; ++i) {
+    sum[0][i % vectors] += sum[i / vectors][i % vectors];
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < vectors; ++v) {
+    store(sums + v * lanes<A>, sum[0][v]);
+  }
+}
+
+}  // namespace torchops::kernels::stf::TORCHOPS_LEVEL

@@ -1,0 +1,14 @@
+#include <torch/library.h>
+
+#include "stf/factorization.h"
+
+// Both are composed of torch's operators.
+
+namespace torchops {
+
+TORCH_LIBRARY_IMPL(torchops, CPU, m) {
+  m.impl("stf_factorize", factorize_weight);
+  m.impl("stf_project", project_weight);
+}
+
+}  // namespace torchops

@@ -1,0 +1,180 @@
+#include "stf/factorization.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "stf/sparse_code.h"
+
+namespace torchops {
+namespace {
+
+at::Tensor row_errors(const at::Tensor& weight, const Factorization& f) {
+  return (weight - f.code.matmul(f.basis)).square().sum(1);
+}
+
+double total_error(const at::Tensor& weight, const Factorization& f) {
+  return row_errors(weight, f).sum().item<double>();
+}
+
+at::Tensor nonzero_norms(const at::Tensor& rows) {
+  const auto norms = at::linalg_vector_norm(rows, 2, 1, true);
+  return at::where(norms == 0, at::ones_like(norms), norms);
+}
+
+// Least squares for the basis, whose atoms get length 1, the code making up for it. The ridge is on the basis's
+// change: on the basis itself it would raise the error.
+Factorization refit_basis(const at::Tensor& weight, const Factorization& f) {
+  const auto gram = f.code.t().matmul(f.code);
+  const auto ridge = (gram.diagonal().mean() * 1e-6).clamp_min(1e-12);
+  const auto change = std::get<0>(at::linalg_solve_ex(gram + ridge * at::eye(gram.size(0), gram.options()),
+                                                      f.code.t().matmul(weight - f.code.matmul(f.basis))));
+  const auto basis = f.basis + change.nan_to_num(0, 0, 0);
+  const auto norms = nonzero_norms(basis);
+  return {basis / norms, f.code * norms.t()};
+}
+
+// The basis for the code, then a code for the basis, which a row takes only if it is better.
+Factorization refine(const at::Tensor& weight, const Factorization& f, int64_t nnz) {
+  const auto kept = refit_basis(weight, f);
+  const Factorization fresh{kept.basis, next_code(weight, kept.basis, kept.code, nnz)};
+  const auto better = row_errors(weight, fresh).lt(row_errors(weight, kept)).unsqueeze(1);
+  return {kept.basis, at::where(better, fresh.code, kept.code)};
+}
+
+// Where rows combine few atoms, a descent is caught with atoms that nobody needs, or that double another, while
+// others are missing. The `count` atoms that would be missed least give way to what the worst rows lack.
+Factorization replace_atoms(const at::Tensor& weight, const Factorization& f, int64_t nnz, int64_t count) {
+  constexpr double alike = 0.7;
+  const auto strength = f.code.square().sum(0);
+  const auto similarity = std::get<0>(f.basis.matmul(f.basis.t()).abs().fill_diagonal_(0).max(1));
+  const auto least_missed = (strength * (1 - similarity.square())).argsort(/*stable=*/true, 0, false).cpu();
+  const auto residual = weight - f.code.matmul(f.basis);
+  const auto directions = residual / nonzero_norms(residual);
+  const auto worst = residual.square().sum(1).argsort(/*stable=*/true, 0, /*descending=*/true).cpu();
+  auto basis = f.basis.clone();
+  std::vector<at::Tensor> taken;
+  for (int64_t row = 0; row < worst.size(0) && static_cast<int64_t>(taken.size()) < count; ++row) {
+    const auto direction = directions[worst[row].item<int64_t>()];
+    if (taken.empty() || at::stack(taken).mv(direction).abs().max().item<double>() < alike) {
+      basis[least_missed[static_cast<int64_t>(taken.size())].item<int64_t>()] = direction;
+      taken.push_back(direction);
+    }
+  }
+  return {basis, next_code(weight, basis, f.code, nnz)};
+}
+
+// Refined until it does not get better any more, num_iterations times at most.
+Factorization refine(const at::Tensor& weight, Factorization best, int64_t nnz, int64_t num_iterations,
+                     bool replacing) {
+  constexpr int64_t shares[] = {6, 12, 24, 48};  // of the atoms, that are replaced in turn
+  constexpr int64_t most_idle_iterations = std::size(shares);
+  constexpr double least_gain = 1e-4;
+  double error = total_error(weight, best);
+  const auto take_if_better = [&](const Factorization& candidate) {
+    const double of_candidate = total_error(weight, candidate);
+    if (of_candidate < error) {
+      best = candidate;
+      error = of_candidate;
+    }
+  };
+  int64_t idle = 0;
+  for (int64_t iteration = 0; iteration < num_iterations && idle < most_idle_iterations; ++iteration) {
+    const double before = error;
+    take_if_better(refine(weight, best, nnz));
+    if (replacing && nnz <= few_nonzeros) {
+      const auto count = std::max<int64_t>(1, best.basis.size(0) / shares[iteration % std::size(shares)]);
+      auto candidate = replace_atoms(weight, best, nnz, count);
+      for (int64_t round = 0; round < 2; ++round) {
+        candidate = refine(weight, candidate, nnz);
+      }
+      take_if_better(candidate);
+    }
+    idle = error < (1 - least_gain) * before ? 0 : idle + 1;
+  }
+  return best;
+}
+
+// An orthonormal basis, for which keeping the largest entries is the best code, turned to its code by rounds.
+std::optional<Factorization> orthonormal_start(const at::Tensor& weight, int64_t basis_size, int64_t nnz) {
+  constexpr int64_t rounds = 20;
+  if (basis_size > std::min(weight.size(0), weight.size(1))) {
+    return std::nullopt;
+  }
+  auto basis = std::get<2>(at::linalg_svd(weight, /*full_matrices=*/false)).narrow(0, 0, basis_size);
+  auto code = keep_largest(weight.matmul(basis.t()), nnz);
+  for (int64_t round = 0; round < rounds && nnz < basis_size; ++round) {
+    const auto [left, values, right] = at::linalg_svd(code.t().matmul(weight), /*full_matrices=*/false);
+    basis = left.matmul(right);
+    code = keep_largest(weight.matmul(basis.t()), nnz);
+  }
+  return Factorization{basis, code};
+}
+
+// Rows of the weight as atoms: the longest, and then always the one least like those there are.
+Factorization rows_start(const at::Tensor& weight, int64_t basis_size, int64_t nnz) {
+  const auto rows = weight / nonzero_norms(weight);
+  auto next = at::linalg_vector_norm(weight, 2, 1).argmax();
+  auto alike = at::zeros({weight.size(0)}, weight.options());
+  std::vector<at::Tensor> atoms;
+  for (int64_t atom = 0; atom < basis_size; ++atom) {
+    atoms.push_back(rows.index_select(0, next.view({1})));
+    alike = at::maximum(alike, rows.mv(atoms.back().squeeze(0)).abs());
+    next = alike.argmin();
+  }
+  const auto basis = at::cat(atoms);
+  return {basis, first_code(weight, basis, nnz)};
+}
+
+// The largest magnitude of a weight that is not zero: squares of large and of small numbers are no numbers.
+std::optional<at::Tensor> scale_of(const at::Tensor& weight, int64_t nnz) {
+  if (weight.numel() == 0 || nnz == 0) {
+    return std::nullopt;
+  }
+  const auto scale = weight.abs().max();
+  return scale.item<double>() > 0 ? std::optional(scale) : std::nullopt;
+}
+
+}  // namespace
+
+Factorization factorize(const at::Tensor& full_weight, int64_t basis_size, int64_t nnz, int64_t num_iterations) {
+  const auto scale = scale_of(full_weight, nnz);
+  if (!scale) {
+    return {at::zeros({basis_size, full_weight.size(1)}, full_weight.options()),
+            at::zeros({full_weight.size(0), basis_size}, full_weight.options())};
+  }
+  const auto weight = full_weight / *scale;
+  std::vector<Factorization> starts;
+  if (auto start = orthonormal_start(weight, basis_size, nnz)) {
+    starts.push_back(*start);
+  }
+  // With many nonzeros in a row an orthonormal basis always came out better, where there can be one.
+  if (nnz <= few_nonzeros || starts.empty()) {
+    starts.push_back(rows_start(weight, basis_size, nnz));
+  }
+  constexpr int64_t rounds_to_compare = 3;
+  std::optional<Factorization> best;
+  for (const auto& start : starts) {
+    const auto candidate = starts.size() == 1 ? start : refine(weight, start, nnz, rounds_to_compare, true);
+    if (!best || total_error(weight, candidate) < total_error(weight, *best)) {
+      best = candidate;
+    }
+  }
+  const auto result = refine(weight, *best, nnz, num_iterations, true);
+  return {result.basis, result.code * *scale};
+}
+
+Factorization factorize_from(const at::Tensor& full_weight, const at::Tensor& basis, int64_t nnz,
+                             int64_t num_iterations) {
+  const auto scale = scale_of(full_weight, nnz);
+  if (!scale) {
+    return {basis, at::zeros({full_weight.size(0), basis.size(0)}, full_weight.options())};
+  }
+  const auto weight = full_weight / *scale;
+  const auto result = refine(weight, {basis, first_code(weight, basis, nnz)}, nnz, num_iterations, false);
+  return {result.basis, result.code * *scale};
+}
+
+}  // namespace torchops

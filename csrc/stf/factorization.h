@@ -1,0 +1,35 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+// Factorizations W = code basis with nnz nonzeros in a row of the code, composed of torch's operators on any device.
+
+namespace torchops {
+
+// A ValueError that names op and tensor where there is a NaN or an infinity.
+void check_finite(const char* op, const char* name, const at::Tensor& tensor);
+
+// One block: basis [K, c], and the code [rows, K] with at most nnz nonzeros in a row.
+struct Factorization {
+  at::Tensor basis;
+  at::Tensor code;
+};
+
+// From several starts, the best one refined up to num_iterations times. The error never rises from one iteration to
+// the next.
+Factorization factorize(const at::Tensor& weight, int64_t basis_size, int64_t nnz, int64_t num_iterations);
+
+// The code for a basis, and both refined up to num_iterations times.
+Factorization factorize_from(const at::Tensor& weight, const at::Tensor& basis, int64_t nnz, int64_t num_iterations);
+
+// stf_factorize and stf_project on every device.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> factorize_weight(const at::Tensor& weight, int64_t basis_size,
+                                                                int64_t nnz, int64_t num_blocks, int64_t num_iterations,
+                                                                const std::optional<at::Tensor>& gram);
+std::tuple<at::Tensor, at::Tensor> project_weight(const at::Tensor& weight, const at::Tensor& basis, int64_t nnz,
+                                                  int64_t num_iterations);
+
+}  // namespace torchops

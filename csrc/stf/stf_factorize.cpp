@@ -1,0 +1,118 @@
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "core/autograd.h"
+#include "core/checks.h"
+#include "stf/factorization.h"
+#include "stf/linear.h"
+#include "stf/stf.h"
+
+namespace torchops {
+
+TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  m.def(
+      "stf_factorize(Tensor weight, SymInt basis_size, SymInt nnz, *, SymInt num_blocks=1, SymInt num_iterations=20,"
+      " Tensor? gram=None) -> (Tensor basis, Tensor values, Tensor indices)");
+}
+
+// ---- checks -----------------------------------------------------------------------------------
+
+void check_stf_factorize(const at::Tensor& weight, const c10::SymInt& basis_size, const c10::SymInt& nnz,
+                         const c10::SymInt& num_blocks, const c10::SymInt& num_iterations,
+                         const std::optional<at::Tensor>& gram) {
+  const Checks check("stf_factorize");
+  check.rank("weight", weight, "[rows, cols]");
+  check.floating("weight", weight);
+  check.between("basis_size", basis_size, 1, largest_basis_size);
+  check.at_most("nnz", nnz, "basis_size", basis_size);
+  check.at_least("num_blocks", num_blocks, 1);
+  check.multiple_of("weight's number of columns", weight.sym_size(1), "num_blocks", num_blocks);
+  check.at_least("num_iterations", num_iterations, 0);
+  if (gram) {
+    check.shape("gram", *gram, "[cols, cols]", {{weight.sym_size(1), weight.sym_size(1)}});
+    check.floating("gram", *gram);
+    check.same_device("gram", *gram, "weight", weight);
+  }
+}
+
+// A pass over the data, which is small beside the factorization of it.
+void check_finite(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(at::isfinite(tensor).all().item<bool>(), op, ": expected ", name,
+                    " to be finite, got a NaN or an infinity");
+}
+
+namespace {
+
+using Factors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// ---- shapes -----------------------------------------------------------------------------------
+
+Factors stf_factorize_meta(const at::Tensor& weight, c10::SymInt basis_size, c10::SymInt nnz, c10::SymInt num_blocks,
+                           c10::SymInt num_iterations, const std::optional<at::Tensor>& gram) {
+  check_stf_factorize(weight, basis_size, nnz, num_blocks, num_iterations, gram);
+  const c10::SymInt sizes[] = {weight.sym_size(0), num_blocks, nnz};
+  return {at::empty_symint({num_blocks, basis_size, weight.sym_size(1) / num_blocks}, weight.options()),
+          at::empty_symint(sizes, weight.options()),
+          at::empty_symint(sizes, weight.options().dtype(index_dtype(basis_size)))};
+}
+
+}  // namespace
+
+// ---- every device -----------------------------------------------------------------------------
+
+// With a gram matrix X^T X of the layer's inputs, the error of its outputs is what counts: that of weight L, where
+// gram = L L^T. Blocks are weighed each by its own part of gram.
+Factors factorize_weight(const at::Tensor& weight, int64_t basis_size, int64_t nnz, int64_t num_blocks,
+                         int64_t num_iterations, const std::optional<at::Tensor>& gram) {
+  check_stf_factorize(weight, basis_size, nnz, num_blocks, num_iterations, gram);
+  check_finite("stf_factorize", "weight", weight);
+  if (gram) {
+    check_finite("stf_factorize", "gram", *gram);
+  }
+  const at::NoGradGuard no_grad;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto matrix = weight.contiguous();
+  const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto columns = weight.size(1) / num_blocks;
+  std::vector<at::Tensor> bases, codes;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    auto part = matrix.narrow(1, block * columns, columns).to(dtype);
+    at::Tensor root;
+    if (gram) {
+      const auto own =
+          gram->contiguous().narrow(0, block * columns, columns).narrow(1, block * columns, columns).to(dtype);
+      const auto ridge = own.diagonal().mean() * 1e-3 + 1e-12;
+      const auto [factor, failed] = at::linalg_cholesky_ex(own + ridge * at::eye(columns, own.options()));
+      TORCH_CHECK_VALUE(failed.item<int>() == 0, "stf_factorize: expected gram to be X^T X of inputs X, got a matrix",
+                        " with a negative square in block ", block);
+      root = factor;
+      part = part.matmul(root);
+    }
+    auto [basis, code] = factorize(part, basis_size, nnz, num_iterations);
+    bases.push_back(gram ? at::linalg_solve_triangular(root, basis, /*upper=*/false, /*left=*/false) : basis);
+    codes.push_back(code);
+  }
+  auto [values, indices] = stf_select(at::stack(codes, 1), nnz);
+  return {at::stack(bases).to(weight.scalar_type()), values.to(weight.scalar_type()), indices};
+}
+
+TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+  m.impl("stf_factorize", stf_factorize_meta);
+}
+
+// A start point of training, not a step of it.
+TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+  m.impl("stf_factorize", torch::autograd::autogradNotImplementedFallback());
+}
+
+// ---- C++ API ----------------------------------------------------------------------------------
+
+Factors stf_factorize(const at::Tensor& weight, c10::SymInt basis_size, c10::SymInt nnz, c10::SymInt num_blocks,
+                      c10::SymInt num_iterations, const std::optional<at::Tensor>& gram) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::stf_factorize", "").typed<decltype(stf_factorize)>();
+  return op.call(weight, std::move(basis_size), std::move(nnz), std::move(num_blocks), std::move(num_iterations), gram);
+}
+
+}  // namespace torchops

@@ -1,0 +1,235 @@
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "core/autograd.h"
+#include "core/checks.h"
+#include "stf/linear.h"
+#include "stf/stf.h"
+
+namespace torchops {
+
+TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  m.def(
+      "stf_linear(Tensor input, Tensor basis, Tensor values, Tensor indices, Tensor? bias=None, *, bool "
+      "transpose=False)"
+      " -> Tensor");
+  m.def(
+      "_stf_linear_with_atoms(Tensor input, Tensor basis, Tensor values, Tensor indices, Tensor? bias=None, *,"
+      " bool transpose=False) -> (Tensor output, Tensor atoms)");
+  m.def(
+      "_stf_linear_backward(Tensor grad_output, Tensor input, Tensor basis, Tensor values, Tensor indices, Tensor "
+      "atoms,"
+      " *, bool transpose, bool to_latent, bool[4] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_basis, Tensor grad_values, Tensor grad_bias)");
+}
+
+// ---- checks -----------------------------------------------------------------------------------
+
+at::ScalarType index_dtype(const c10::SymInt& basis_size) {
+  return TORCH_GUARD_OR_FALSE(basis_size.sym_le(256)) ? at::kByte : at::kShort;
+}
+
+// All dimensions of the input but the last are tokens.
+static c10::SymInt num_tokens(const at::Tensor& input) {
+  c10::SymInt count = 1;
+  for (const auto& size : input.sym_sizes().slice(0, input.dim() - 1)) {
+    count *= size;
+  }
+  return count;
+}
+
+c10::SymDimVector output_sizes(const at::Tensor& input, const at::Tensor& basis, const c10::SymInt& num_rows,
+                               bool transpose) {
+  c10::SymDimVector sizes(input.sym_sizes());
+  sizes.back() = transpose ? basis.sym_size(0) * basis.sym_size(2) : num_rows;
+  return sizes;
+}
+
+// What a layer's input and basis have to be, whatever holds the sparse factor of num_rows rows.
+void check_layer(const char* op, const at::Tensor& input, const at::Tensor& basis, const c10::SymInt& num_rows,
+                 const std::optional<at::Tensor>& bias, bool transpose) {
+  const Checks check(op);
+  check.not_scalar("input", input, "[..., in]");
+  check.floating("input", input);
+  check.rank("basis", basis, "[blocks, K, cols / blocks]");
+  check.same_dtype("basis", basis, "input", input);
+  check.same_device("basis", basis, "input", input);
+  check.between("basis's second dimension K", basis.sym_size(1), 1, largest_basis_size);
+  const auto cols = basis.sym_size(0) * basis.sym_size(2);
+  const auto& in = transpose ? num_rows : cols;
+  const auto& out = transpose ? cols : num_rows;
+  check.equal("input's last dimension", input.sym_size(-1), transpose ? "rows" : "cols", in);
+  if (bias) {
+    check.shape("bias", *bias, "[out]", {{out}});
+    check.same_dtype("bias", *bias, "input", input);
+    check.same_device("bias", *bias, "input", input);
+  }
+}
+
+void check_stf_linear(const char* op, const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
+                      const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
+  const Checks check(op);
+  check.rank("values", values, "[rows, blocks, nnz]");
+  check_layer(op, input, basis, values.sym_size(0), bias, transpose);
+  check.shape("values", values, "[rows, blocks, nnz]", {{values.sym_size(0), basis.sym_size(0), values.sym_size(2)}});
+  check.same_dtype("values", values, "input", input);
+  check.same_device("values", values, "input", input);
+  check.at_most("values' last dimension nnz", values.sym_size(2), "K", basis.sym_size(1));
+  check.shape("indices", indices, "[rows, blocks, nnz]", values.sym_sizes());
+  check.index("indices", indices);
+  check.same_device("indices", indices, "input", input);
+}
+
+void check_stf_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
+                               const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
+                               bool transpose) {
+  constexpr const char* op = "_stf_linear_backward";
+  check_stf_linear(op, input, basis, values, indices, std::nullopt, transpose);
+  const Checks check(op);
+  check.sizes("grad_output", grad_output, output_sizes(input, basis, values.sym_size(0), transpose));
+  check.shape("atoms", atoms, "[blocks, T, K]", {{basis.sym_size(0), num_tokens(input), basis.sym_size(1)}});
+  for (const auto& [name, tensor] : {std::pair{"grad_output", &grad_output}, std::pair{"atoms", &atoms}}) {
+    check.same_dtype(name, *tensor, "input", input);
+    check.same_device(name, *tensor, "input", input);
+  }
+}
+
+namespace {
+
+// ---- shapes -----------------------------------------------------------------------------------
+
+at::Tensor stf_linear_meta(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
+                           const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
+  check_stf_linear("stf_linear", input, basis, values, indices, bias, transpose);
+  return at::empty_symint(output_sizes(input, basis, values.sym_size(0), transpose), input.options());
+}
+
+std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms_meta(const at::Tensor& input, const at::Tensor& basis,
+                                                              const at::Tensor& values, const at::Tensor& indices,
+                                                              const std::optional<at::Tensor>& bias, bool transpose) {
+  check_stf_linear("_stf_linear_with_atoms", input, basis, values, indices, bias, transpose);
+  return {at::empty_symint(output_sizes(input, basis, values.sym_size(0), transpose), input.options()),
+          at::empty_symint({basis.sym_size(0), num_tokens(input), basis.sym_size(1)}, input.options())};
+}
+
+StfGradients stf_linear_backward_meta(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
+                                      const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
+                                      bool transpose, bool to_latent, std::array<bool, 4> output_mask) {
+  check_stf_linear_backward(grad_output, input, basis, values, indices, atoms, transpose);
+  const auto empty = [&](bool wanted, c10::SymIntArrayRef sizes) {
+    return wanted ? at::empty_symint(sizes, input.options()) : at::Tensor();
+  };
+  const c10::SymInt of_values[] = {values.sym_size(0), values.sym_size(1),
+                                   to_latent ? basis.sym_size(1) : values.sym_size(2)};
+  return {empty(output_mask[0], input.sym_sizes()), empty(output_mask[1], basis.sym_sizes()),
+          empty(output_mask[2], of_values), empty(output_mask[3], {grad_output.sym_size(-1)})};
+}
+
+// ---- gradient ---------------------------------------------------------------------------------
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms(const at::Tensor& input, const at::Tensor& basis,
+                                                         const at::Tensor& values, const at::Tensor& indices,
+                                                         const std::optional<at::Tensor>& bias, bool transpose) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torchops::_stf_linear_with_atoms", "")
+                             .typed<decltype(stf_linear_with_atoms)>();
+  return op.call(input, basis, values, indices, bias, transpose);
+}
+
+StfGradients stf_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
+                                 const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
+                                 bool transpose, bool to_latent, std::array<bool, 4> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torchops::_stf_linear_backward", "")
+                             .typed<decltype(stf_linear_backward)>();
+  return op.call(grad_output, input, basis, values, indices, atoms, transpose, to_latent, output_mask);
+}
+
+namespace {
+
+struct StfLinearFunction : torch::autograd::Function<StfLinearFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& basis,
+                            const at::Tensor& values, const at::Tensor& indices, const std::optional<at::Tensor>& bias,
+                            bool transpose) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [output, atoms] = stf_linear_with_atoms(input, basis, values, indices, bias, transpose);
+    ctx->save_for_backward({input, basis, values, indices, atoms});
+    ctx->saved_data["transpose"] = transpose;
+    TensorArguments::save(ctx, {input, basis, values, indices, value_or_undefined(bias)});
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto [grad_input, grad_basis, grad_values, grad_bias] =
+        stf_linear_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
+                            ctx->saved_data["transpose"].toBool(), /*to_latent=*/false,
+                            {TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 1),
+                             TensorArguments::needs_grad(ctx, 2), TensorArguments::needs_grad(ctx, 4)});
+    return {grad_input, grad_basis, grad_values, {}, grad_bias, {}};
+  }
+};
+
+// The check comes first, for errors name the operator.
+at::Tensor stf_linear_autograd(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
+                               const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
+  if (any_requires_grad({input, basis, values, value_or_undefined(bias)})) {
+    check_stf_linear("stf_linear", input, basis, values, indices, bias, transpose);
+    return StfLinearFunction::apply(input, basis, values, indices, bias, transpose);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return stf_linear(input, basis, values, indices, bias, transpose);
+}
+
+// ---- autocast ---------------------------------------------------------------------------------
+
+template <c10::DeviceType device, c10::DispatchKey key>
+at::Tensor stf_linear_autocast(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
+                               const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto lower = [dtype = at::autocast::get_autocast_dtype(device)](const at::Tensor& tensor) {
+    return at::autocast::cached_cast(dtype, tensor, device);
+  };
+  return stf_linear(lower(input), lower(basis), lower(values), indices,
+                    bias ? std::optional(lower(*bias)) : std::nullopt, transpose);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+  m.impl("stf_linear", stf_linear_meta);
+  m.impl("_stf_linear_with_atoms", stf_linear_with_atoms_meta);
+  m.impl("_stf_linear_backward", stf_linear_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+  m.impl("stf_linear", stf_linear_autograd);
+  m.impl("_stf_linear_with_atoms", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_stf_linear_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {
+  m.impl("stf_linear", stf_linear_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
+  m.impl("stf_linear", stf_linear_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+// ---- C++ API ----------------------------------------------------------------------------------
+
+at::Tensor stf_linear(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
+                      const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::stf_linear", "").typed<decltype(stf_linear)>();
+  return op.call(input, basis, values, indices, bias, transpose);
+}
+
+}  // namespace torchops

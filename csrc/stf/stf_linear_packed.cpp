@@ -1,0 +1,98 @@
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "core/autograd.h"
+#include "core/checks.h"
+#include "stf/linear.h"
+#include "stf/packed_factor.h"
+#include "stf/stf.h"
+
+namespace torchops {
+
+using kernels::stf::rows_per_group;
+
+TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  m.def(
+      "stf_linear_packed(Tensor input, Tensor basis, Tensor packed_values, Tensor mask, SymInt rows, Tensor? bias=None,"
+      " *, bool transpose=False) -> Tensor");
+}
+
+// ---- checks -----------------------------------------------------------------------------------
+
+void check_stf_linear_packed(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& packed_values,
+                             const at::Tensor& mask, const c10::SymInt& rows, const std::optional<at::Tensor>& bias,
+                             bool transpose) {
+  constexpr const char* op = "stf_linear_packed";
+  const Checks check(op);
+  check.at_least("rows", rows, 0);
+  check_layer(op, input, basis, rows, bias, transpose);
+  const auto groups = (rows + (rows_per_group - 1)) / rows_per_group;
+  check.shape("mask", mask, "[ceil(rows / 16), blocks, K]", {{groups, basis.sym_size(0), basis.sym_size(1)}});
+  check.dtype("mask", mask, at::kShort);
+  check.same_device("mask", mask, "input", input);
+  check.rank("packed_values", packed_values, "[ceil(rows / 16), blocks, 16 * nnz]");
+  check.shape("packed_values", packed_values, "[ceil(rows / 16), blocks, 16 * nnz]",
+              {{groups, basis.sym_size(0), packed_values.sym_size(2)}});
+  check.multiple_of("packed_values' last dimension", packed_values.sym_size(2), "rows of a group", rows_per_group);
+  check.same_dtype("packed_values", packed_values, "input", input);
+  check.same_device("packed_values", packed_values, "input", input);
+}
+
+namespace {
+
+// ---- shapes -----------------------------------------------------------------------------------
+
+at::Tensor stf_linear_packed_meta(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& packed_values,
+                                  const at::Tensor& mask, c10::SymInt rows, const std::optional<at::Tensor>& bias,
+                                  bool transpose) {
+  check_stf_linear_packed(input, basis, packed_values, mask, rows, bias, transpose);
+  return at::empty_symint(output_sizes(input, basis, rows, transpose), input.options());
+}
+
+// ---- autocast ---------------------------------------------------------------------------------
+
+template <c10::DeviceType device, c10::DispatchKey key>
+at::Tensor stf_linear_packed_autocast(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& packed_values,
+                                      const at::Tensor& mask, c10::SymInt rows, const std::optional<at::Tensor>& bias,
+                                      bool transpose) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto lower = [dtype = at::autocast::get_autocast_dtype(device)](const at::Tensor& tensor) {
+    return at::autocast::cached_cast(dtype, tensor, device);
+  };
+  return stf_linear_packed(lower(input), lower(basis), lower(packed_values), mask, std::move(rows),
+                           bias ? std::optional(lower(*bias)) : std::nullopt, transpose);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+  m.impl("stf_linear_packed", stf_linear_packed_meta);
+}
+
+// For inference: training goes by stf_linear or stf_linear_straight_through.
+TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+  m.impl("stf_linear_packed", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {
+  m.impl("stf_linear_packed", stf_linear_packed_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
+  m.impl("stf_linear_packed", stf_linear_packed_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+// ---- C++ API ----------------------------------------------------------------------------------
+
+at::Tensor stf_linear_packed(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& packed_values,
+                             const at::Tensor& mask, c10::SymInt rows, const std::optional<at::Tensor>& bias,
+                             bool transpose) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torchops::stf_linear_packed", "")
+                             .typed<decltype(stf_linear_packed)>();
+  return op.call(input, basis, packed_values, mask, std::move(rows), bias, transpose);
+}
+
+}  // namespace torchops

@@ -1,0 +1,111 @@
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "core/autograd.h"
+#include "core/checks.h"
+#include "stf/factorization.h"
+#include "stf/linear.h"
+#include "stf/stf.h"
+
+namespace torchops {
+
+TORCH_LIBRARY_FRAGMENT(torchops, m) {
+  m.def(
+      "stf_project(Tensor weight, Tensor basis, SymInt nnz, *, SymInt num_iterations=1)"
+      " -> (Tensor projected, Tensor refined_basis)");
+}
+
+// ---- checks -----------------------------------------------------------------------------------
+
+void check_stf_project(const at::Tensor& weight, const at::Tensor& basis, const c10::SymInt& nnz,
+                       const c10::SymInt& num_iterations) {
+  const Checks check("stf_project");
+  check.rank("weight", weight, "[rows, cols]");
+  check.floating("weight", weight);
+  check.rank("basis", basis, "[blocks, K, cols / blocks]");
+  check.same_dtype("basis", basis, "weight", weight);
+  check.same_device("basis", basis, "weight", weight);
+  check.between("basis's second dimension K", basis.sym_size(1), 1, largest_basis_size);
+  check.equal("weight's number of columns", weight.sym_size(1), "that of all blocks",
+              basis.sym_size(0) * basis.sym_size(2));
+  check.at_most("nnz", nnz, "K", basis.sym_size(1));
+  check.at_least("num_iterations", num_iterations, 0);
+}
+
+namespace {
+
+// ---- shapes -----------------------------------------------------------------------------------
+
+std::tuple<at::Tensor, at::Tensor> stf_project_meta(const at::Tensor& weight, const at::Tensor& basis, c10::SymInt nnz,
+                                                    c10::SymInt num_iterations) {
+  check_stf_project(weight, basis, nnz, num_iterations);
+  return {at::empty_symint(weight.sym_sizes(), weight.options()), at::empty_symint(basis.sym_sizes(), basis.options())};
+}
+
+// ---- gradient ---------------------------------------------------------------------------------
+
+// Straight through: the gradient to the projection is taken for that to the weight.
+struct StfProject : torch::autograd::Function<StfProject> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& weight,
+                                                const at::Tensor& basis, c10::SymInt nnz, c10::SymInt num_iterations) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [projected, refined] = stf_project(weight, basis, std::move(nnz), std::move(num_iterations));
+    ctx->mark_non_differentiable({refined});
+    return {projected, refined};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*ctx*/,
+                                                 const torch::autograd::variable_list& grads) {
+    return {grads[0], {}, {}, {}};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> stf_project_autograd(const at::Tensor& weight, const at::Tensor& basis,
+                                                        c10::SymInt nnz, c10::SymInt num_iterations) {
+  const auto outputs = StfProject::apply(weight, basis, std::move(nnz), std::move(num_iterations));
+  return {outputs[0], outputs[1]};
+}
+
+}  // namespace
+
+// ---- every device -----------------------------------------------------------------------------
+
+std::tuple<at::Tensor, at::Tensor> project_weight(const at::Tensor& weight, const at::Tensor& basis, int64_t nnz,
+                                                  int64_t num_iterations) {
+  check_stf_project(weight, basis, nnz, num_iterations);
+  check_finite("stf_project", "weight", weight);
+  check_finite("stf_project", "basis", basis);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto matrix = weight.contiguous(), start = basis.contiguous();
+  const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto columns = basis.size(2);
+  auto projected = at::empty(weight.sizes(), weight.options());
+  auto refined = at::empty(basis.sizes(), basis.options());
+  for (int64_t block = 0; block < basis.size(0); ++block) {
+    const auto part = matrix.narrow(1, block * columns, columns).to(dtype);
+    const auto result = factorize_from(part, start[block].to(dtype), nnz, num_iterations);
+    projected.narrow(1, block * columns, columns).copy_(result.code.matmul(result.basis));
+    refined[block].copy_(result.basis);
+  }
+  return {projected, refined};
+}
+
+TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+  m.impl("stf_project", stf_project_meta);
+}
+
+TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+  m.impl("stf_project", stf_project_autograd);
+}
+
+// ---- C++ API ----------------------------------------------------------------------------------
+
+std::tuple<at::Tensor, at::Tensor> stf_project(const at::Tensor& weight, const at::Tensor& basis, c10::SymInt nnz,
+                                               c10::SymInt num_iterations) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::stf_project", "").typed<decltype(stf_project)>();
+  return op.call(weight, basis, std::move(nnz), std::move(num_iterations));
+}
+
+}  // namespace torchops

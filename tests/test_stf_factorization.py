@@ -1,0 +1,82 @@
+"""How close factorizations come, on matrices that are known to have factors."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchops
+from torchops.reference.stf import dense
+
+
+def planted(rows: int, cols: int, basis_size: int, nnz: int, noise: float, seed: int = 0) -> Tensor:
+    """A sparse code times a basis of vectors of length 1, and noise relative to that."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = nn.functional.normalize(torch.randn(basis_size, cols, generator=generator), dim=1)
+    chosen = torch.rand(rows, basis_size, generator=generator).argsort(1)[:, :nnz]
+    code = torch.zeros(rows, basis_size).scatter(1, chosen, torch.randn(rows, nnz, generator=generator))
+    weight = code @ basis
+    return weight + noise * weight.square().mean().sqrt() * torch.randn(rows, cols, generator=generator)
+
+
+def relative_error(weight: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> float:
+    return ((weight - dense(*factors)).norm() / weight.norm()).item()
+
+
+def truncated_svd_error(weight: Tensor, stored_numbers: int) -> float:
+    singular_values = torch.linalg.svdvals(weight)
+    return (singular_values[stored_numbers // sum(weight.shape) :].norm() / singular_values.norm()).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_planted_factors_are_found(seed: int) -> None:
+    weight = planted(1024, 64, basis_size=48, nnz=4, noise=0.05, seed=seed)
+    error = relative_error(weight, torchops.stf_factorize(weight, 48, 4))
+    assert error < truncated_svd_error(weight, 48 * 64 + 1024 * 4) / 8  # 0.10; the noise is 0.05
+
+
+def test_factors_with_many_nonzeros_come_closer_than_the_truncated_svd() -> None:
+    weight = planted(400, 120, basis_size=90, nnz=30, noise=0.1)
+    error = relative_error(weight, torchops.stf_factorize(weight, 60, 20))
+    assert error < 0.9 * truncated_svd_error(weight, 60 * 120 + 400 * 20)
+
+
+@pytest.mark.parametrize("nnz", [3, 20])
+def test_error_of_a_factorization_never_rises(nnz: int) -> None:
+    weight = planted(120, 48, basis_size=40, nnz=4, noise=0.3)
+    errors = [relative_error(weight, torchops.stf_factorize(weight, 40, nnz, 1, steps)) for steps in range(8)]
+    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False)), errors
+    assert errors[-1] < errors[0]
+
+
+def test_blocks_are_factored_each_for_itself() -> None:
+    weight = torch.randn(30, 24)
+    basis, values, indices = torchops.stf_factorize(weight, 6, 2, num_blocks=2)
+    for block, part in enumerate(weight.split(12, 1)):
+        alone = torchops.stf_factorize(part, 6, 2)
+        assert torch.equal(basis[block], alone[0][0])
+        assert torch.equal(values[:, block], alone[1][:, 0]) and torch.equal(indices[:, block], alone[2][:, 0])
+
+
+def test_factorization_of_equal_rows_and_of_more_vectors_than_columns() -> None:
+    """Vectors that depend on each other make systems of equations singular."""
+    weight = torch.randn(1, 5).repeat(9, 1)
+    assert relative_error(weight, torchops.stf_factorize(weight, 4, 3)) < 1e-5
+    weight = torch.randn(9, 5)
+    assert relative_error(weight, torchops.stf_factorize(weight, 8, 6)) < 1e-4
+
+
+def test_projection_comes_as_close_as_a_code_for_the_basis_can() -> None:
+    """The factorization has had more tries at the code."""
+    weight = planted(80, 32, basis_size=24, nnz=3, noise=0.1)
+    factors = torchops.stf_factorize(weight, 24, 3)
+    projected, refined = torchops.stf_project(weight, factors[0], 3, 0)
+    assert torch.equal(refined, factors[0])
+    assert (weight - projected).norm() / weight.norm() < 1.25 * relative_error(weight, factors)
+
+
+def test_projection_follows_a_changed_weight() -> None:
+    weight = planted(80, 32, basis_size=24, nnz=3, noise=0.1)
+    basis = torchops.stf_factorize(weight, 24, 3)[0]
+    changed = weight + 0.3 * planted(80, 32, 24, 3, 0.0, seed=5)
+    errors = [(changed - torchops.stf_project(changed, basis, 3, steps)[0]).norm().item() for steps in (0, 1, 5)]
+    assert errors[0] > errors[1] > errors[2]

@@ -1,0 +1,71 @@
+"""LoRA adapters of peft on factored linear layers (:class:`torchops.nn.STFLinear`)."""
+
+from typing import Any, Dict, List, Optional, Tuple
+
+from torch import nn
+
+try:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+except ImportError as error:
+    raise ImportError("torchops.integrations.peft needs peft: pip install peft") from error
+
+from ..nn.stf import STFLinear
+
+__all__ = ["LoraSTFLinear", "register_stf_linear"]
+
+
+class LoraSTFLinear(Linear):
+    """An :class:`STFLinear` with plain LoRA adapters beside it, which peft makes of a layer it adapts.
+
+    The sum of factors and an adapter is no product of a basis and a sparse factor of the same sizes, so merging
+    raises an error, as do the variants of LoRA that look at the weight (DoRA and others).
+
+    Raises:
+        ValueError: the layer is packed, and gradients do not pass through it.
+    """
+
+    def __init__(self, base_layer: STFLinear, adapter_name: str, config: LoraConfig, **options: Any) -> None:
+        if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
+            raise ValueError(
+                "LoraSTFLinear: expected init_lora_weights to be True, False or 'gaussian', for a factored layer has no"
+                f" weight, got {config.init_lora_weights!r}"
+            )
+        # Another adapter may stand around the layer already.
+        factored = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        if factored.form() == "packed" and not config.inference_mode:
+            raise ValueError(
+                "LoraSTFLinear: expected a layer that gradients pass through, got a packed one: call its factored()"
+                " first"
+            )
+        super().__init__(base_layer, adapter_name, config, **options)
+
+    def _get_in_out_features(self, module: nn.Module) -> Tuple[int, int]:
+        assert isinstance(module, STFLinear)
+        return module.in_features, module.out_features
+
+    @property
+    def lora_variants(self) -> Dict[Tuple[str, ...], None]:
+        return {(): None}
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[List[str]] = None) -> None:
+        raise ValueError(
+            "LoraSTFLinear: an adapter cannot be merged into the factors of an STFLinear: keep it beside the layer, or"
+            " take it off with unload()"
+        )
+
+
+def register_stf_linear(config: LoraConfig) -> LoraConfig:
+    """Tells a LoRA configuration how factored layers are adapted, and returns it.
+
+    peft does not save that: register again when an adapter is loaded::
+
+        config = register_stf_linear(LoraConfig.from_pretrained(folder))
+        model = PeftModel.from_pretrained(model, folder, config=config)
+
+    Only the adapters train. Factor the model first (:func:`torchops.nn.factorize_`), and leave its layers
+    factored: gradients do not pass through packed ones.
+    """
+    config._register_custom_module({STFLinear: LoraSTFLinear})
+    return config
