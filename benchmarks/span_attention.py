@@ -34,7 +34,9 @@ and value, from a gradient of the output that was made beforehand. Masks and wha
 beforehand, too.
 SDPA is torch's scaled_dot_product_attention: full causal (is_causal, which does other work, so that its result is not \
 compared), + mask (bool; in the Vision Transformer a bias of the activations' dtype), reshaped (blocks as heads, a \
-view). FlexAttention is compiled for each shape. That all others agree with torchops was checked before the timing.
+view). FlexAttention is compiled for each shape. That all others agree with torchops was checked before the \
+timing, but for the 16-bit gradients of SDPA among 8192 tokens, which are up to five times as far from those in \
+float64 as torchops's.
 torchops float32, beside bfloat16: the same call on the same numbers in float32.
 Memory is the peak of what torch allocates during a call, results included; that of a target is what the process grows \
 by, so that scratch counts."""
@@ -247,6 +249,12 @@ def mask_is_too_large(tokens: int, dtype: torch.dtype, device: torch.device) -> 
 # ---- no span ------------------------------------------------------------------------------------
 
 
+def is_beyond_sdpa(shape: Shape, dtype: torch.dtype, backward: bool) -> bool:
+    """Whether SDPA's 16-bit gradients are too far off to be compared: among 8192 tokens its gradient to value differs
+    from that in float64 by up to 0.049 (of 3.8), torchops's by 0.009."""
+    return backward and dtype != torch.float32 and shape.tokens >= 8192
+
+
 def full_row(shape: Shape, dtype: torch.dtype, direction: str, options: Options) -> Row:
     backward = direction == FORWARD_BACKWARD
     operations = shape.operations(Window(shape.tokens).num_pairs(shape.tokens), backward)
@@ -254,12 +262,12 @@ def full_row(shape: Shape, dtype: torch.dtype, direction: str, options: Options)
     def contenders() -> dict[str, Contender | Absent]:
         inputs = make_inputs(shape, dtype, options.device, backward)
         grad = randn((1, shape.heads, shape.tokens, shape.features), 3, dtype, options.device)
+        # How long short sequences take is what a call costs at all: only long ones have a target.
+        target = 1.0 if shape.tokens >= 512 else None
+        sdpa = contender(lambda: (eager.causal_sdpa(*inputs),), inputs, grad, target=target)
         return {
             "torchops": contender(lambda: (torchops.span_attention(*inputs, is_causal=True),), inputs, grad),
-            # How long short sequences take is what a call costs at all: only long ones have a target.
-            "SDPA": contender(
-                lambda: (eager.causal_sdpa(*inputs),), inputs, grad, target=1.0 if shape.tokens >= 512 else None
-            ),
+            "SDPA": replace(sdpa, align=None) if is_beyond_sdpa(shape, dtype, backward) else sdpa,
         }
 
     return Row(

@@ -89,6 +89,14 @@ def available_bytes(device: torch.device) -> int | None:
     return int(available[1]) * 1024 if available else None
 
 
+def last_level_cache_bytes(device: torch.device) -> int | None:
+    """Of the largest cache, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=None)
+
+
 def slug(device: torch.device) -> str:
     """The processor's name as part of a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85)"
     is "intel-xeon"."""

@@ -113,7 +113,8 @@ def in_one_line(error: Exception) -> str:
 
 
 def check_agreement(row: Row, name: str, results: Tensors, expected: Tensors) -> None:
-    for position, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
+    assert 0 < len(results) <= len(expected), f"{name} has {len(results)} results, torchops {len(expected)}"
+    for position, (actual, wanted) in enumerate(zip(results, expected, strict=False)):
         tolerance = TOLERANCE[row.dtype] if wanted.is_floating_point() else 0.0
         torch.testing.assert_close(
             actual,

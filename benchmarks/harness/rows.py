@@ -25,8 +25,8 @@ class Contender:
     Args:
         run: does it once, and returns everything that it made: outputs, then gradients.
         align: brings these into the order and layout of torchops's, for the comparison before the
-            timing; never timed. None: it answers another question (full attention beside a window), so that
-            there is nothing to compare.
+            timing; never timed. Those at the end may be left out. None: it answers another question (full
+            attention beside a window), so that there is nothing to compare.
         is_bound: it does less than the work (a copy moves the bytes and no more): a bound to come
             close to, not a rival to beat, and not compared.
         target: the ratio, this contender's time / torchops's time, that torchops wants to reach.
