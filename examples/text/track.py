@@ -1,14 +1,14 @@
-"""The text track: a byte-level decoder, with full attention and with a mix of spans (MASFormer).
+"""The text track: a byte-level decoder, with full attention and with a mix of spans (MASFormer), with dense and with
+factored linear layers (DSFormer).
 
-It is trained with full attention. Then its weights go into variants that attend to windows or blocks in
-some layers or in all of them, each is fine-tuned for a short while, and loss, time and memory are compared.
+It is trained dense and with full attention. Then its weights go into variants that attend to windows or blocks in
+some layers or in all of them, or whose linear layers are factored; each is fine-tuned for a short while, and loss,
+bytes, time and memory are compared.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,89 +20,22 @@ from ..common import export, measurement
 from ..common.distributed import IS_MAIN, NUM_PROCESSES, wait_for_all
 from ..common.report import Panel, Point, console, plot, print_table, write_results
 from ..common.training import train
+from . import compression
 from .data import VOCABULARY, Sources, load
-from .decoder import Decoder, Span, SpanByTorch
-
-CONTEXT = 2048
-DIM = 128
-DEPTH = 4
-NUM_HEADS = 4
-FULL_LAYERS = (0,)  # of the mixed variants
-MIXED = f"{len(FULL_LAYERS)} full +"  # what they are called
-SPAN = 256
-EXPORTED = f"{MIXED} windows {SPAN}"
-BATCH_SIZE = 2
-PARTS = 8  # of the context, by which losses are told apart
-
-
-@dataclass
-class Result:
-    """What is found out about a variant; losses in nats per byte, throughputs in bytes/s by context, memory in
-    bytes."""
-
-    visible_pairs: float = 0.0  # share of those of full attention
-    loss_before: float = 0.0
-    loss_after: float = 0.0
-    loss_by_part: list[float] = field(default_factory=list)  # of the context, after fine-tuning
-    excess: float = 0.0  # of loss_after over that of full attention
-    excess_error: float = 0.0  # standard error of its mean over passages
-    training: dict[int, float] = field(default_factory=dict)
-    forward: dict[int, float] = field(default_factory=dict)
-    peak_memory: int = 0
-
-
-@dataclass
-class Variant:
-    """A model to compare.
-
-    Args:
-        series, setting: its name: a kind and, within it, a size.
-        convert: makes it from the dense model.
-        compared: whether to compare it by position and at longer contexts, too.
-        same_as: a variant before it that computes the same by other means: it takes the weights of that one instead
-            of being fine-tuned.
-    """
-
-    series: str
-    setting: str
-    convert: Callable[[Decoder], Decoder]
-    compared: bool = True
-    same_as: "Variant | None" = None
-    model: Decoder = field(init=False)
-    result: Result = field(default_factory=Result)
-
-    @property
-    def name(self) -> str:
-        return f"{self.series} {self.setting}".rstrip()
-
-
-def attending(
-    spans: Sequence[Mapping[str, Any]], attention: Callable[..., nn.Module] = Span
-) -> Callable[[Decoder], Decoder]:
-    """Each layer attends to the span of its own."""
-    return lambda dense: dense.with_attention([attention(**span) for span in spans])
-
-
-def build_variants(short: bool) -> list[Variant]:
-    """Full attention first; a short run has fewer of them."""
-    mixed_span = functools.partial(torchops.nn.mixed_span, DEPTH, is_causal=True)
-    by_torch = functools.partial(SpanByTorch, CONTEXT)
-    full = mixed_span(range(DEPTH))
-    dense = Variant("full", "", attending(full))
-    variants = [dense, Variant("full, by torch", "", attending(full, by_torch), same_as=dense)]
-    sizes = (SPAN,) if short else (64, SPAN)
-    for full_layers in (FULL_LAYERS,) if short else (FULL_LAYERS, ()):
-        prefix = MIXED if full_layers else "only"
-        for size in sizes:  # a byte attends to the last ``size`` bytes up to itself
-            window = mixed_span(full_layers, left=size - 1)
-            variants.append(Variant(f"{prefix} windows", str(size), attending(window), size == SPAN))
-            if variants[-1].name == EXPORTED:
-                masked = attending(window, by_torch)
-                variants.append(Variant(f"{prefix} windows, by torch", str(size), masked, False, variants[-1]))
-        for size in sizes:  # or to those of its block up to itself
-            block = mixed_span(full_layers, block_size=size)
-            variants.append(Variant(f"{prefix} blocks", str(size), attending(block), size == SPAN))
-    return variants
+from .decoder import Decoder, Span
+from .variants import (
+    BATCH_SIZE,
+    CONTEXT,
+    DEPTH,
+    DIM,
+    EXPORTED,
+    FACTORED,
+    NUM_HEADS,
+    PARTS,
+    SPAN,
+    Variant,
+    build_variants,
+)
 
 
 def byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -128,7 +61,8 @@ def share_of_pairs(model: Decoder) -> float:
 
 
 def measure(variants: list[Variant], sources: Sources, contexts: Sequence[int], rounds: int) -> None:
-    """Fills in throughput and memory: training steps at all contexts but the longest, forward passes at the longest."""
+    """Fills in throughput and memory: training steps at all contexts but the longest, and forward passes at the
+    longest, for which factored layers are packed."""
     compared = [variant for variant in variants if variant.compared]
     for context in contexts[:-1]:
         batch_size, measured = (BATCH_SIZE, variants) if context == CONTEXT else (1, compared)
@@ -141,6 +75,8 @@ def measure(variants: list[Variant], sources: Sources, contexts: Sequence[int], 
             variant.result.training[context] = symbols.numel() / seconds[variant.name]
             if context == CONTEXT:
                 variant.result.peak_memory = measurement.peak_memory(steps[variant.name])
+    for variant in variants:
+        compression.pack(variant.model)
     longest = contexts[-1]
     passage = sources.held_out_passages(1, longest)[0]
     forward_steps = {variant.name: measurement.forward_step(variant.model, passage) for variant in compared}
@@ -165,6 +101,7 @@ def tabulate(variants: list[Variant], num_passages: int) -> None:
             [
                 variant.name,
                 f"{100 * result.visible_pairs:.0f} %",
+                f"{result.weight_bytes / 1e3:.0f} ({full.weight_bytes / result.weight_bytes:.2f}x)",
                 f"{result.loss_before:.3f}",
                 f"{result.loss_after:.3f}",
                 f"{result.excess:+.3f} ±{result.excess_error:.3f}",
@@ -176,8 +113,10 @@ def tabulate(variants: list[Variant], num_passages: int) -> None:
             ]
         )
     print_table(
-        "Text: what shorter spans cost and what they save",
-        "Pairs: how many pairs of bytes attention compares, of those of full attention. Loss: nats per byte on "
+        "Text: what shorter spans and factored layers cost and what they save",
+        "Pairs: how many pairs of bytes attention compares, of those of full attention. Layers: bytes of the linear "
+        "layers' weights in inference, masks included. Factored layers train straight through their choice of basis "
+        "vectors, and are packed for the forward pass. Loss: nats per byte on "
         f"{num_passages} held-out passages of {CONTEXT} bytes, as converted and after fine-tuning, and its difference "
         f"to full attention with the standard error over passages. A step trains on {BATCH_SIZE} passages. Throughput: "
         f"median over interleaved rounds, {torch.get_num_threads()} thread(s); more than {CONTEXT} bytes are one "
@@ -185,6 +124,7 @@ def tabulate(variants: list[Variant], num_passages: int) -> None:
         [
             "variant",
             "pairs",
+            "layers, kB\n(smaller)",
             "loss\nbefore",
             "loss\nafter",
             "after,\nto full",
@@ -214,6 +154,16 @@ def draw(variants: list[Variant], path: Path) -> None:
             ],
         ),
         Panel(
+            "fine-tuned, full attention",
+            "bytes of the linear layers, kB",
+            "held-out loss, nats per byte",
+            [
+                Point(variant.series, variant.setting, variant.result.weight_bytes / 1e3, variant.result.loss_after)
+                for variant in variants
+                if variant.result.visible_pairs == 1 and variant.same_as is None
+            ],
+        ),
+        Panel(
             f"fine-tuned, spans of {SPAN}, by position",
             "position of the byte",
             "loss more than full attention's, nats per byte",
@@ -236,7 +186,7 @@ def draw(variants: list[Variant], path: Path) -> None:
             x_ticks=list(full.training),
         ),
     ]
-    plot("Text: full attention and mixed spans in a byte-level decoder", panels, path)
+    plot("Text: full attention and mixed spans, dense and factored layers in a byte-level decoder", panels, path)
 
 
 def exported(variants: list[Variant]) -> Variant:
@@ -245,13 +195,15 @@ def exported(variants: list[Variant]) -> Variant:
 
 def summarize(variants: list[Variant]) -> str:
     full, mixed = variants[0].result, exported(variants).result
+    factored = next(variant for variant in variants if variant.name == FACTORED)
     longest_trained, longest = max(full.training), max(full.forward)
     return (
         f"{EXPORTED}: loss {mixed.loss_after:.3f} nats per byte (full attention {full.loss_after:.3f}), "
         f"{mixed.training[CONTEXT] / full.training[CONTEXT]:.2f}x the training throughput "
         f"({mixed.training[longest_trained] / full.training[longest_trained]:.2f}x at {longest_trained} bytes), "
         f"{mixed.forward[longest] / full.forward[longest]:.2f}x the forward throughput at {longest} bytes; its "
-        "exports compute the same."
+        f"exports compute the same. {factored.name}: loss {factored.result.loss_after:.3f}, linear layers "
+        f"{full.weight_bytes / factored.result.weight_bytes:.2f}x smaller."
     )
 
 
@@ -293,6 +245,7 @@ def run(short: bool, output: Path) -> str:
         variant.model = variant.convert(dense)
         result = variant.result
         result.visible_pairs = share_of_pairs(variant.model)
+        result.weight_bytes = compression.num_bytes(variant.model.layers)
         result.loss_before = held_out_losses(variant.model, passages).mean().item()
         if variant.same_as is None:
             train(variant.model, batches(seed=1), byte_loss, tuning_steps, 5e-4, variant.name)

@@ -1,0 +1,122 @@
+"""What the text track compares: spans of attention, and what becomes of the linear layers."""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import torchops
+
+from . import compression
+from .decoder import Decoder, Span, SpanByTorch
+
+CONTEXT = 2048
+DIM = 128
+DEPTH = 4
+NUM_HEADS = 4
+FULL_LAYERS = (0,)  # of the mixed variants
+MIXED = f"{len(FULL_LAYERS)} full +"  # what they are called
+SPAN = 256
+EXPORTED = f"{MIXED} windows {SPAN}"
+FACTORED = "full, factored 2x"
+BATCH_SIZE = 2
+PARTS = 8  # of the context, by which losses are told apart
+
+
+@dataclass
+class Result:
+    """What is found out about a variant; losses in nats per byte, throughputs in bytes/s by context, memory in
+    bytes."""
+
+    visible_pairs: float = 0.0  # share of those of full attention
+    weight_bytes: int = 0  # of the linear layers, as they are in inference
+    loss_before: float = 0.0
+    loss_after: float = 0.0
+    loss_by_part: list[float] = field(default_factory=list)  # of the context, after fine-tuning
+    excess: float = 0.0  # of loss_after over that of full attention
+    excess_error: float = 0.0  # standard error of its mean over passages
+    training: dict[int, float] = field(default_factory=dict)
+    forward: dict[int, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+
+@dataclass
+class Variant:
+    """A model to compare.
+
+    Args:
+        series, setting: its name: a kind and, within it, a size.
+        convert: makes it from the dense model.
+        compared: whether to compare it by position and at longer contexts, too.
+        same_as: a variant before it that computes the same by other means: it takes the weights of that one instead
+            of being fine-tuned.
+    """
+
+    series: str
+    setting: str
+    convert: Callable[[Decoder], Decoder]
+    compared: bool = True
+    same_as: "Variant | None" = None
+    model: Decoder = field(init=False)
+    result: Result = field(default_factory=Result)
+
+    @property
+    def name(self) -> str:
+        return f"{self.series} {self.setting}".rstrip()
+
+
+def attending(
+    spans: Sequence[Mapping[str, Any]], attention: Callable[..., nn.Module] = Span
+) -> Callable[[Decoder], Decoder]:
+    """Each layer attends to the span of its own."""
+    return lambda dense: dense.with_attention([attention(**span) for span in spans])
+
+
+def compressed(compress: Callable[[nn.Module, float], nn.Module], ratio: float) -> Callable[[Decoder], Decoder]:
+    """The same with linear layers of so many fewer bytes; made once, whatever the layers attend to."""
+
+    @functools.lru_cache(maxsize=1)
+    def convert(dense: Decoder) -> Decoder:
+        model = copy.deepcopy(dense)
+        compress(model.layers, ratio)
+        return model
+
+    return convert
+
+
+def then(first: Callable[[Decoder], Decoder], second: Callable[[Decoder], Decoder]) -> Callable[[Decoder], Decoder]:
+    return lambda dense: second(first(dense))
+
+
+def build_variants(short: bool) -> list[Variant]:
+    """Full attention first; a short run has fewer of them."""
+    mixed_span = functools.partial(torchops.nn.mixed_span, DEPTH, is_causal=True)
+    by_torch = functools.partial(SpanByTorch, CONTEXT)
+    full = mixed_span(range(DEPTH))
+    dense = Variant("full", "", attending(full))
+    variants = [dense, Variant("full, by torch", "", attending(full, by_torch), same_as=dense)]
+    sizes = (SPAN,) if short else (64, SPAN)
+    for full_layers in (FULL_LAYERS,) if short else (FULL_LAYERS, ()):
+        prefix = MIXED if full_layers else "only"
+        for size in sizes:  # a byte attends to the last ``size`` bytes up to itself
+            window = mixed_span(full_layers, left=size - 1)
+            variants.append(Variant(f"{prefix} windows", str(size), attending(window), size == SPAN))
+            if variants[-1].name == EXPORTED:
+                masked = attending(window, by_torch)
+                variants.append(Variant(f"{prefix} windows, by torch", str(size), masked, False, variants[-1]))
+        for size in sizes:  # or to those of its block up to itself
+            block = mixed_span(full_layers, block_size=size)
+            variants.append(Variant(f"{prefix} blocks", str(size), attending(block), size == SPAN))
+    window = attending(mixed_span(FULL_LAYERS, left=SPAN - 1))
+    for ratio in (2.0,) if short else (2.0, 3.0):
+        setting = f"{ratio:.0f}x"
+        factored = compressed(compression.factor, ratio)
+        low_rank = compressed(compression.lower_rank, ratio)
+        variants.append(Variant("full, factored", setting, then(factored, attending(full)), ratio == 2))
+        variants.append(Variant("full, low rank", setting, then(low_rank, attending(full)), False))
+        if ratio == 2:
+            variants.append(Variant(f"{EXPORTED}, factored", setting, then(factored, window), not short))
+    return variants
