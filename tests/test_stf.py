@@ -153,15 +153,16 @@ def test_a_nan_stays_in_its_token(transpose: bool, packed: bool) -> None:
     assert torch.equal(actual[others], expected[others]) and actual[4].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 200])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_the_first_wrong_index_is_reported(transpose: bool, tokens: int, two_threads: int) -> None:
+def test_the_first_wrong_index_is_reported(transpose: bool, tokens: int, dtype: torch.dtype, two_threads: int) -> None:
     rows = 1500
-    values, indices = torchops.stf_select(torch.randn(rows, 2, 9), 4)
+    values, indices = torchops.stf_select(torch.randn(rows, 2, 9, dtype=dtype), 4)
     indices[1400, 1, 0] = 10
     indices[700, 1, 2] = 9
     indices[700, 1, 3] = 200
-    input, basis = torch.randn(tokens, rows if transpose else 6), torch.randn(2, 9, 3)
+    input, basis = torch.randn(tokens, rows if transpose else 6, dtype=dtype), torch.randn(2, 9, 3, dtype=dtype)
     for threads in (1, two_threads):
         torch.set_num_threads(threads)
         with pytest.raises(ValueError, match=r"expected indices in 0..8, got 9 at \[700, 1, 2\]"):

@@ -31,6 +31,7 @@ SHAPES: dict[str, Shape] = {
     "one-token": ((1,), 4, 6, 8, 35, 3),
     "T40": ((40,), 2, 9, 14, 37, 4),
     "T150": ((3, 50), 1, 11, 5, 48, 5),
+    "many-tokens-of-blocks": ((100,), 3, 5, 12, 20, 2),
     "parts-of-rows": ((3,), 2, 6, 4, 1100, 2),
     "K256": ((2,), 1, 256, 9, 16, 130),
     "K257": ((5,), 2, 257, 8, 11, 70),
@@ -94,13 +95,14 @@ def layer_samples(make: Any, names: Any, dtype: torch.dtype, device: str) -> Ite
 
 def stf_linear_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield from layer_samples(factored, SHAPES, dtype, device)
-    for transpose in (False, True):
-        inputs = factored(SHAPES["plain"], transpose, dtype, device)
-        side = "-transpose" if transpose else ""
-        # What stf_pack refuses, and int16 where uint8 would do.
-        indices = inputs["indices"].to(torch.int16).flip(-1)
-        indices[3] = 1
-        yield Sample(f"unordered{side}", inputs | {"indices": indices})
+    for name in ("plain", "many-tokens-of-blocks"):
+        for transpose in (False, True):
+            inputs = factored(SHAPES[name], transpose, dtype, device)
+            side = "-transpose" if transpose else ""
+            # What stf_pack refuses, and int16 where uint8 would do.
+            indices = inputs["indices"].to(torch.int16).flip(-1)
+            indices[3] = 1
+            yield Sample(f"unordered-{name}{side}", inputs | {"indices": indices})
 
 
 # A good call that the invalid ones change: cols 6, rows 7.

@@ -3,14 +3,13 @@
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
-#include <atomic>
-#include <limits>
-
 #include "core/cpu/aligned_buffer.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
+#include "stf/cpu/dense_code.h"
 #include "stf/cpu/sparse_product_kernel.h"
+#include "stf/cpu/wrong_index.h"
+#include "stf/linear.h"
 
 namespace torchops {
 namespace {
@@ -47,33 +46,6 @@ AlignedBuffer<accumulate_t<T>> token_tiles(const at::Tensor& tokens, int64_t tok
   }
   return result;
 }
-
-// The lowest position of an index out of range that a thread has come across.
-class WrongIndex {
- public:
-  void found(int64_t position) {
-    auto lowest = lowest_.load();
-    while (position >= 0 && position < lowest && !lowest_.compare_exchange_weak(lowest, position)) {
-    }
-  }
-
-  bool any() const { return lowest_.load() != none; }
-
-  void check(const char* op, const at::Tensor& indices, int64_t basis_size) const {
-    if (!any()) {
-      return;
-    }
-    const auto position = lowest_.load();
-    const auto row_size = indices.size(1) * indices.size(2);
-    TORCH_CHECK_VALUE(false, op, ": expected indices in 0..", basis_size - 1, ", got ",
-                      indices.flatten()[position].item<int64_t>(), " at [", position / row_size, ", ",
-                      position % row_size / indices.size(2), ", ", position % indices.size(2), "]");
-  }
-
- private:
-  static constexpr int64_t none = std::numeric_limits<int64_t>::max();
-  std::atomic<int64_t> lowest_{none};
-};
 
 // Units of work that share what they read of the factor are neighbours.
 template <typename Work>
@@ -139,6 +111,13 @@ at::Tensor CpuSparseProduct::atoms_to_rows(const at::Tensor& atoms, const std::o
   const auto v = values.contiguous(), i = indices.contiguous(), a = with_contiguous_rows(atoms);
   const auto b = bias ? bias->contiguous() : at::Tensor();
   auto output = at::empty({num_tokens, v.size(0)}, v.options());
+  if (dense_code_pays(v.scalar_type(), num_tokens)) {
+    // Blocks are parts of one depth.
+    const auto code = dense_code(op, v, i, basis_size).flatten(1);
+    dense_product(join_blocks(a).unsqueeze(0), code.t().unsqueeze(0), output.unsqueeze(0),
+                  b.defined() ? std::optional(b.unsqueeze(0)) : std::nullopt);
+    return output;
+  }
   WrongIndex wrong;
   for_dtype(v.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -166,6 +145,11 @@ at::Tensor CpuSparseProduct::rows_to_atoms(const at::Tensor& rows) const {
   if (output.numel() == 0) {
     return output;
   }
+  if (dense_code_pays(v.scalar_type(), rows.size(0))) {
+    const auto code = dense_code(op, v, i, basis_size).transpose(0, 1);
+    dense_product(r.unsqueeze(0).expand({code.size(0), -1, -1}), code, output, std::nullopt);
+    return output;
+  }
   WrongIndex wrong;
   for_dtype(v.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -183,6 +167,11 @@ at::Tensor CpuSparseProduct::rows_to_atoms(const at::Tensor& rows) const {
 at::Tensor CpuSparseProduct::value_gradient(const at::Tensor& rows, const at::Tensor& atoms) const {
   const auto num_tokens = rows.size(0);
   const auto i = indices.contiguous(), r = with_contiguous_rows(rows), a = with_contiguous_rows(atoms);
+  if (dense_code_pays(rows.scalar_type(), num_tokens)) {
+    auto code = at::empty({i.size(0), i.size(1), basis_size}, rows.options());
+    dense_product(r.t().unsqueeze(0).expand({i.size(1), -1, -1}), a, code.transpose(0, 1), std::nullopt);
+    return take_nonzeros(op, code, i);
+  }
   auto grad_values = at::empty(i.sizes(), rows.options());
   WrongIndex wrong;
   for_dtype(rows.scalar_type(), [&](auto tag) {

@@ -1,0 +1,68 @@
+#include "stf/cpu/dense_code.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "core/cpu/level.h"
+#include "core/parallel.h"
+#include "stf/cpu/wrong_index.h"
+
+namespace torchops {
+namespace {
+
+// visit(position among the nonzeros, place in the code) for every nonzero of the rows and blocks from begin to end, or
+// the position of an index that is out of range, or -1.
+template <typename Index, typename Visit>
+int64_t for_each_nonzero(const Index* indices, int64_t nnz, int64_t basis_size, int64_t begin, int64_t end,
+                         const Visit& visit) {
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t at = row * nnz; at < (row + 1) * nnz; ++at) {
+      const auto column = int64_t{indices[at]};
+      if (column < 0 || column >= basis_size) {
+        return at;
+      }
+      visit(at, row * basis_size + column);
+    }
+  }
+  return -1;
+}
+
+template <typename Visit>
+void for_each_nonzero(const char* op, const at::Tensor& indices, int64_t basis_size, const Visit& visit) {
+  const auto nnz = indices.size(2);
+  WrongIndex wrong;
+  parallel_units(indices.size(0) * indices.size(1), nnz, [&](int64_t begin, int64_t end) {
+    wrong.found(indices.scalar_type() == at::kByte
+                    ? for_each_nonzero(indices.const_data_ptr<uint8_t>(), nnz, basis_size, begin, end, visit)
+                    : for_each_nonzero(indices.const_data_ptr<int16_t>(), nnz, basis_size, begin, end, visit));
+  });
+  wrong.check(op, indices, basis_size);
+}
+
+}  // namespace
+
+bool dense_code_pays(at::ScalarType dtype, int64_t num_tokens) {
+  constexpr int64_t fewest_tokens = 96;
+  static const bool multiplies_pairs = cpu_capability() == "avx512_bf16";
+  return multiplies_pairs && dtype == at::kBFloat16 && num_tokens >= fewest_tokens;
+}
+
+at::Tensor dense_code(const char* op, const at::Tensor& values, const at::Tensor& indices, int64_t basis_size) {
+  auto code = at::zeros({values.size(0), values.size(1), basis_size}, values.options());
+  const auto* const from = values.const_data_ptr<at::BFloat16>();
+  auto* const to = code.mutable_data_ptr<at::BFloat16>();
+  // One that stands twice counts twice.
+  for_each_nonzero(op, indices, basis_size,
+                   [&](int64_t at, int64_t place) { to[place] = to[place].x == 0 ? from[at] : to[place] + from[at]; });
+  return code;
+}
+
+at::Tensor take_nonzeros(const char* op, const at::Tensor& code, const at::Tensor& indices) {
+  auto values = at::empty(indices.sizes(), code.options());
+  const auto* const from = code.const_data_ptr<at::BFloat16>();
+  auto* const to = values.mutable_data_ptr<at::BFloat16>();
+  for_each_nonzero(op, indices, code.size(2), [&](int64_t at, int64_t place) { to[at] = from[place]; });
+  return values;
+}
+
+}  // namespace torchops
