@@ -336,12 +336,12 @@ int64_t backward_pack_bytes(const Sizes& sizes) {
 
 template <typename T>
 int64_t backward_query_units(const Sizes& sizes) {
-  return sizes.group_size() * tiles_of(sizes.num_queries, query_tile);
+  return sizes.group_size() * divide_up(sizes.num_queries, query_tile);
 }
 
 template <typename T>
 int64_t backward_key_units(const Sizes& sizes) {
-  return tiles_of(sizes.num_keys, key_tile<multiplicand_t<T>>);
+  return divide_up(sizes.num_keys, key_tile<multiplicand_t<T>>);
 }
 
 template <typename T>
@@ -371,7 +371,7 @@ void backward_pack(const AttentionBackward<T>& args, int64_t first_head, void* p
       pack_transposed(inputs.value.row(head.batch, head.kv_head, key), inputs.value.row_stride, count, sizes.value_dim,
                       key_tile<E>, pack.values_transposed + key * depth_of<E>(sizes.value_dim));
     } else {
-      const int64_t tiles = tiles_of(sizes.num_queries, query_tile);
+      const int64_t tiles = divide_up(sizes.num_queries, query_tile);
       const int64_t in_group = (in_head - backward_key_units<T>(sizes)) / tiles;
       const int64_t query = (in_head - backward_key_units<T>(sizes)) % tiles * query_tile;
       const int64_t packed_row = in_group * head.padded_queries() + query;
@@ -439,7 +439,7 @@ void backward_queries(const AttentionBackward<T>& args, int64_t first_head, void
   using E = multiplicand_t<T>;
   const Sizes& sizes = args.inputs.sizes;
   const int64_t units = backward_query_units<T>(sizes);
-  const int64_t tiles = tiles_of(sizes.num_queries, query_tile);
+  const int64_t tiles = divide_up(sizes.num_queries, query_tile);
   Arena arena(scratch);
   const Meeting<E> meeting(&arena);
   auto* const query_sums = arena.take<sum_t<E>>(query_tile * columns_of<E>(sizes.head_dim));

@@ -52,11 +52,11 @@ constexpr int64_t heads_in_tile(const Sizes& sizes) {
   return fitting < 1 ? 1 : fitting < sizes.group_size() ? fitting : sizes.group_size();
 }
 constexpr int64_t query_tiles(const Sizes& sizes) {
-  return tiles_of(sizes.num_queries, query_tile);
+  return divide_up(sizes.num_queries, query_tile);
 }
 // A wave is worth packing when tiles share its keys; a lone tile packs those it is at.
 constexpr bool packs_ahead(const Sizes& sizes) {
-  return tiles_of(sizes.group_size(), heads_in_tile(sizes)) * query_tiles(sizes) > 1;
+  return divide_up(sizes.group_size(), heads_in_tile(sizes)) * query_tiles(sizes) > 1;
 }
 
 // A tile of queries on its way through the keys. Scores are in units of log2: 2^score.
@@ -288,12 +288,12 @@ int64_t forward_scratch_bytes(const Sizes& sizes) {
 
 template <typename T>
 int64_t forward_pack_units(const Sizes& sizes) {
-  return packs_ahead(sizes) ? tiles_of(sizes.num_keys, key_tile<multiplicand_t<T>>) : 0;
+  return packs_ahead(sizes) ? divide_up(sizes.num_keys, key_tile<multiplicand_t<T>>) : 0;
 }
 
 template <typename T>
 int64_t forward_units(const Sizes& sizes) {
-  return tiles_of(sizes.group_size(), heads_in_tile(sizes)) * query_tiles(sizes);
+  return divide_up(sizes.group_size(), heads_in_tile(sizes)) * query_tiles(sizes);
 }
 
 namespace {

@@ -6,22 +6,6 @@
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
 
-// A vector of elements of a row, of which `used` numbers are left.
-template <typename E, typename T>
-typename element<E>::vector load_elements(const T* from, int64_t used) {
-  if constexpr (is_pair<E>) {
-    vuint words = {};
-    if (used >= 2 * lane_count<E>) {
-      __builtin_memcpy(&words, from, sizeof(words));
-    } else {
-      __builtin_memcpy(&words, from, static_cast<size_t>(used) * sizeof(T));
-    }
-    return words;
-  } else {
-    return load_piece(from, static_cast<int>(used < lanes<T> ? used : lanes<T>));
-  }
-}
-
 // 16-bit numbers in the lower halves of 32 bits.
 template <typename T>
 vuint load_words(const T* from, int64_t used) {

@@ -1,32 +1,12 @@
 #pragma once
 
 #include "core/cpu/arena.h"
-#include "core/cpu/matrix_product.h"
+#include "core/cpu/elements.h"
 #include "span_attention/attention.h"
 
 // The tiles that the CPU's kernels cut queries and keys into.
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
-
-// What a dtype is multiplied as.
-template <typename T>
-struct multiplicand {
-  using type = accumulate_t<T>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct multiplicand<bfloat16> {
-  using type = bfloat16_pair;
-};
-#endif
-template <typename T>
-using multiplicand_t = typename multiplicand<T>::type;
-
-template <typename E>
-inline constexpr bool is_pair = element<E>::depth == 2;
-
-template <typename E>
-inline constexpr int64_t lane_count = vector_bytes / static_cast<int64_t>(sizeof(sum_t<E>));
 
 // Tiles begin at multiples of their size, whatever is visible: then results do not depend on how the work
 // is split.
@@ -37,23 +17,11 @@ inline constexpr int64_t key_tile = 64 % panel_columns<sum_t<E>> == 0 ? 64 : 72;
 static_assert(key_tile<float> % panel_columns<float> == 0 && key_tile<double> % panel_columns<double> == 0);
 static_assert(query_tile % tile_rows == 0 && key_tile<float> % tile_rows == 0 && key_tile<double> % tile_rows == 0);
 
-constexpr int64_t tiles_of(int64_t count, int64_t size) {
-  return (count + size - 1) / size;
-}
-constexpr int64_t round_up(int64_t count, int64_t unit) {
-  return tiles_of(count, unit) * unit;
-}
-
 // First and last tiles by turns: where later queries see more keys, every stretch of turns costs the same.
 constexpr int64_t balanced_tile(int64_t turn, int64_t num_tiles) {
   return turn % 2 == 0 ? turn / 2 : num_tiles - 1 - turn / 2;
 }
 
-// Elements that hold `size` numbers along the depth.
-template <typename E>
-constexpr int64_t depth_of(int64_t size) {
-  return tiles_of(size, element<E>::depth);
-}
 // Columns of a right operand: whole vectors.
 template <typename E>
 constexpr int64_t columns_of(int64_t size) {
