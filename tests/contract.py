@@ -1,5 +1,6 @@
 """What a case table says of an operator, what it fills inputs with, and the comparisons that the contract makes."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
 LARGE = 700
+
+# Whether this run is for one of the lower CPU levels (tests/test_levels.py).
+FOR_ONE_LEVEL = "TORCHOPS_CPU_CAPABILITY" in os.environ
 
 Inputs = dict[str, Any]
 
@@ -138,6 +142,14 @@ def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
         torch.randn(out.shape, generator=generator, dtype=torch.float64).to(device=out.device, dtype=out.dtype)
         for out in outputs
     ]
+
+
+def gradients_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """From the gradients of all outputs, some of which may have none; None for an input that none depends on."""
+    used = [index for index, out in enumerate(outputs) if out.requires_grad]
+    return torch.autograd.grad(
+        [outputs[index] for index in used], inputs, [grads[index].to(outputs[index]) for index in used], allow_unused=True
+    )
 
 
 def gradients(op: Callable, inputs: Inputs, names: Sequence[str]) -> list[Tensor]:

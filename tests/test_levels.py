@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from contract import FOR_ONE_LEVEL
 
 import torchops
 
@@ -14,7 +15,7 @@ LOWER_LEVELS = [level for level in torchops.utils.cpu_capabilities() if level !=
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.skipif("TORCHOPS_CPU_CAPABILITY" in os.environ, reason="this run is for one level already")
+@pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
 @pytest.mark.parametrize("level", LOWER_LEVELS)
 def test_numeric_rows_at(level: str, request: pytest.FixtureRequest) -> None:
     run = subprocess.run(

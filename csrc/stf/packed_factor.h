@@ -19,6 +19,8 @@ struct PackedFactor {
   int64_t nnz;
   int64_t basis_size;  // K
 
+  // Nonzeros of a row, in all blocks.
+  constexpr int64_t row_size() const { return num_blocks * nnz; }
   constexpr int64_t num_groups() const { return (num_rows + rows_per_group - 1) / rows_per_group; }
   constexpr int64_t rows_in_group(int64_t group) const {
     const int64_t left = num_rows - group * rows_per_group;

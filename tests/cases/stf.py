@@ -32,6 +32,7 @@ SHAPES: dict[str, Shape] = {
     "T40": ((40,), 2, 9, 14, 37, 4),
     "T150": ((3, 50), 1, 11, 5, 48, 5),
     "many-tokens-of-blocks": ((100,), 3, 5, 12, 20, 2),
+    "chunks-of-rows": ((70,), 2, 37, 6, 300, 5),
     "parts-of-rows": ((3,), 2, 6, 4, 1100, 2),
     "K256": ((2,), 1, 256, 9, 16, 130),
     "K257": ((5,), 2, 257, 8, 11, 70),
@@ -549,16 +550,27 @@ def packed_invalid(device: str) -> Iterator[Invalid]:
         good | {"packed_values": packed_values[..., 1:]},
         "expected packed_values' last dimension to be a multiple of rows of a group = 16, got 47",
     )
-    wrong = mask.clone()
-    wrong[0, 1, 2] ^= 4
-    for transpose in (False, True):
-        yield Invalid(
-            f"mask-of-another{'-transpose' if transpose else ''}",
-            packed(GOOD, transpose, torch.float32, device) | {"mask": wrong},
-            "expected mask to have as many bits in every group and block as packed_values has values there, got"
-            " another number: both come from one stf_pack",
-            data_dependent=True,
-        )
+    another_bit, another_row = mask.clone(), mask.clone()
+    another_bit[0, 1, 2] ^= 4
+    rows = [row for row in range(reference.ROWS_PER_GROUP) if mask[0, 1, 2] >> row & 1 == 0][:1]
+    rows += [row for row in range(reference.ROWS_PER_GROUP) if mask[0, 1, 2] >> row & 1]
+    another_row[0, 1, 2] ^= sum(1 << row for row in rows[:2])
+    # By how many tokens there are, the factor is read as it is, as lists, or as a dense matrix.
+    for name, dtype, num_tokens, wrong in (
+        ("few", torch.float32, 5, another_bit),
+        ("many", torch.float32, 70, another_bit),
+        ("many-rows", torch.float32, 70, another_row),
+        ("many-bfloat16", torch.bfloat16, 100, another_bit),
+    ):
+        for transpose in (False, True):
+            if transpose and wrong is another_row:
+                continue  # a sum over all rows does not ask which of them a value belongs to
+            yield Invalid(
+                f"mask-of-another-{name}{'-transpose' if transpose else ''}",
+                packed(((num_tokens,), *GOOD[1:]), transpose, dtype, device) | {"mask": wrong},
+                "expected mask to have nnz = 3 bits for every row, got another number: both come from one stf_pack",
+                data_dependent=True,
+            )
 
 
 def packed_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:

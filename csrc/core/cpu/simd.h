@@ -217,6 +217,19 @@ inline __attribute__((always_inline)) void transpose(Vector (&rows)[size]) {
   }
 }
 
+// A square of numbers, loaded row by row, turned and handed to store_row(row, numbers).
+template <typename A, typename Load, typename Store>
+inline __attribute__((always_inline)) void turn(const Load& load_row, const Store& store_row) {
+  vec<A> square[lanes<A>];
+  for (int row = 0; row < lanes<A>; ++row) {
+    square[row] = load_row(row);
+  }
+  transpose(square);
+  for (int row = 0; row < lanes<A>; ++row) {
+    store_row(row, square[row]);
+  }
+}
+
 // ---- reductions -------------------------------------------------------------------------------
 
 // Halves combined with halves by a function of two vectors or two lanes: the same order for every vector

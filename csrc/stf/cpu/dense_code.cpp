@@ -3,9 +3,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include "core/cpu/dense_product.h"
 #include "core/cpu/level.h"
 #include "core/parallel.h"
+#include "core/tensors.h"
 #include "stf/cpu/wrong_index.h"
+#include "stf/linear.h"
 
 namespace torchops {
 namespace {
@@ -42,7 +45,7 @@ void for_each_nonzero(const char* op, const at::Tensor& indices, int64_t basis_s
 }  // namespace
 
 bool dense_code_pays(at::ScalarType dtype, int64_t num_tokens) {
-  constexpr int64_t fewest_tokens = 96;
+  constexpr int64_t fewest_tokens = 64;
   static const bool multiplies_pairs = cpu_capability() == "avx512_bf16";
   return multiplies_pairs && dtype == at::kBFloat16 && num_tokens >= fewest_tokens;
 }
@@ -63,6 +66,22 @@ at::Tensor take_nonzeros(const char* op, const at::Tensor& code, const at::Tenso
   auto* const to = values.mutable_data_ptr<at::BFloat16>();
   for_each_nonzero(op, indices, code.size(2), [&](int64_t at, int64_t place) { to[at] = from[place]; });
   return values;
+}
+
+at::Tensor dense_atoms_to_rows(const at::Tensor& code, const at::Tensor& atoms, const std::optional<at::Tensor>& bias) {
+  auto output = at::empty({atoms.size(1), code.size(0)}, code.options());
+  // Blocks are parts of one depth.
+  dense_product(join_blocks(atoms).unsqueeze(0), code.flatten(1).t().unsqueeze(0), output.unsqueeze(0),
+                bias ? std::optional(bias->unsqueeze(0)) : std::nullopt);
+  return output;
+}
+
+at::Tensor dense_rows_to_atoms(const at::Tensor& code, const at::Tensor& rows) {
+  const auto num_blocks = code.size(1);
+  auto output = at::empty({num_blocks, rows.size(0), code.size(2)}, code.options());
+  dense_product(with_contiguous_rows(rows).unsqueeze(0).expand({num_blocks, -1, -1}), code.transpose(0, 1), output,
+                std::nullopt);
+  return output;
 }
 
 }  // namespace torchops

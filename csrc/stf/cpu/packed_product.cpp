@@ -6,40 +6,53 @@
 
 #include <atomic>
 
-#include "core/cpu/aligned_buffer.h"
-#include "core/parallel.h"
-#include "core/tensors.h"
+#include "stf/cpu/dense_code.h"
 #include "stf/cpu/packed_product_kernel.h"
+#include "stf/cpu/tiled_product.h"
+#include "stf/tensor_factors.h"
 
 namespace torchops {
 namespace {
 
 using kernels::stf::PackedFactor;
 using kernels::stf::rows_per_group;
+using kernels::stf::SparseFactor;
 
-template <typename T>
-PackedFactor<T> packed_factor(const at::Tensor& packed_values, const at::Tensor& mask, int64_t num_rows) {
-  return {static_cast<const T*>(packed_values.const_data_ptr()),
-          static_cast<const uint16_t*>(mask.const_data_ptr()),
-          num_rows,
-          mask.size(1),
-          packed_values.size(2) / rows_per_group,
-          mask.size(2)};
+// From here on products with tiles of tokens are faster, which read each nonzero by itself.
+constexpr int64_t fewest_tokens_to_gather_atoms = 64, fewest_tokens_to_gather_rows = 32;
+
+void check_masks(bool right, int64_t nnz) {
+  TORCH_CHECK_VALUE(right, "stf_linear_packed: expected mask to have nnz = ", nnz,
+                    " bits for every row, got another number: both come from one stf_pack");
 }
 
-// work returns whether the masks it met go with the values.
-template <typename Work>
-void parallel_groups(int64_t count, int64_t cost, int64_t scratch_bytes, const Work& work) {
+// work(scratch, begin, end) for `count` units of `groups` groups of rows each returns whether the masks it met go with
+// the values.
+template <typename T, typename Work>
+void parallel_groups(const PackedFactor<T>& factor, int64_t count, int64_t groups, const Work& work) {
   std::atomic<bool> right = true;
-  parallel_units(count, cost, [&](int64_t begin, int64_t end) {
+  const auto scratch_bytes = TORCHOPS_KERNEL(stf, packed_scratch_bytes<T>)(factor);
+  parallel_units(count, groups * rows_per_group * factor.row_size(), [&](int64_t begin, int64_t end) {
     AlignedBuffer<char> scratch(static_cast<size_t>(scratch_bytes));
     if (!work(scratch.data(), begin, end)) {
       right = false;
     }
   });
-  TORCH_CHECK_VALUE(right,
-                    "stf_linear_packed: expected mask to have as many bits in every group and block as "
-                    "packed_values has values there, got another number: both come from one stf_pack");
+  check_masks(right, factor.nnz);
+}
+
+// [rows, blocks, K], of contiguous tensors.
+at::Tensor dense_code(const at::Tensor& packed_values, const at::Tensor& mask, int64_t num_rows) {
+  auto code = at::empty({num_rows, mask.size(1), mask.size(2)}, packed_values.options());
+  for_dtype(packed_values.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const kernels::stf::PackedCode<T> args{packed_factor<T>(packed_values, mask, num_rows),
+                                           static_cast<T*>(code.mutable_data_ptr())};
+    parallel_groups(args.factor, args.factor.num_groups(), 1, [&](char* memory, int64_t begin, int64_t end) {
+      return TORCHOPS_KERNEL(stf, packed_code<T>)(args, memory, begin, end);
+    });
+  });
+  return code;
 }
 
 }  // namespace
@@ -47,20 +60,27 @@ void parallel_groups(int64_t count, int64_t cost, int64_t scratch_bytes, const W
 at::Tensor CpuPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::optional<at::Tensor>& bias) const {
   const auto num_tokens = atoms.size(1);
   const auto v = packed_values.contiguous(), m = mask.contiguous();
-  const auto a = atoms.to(at::toOpMathType(v.scalar_type())).contiguous();
-  const auto b = bias ? bias->contiguous() : at::Tensor();
+  if (dense_code_pays(v.scalar_type(), num_tokens)) {
+    return dense_atoms_to_rows(dense_code(v, m, num_rows), atoms, bias);
+  }
   auto output = at::empty({num_tokens, num_rows}, v.options());
   for_dtype(v.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const kernels::stf::PackedAtomsToRows<T> args{packed_factor<T>(v, m, num_rows),
-                                                  a.const_data_ptr<kernels::accumulate_t<T>>(),
+    const auto factor = packed_factor<T>(v, m, num_rows);
+    if (num_tokens >= fewest_tokens_to_gather_atoms) {
+      WrongIndex wrong;
+      tiled_atoms_to_rows<T>(factor, with_contiguous_rows(atoms), bias, output, wrong);
+      check_masks(!wrong.any(), factor.nnz);
+      return;
+    }
+    const auto a = atoms.to(at::toOpMathType(v.scalar_type())).contiguous();
+    const auto b = bias ? bias->contiguous() : at::Tensor();
+    const kernels::stf::PackedAtomsToRows<T> args{factor, a.template const_data_ptr<kernels::accumulate_t<T>>(),
                                                   b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
                                                   static_cast<T*>(output.mutable_data_ptr()), num_tokens};
-    const auto scratch = TORCHOPS_KERNEL(stf, packed_scratch_bytes<T>)(args.factor);
-    parallel_groups(args.factor.num_groups(), rows_per_group * args.factor.num_blocks * args.factor.nnz, scratch,
-                    [&](char* memory, int64_t begin, int64_t end) {
-                      return TORCHOPS_KERNEL(stf, packed_atoms_to_rows<T>)(args, memory, begin, end);
-                    });
+    parallel_groups(factor, factor.num_groups(), 1, [&](char* memory, int64_t begin, int64_t end) {
+      return TORCHOPS_KERNEL(stf, packed_atoms_to_rows<T>)(args, memory, begin, end);
+    });
   });
   return output;
 }
@@ -68,21 +88,39 @@ at::Tensor CpuPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::o
 at::Tensor CpuPackedProduct::rows_to_atoms(const at::Tensor& rows) const {
   const auto num_tokens = rows.size(0);
   const auto v = packed_values.contiguous(), m = mask.contiguous();
+  const auto num_blocks = m.size(1), basis_size = m.size(2), missing = m.size(0) * rows_per_group - num_rows;
+  if (dense_code_pays(v.scalar_type(), num_tokens)) {
+    return dense_rows_to_atoms(dense_code(v, m, num_rows), rows);
+  }
+  if (num_tokens >= fewest_tokens_to_gather_rows) {
+    const auto padded = missing == 0 ? with_contiguous_rows(rows) : at::constant_pad_nd(rows, {0, missing});
+    auto output = at::empty({num_blocks, num_tokens, basis_size}, v.options());
+    for_dtype(v.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto factor = packed_factor<T>(v, m, num_rows);
+      WrongIndex wrong;
+      sorted_rows_to_atoms<T>(
+          SparseFactor<T>{nullptr, nullptr, false, padded.size(1), num_blocks, factor.nnz, basis_size}, padded, output,
+          wrong, [&](const auto& sorted, int64_t begin, int64_t end) {
+            return TORCHOPS_KERNEL(stf, sort_packed_rows<T>)(sorted, factor, begin, end);
+          });
+      check_masks(!wrong.any(), factor.nnz);
+    });
+    return output;
+  }
   const auto wide = rows.to(at::toOpMathType(v.scalar_type()));
-  const auto padded = at::constant_pad_nd(wide, {0, m.size(0) * rows_per_group - num_rows}).contiguous();
+  const auto padded = at::constant_pad_nd(wide, {0, missing}).contiguous();
   at::Tensor sums;
   for_dtype(v.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = kernels::accumulate_t<T>;
     kernels::stf::PackedRowsToAtoms<T> args{packed_factor<T>(v, m, num_rows), padded.const_data_ptr<A>(), nullptr,
                                             num_tokens};
-    sums = at::empty({args.num_parts(), m.size(1), num_tokens, m.size(2)}, wide.options());
+    sums = at::empty({args.num_parts(), num_blocks, num_tokens, basis_size}, wide.options());
     args.sums = sums.mutable_data_ptr<A>();
-    const auto scratch = TORCHOPS_KERNEL(stf, packed_scratch_bytes<T>)(args.factor);
-    parallel_groups(args.num_parts(), args.groups_of_part * rows_per_group * args.factor.num_blocks * args.factor.nnz,
-                    scratch, [&](char* memory, int64_t begin, int64_t end) {
-                      return TORCHOPS_KERNEL(stf, packed_rows_to_atoms<T>)(args, memory, begin, end);
-                    });
+    parallel_groups(args.factor, args.num_parts(), args.groups_of_part, [&](char* memory, int64_t begin, int64_t end) {
+      return TORCHOPS_KERNEL(stf, packed_rows_to_atoms<T>)(args, memory, begin, end);
+    });
   });
   return sums.sum(0).to(v.scalar_type());
 }

@@ -1,90 +1,10 @@
 #include "stf/cpu/packed_product_kernel.h"
 
 #include "core/cpu/arena.h"
-#include "core/cpu/simd.h"
+#include "stf/cpu/packed_groups.h"
 
 namespace torchops::kernels::stf::TORCHOPS_LEVEL {
 namespace {
-
-// 16 rows in vectors.
-template <typename A>
-struct RowGroup {
-  static constexpr int vectors = static_cast<int>(rows_per_group) / lanes<A>;
-
-  vec<A> part[vectors];
-};
-
-// The next values spread over the rows that the mask names, zeros elsewhere. It may read up to 15 values more
-// than it takes.
-template <typename A>
-inline __attribute__((always_inline)) RowGroup<A> spread(const A* values, uint32_t mask) {
-  RowGroup<A> rows;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == sizeof(float)) {
-    rows.part[0] =
-        bit_cast<vec<A>>(_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), bit_cast<__m512>(load(values))));
-    return rows;
-  } else {
-    const auto low = static_cast<__mmask8>(mask & 0xff);
-    rows.part[0] = bit_cast<vec<A>>(_mm512_maskz_expand_pd(low, bit_cast<__m512d>(load(values))));
-    rows.part[1] = bit_cast<vec<A>>(_mm512_maskz_expand_pd(static_cast<__mmask8>(mask >> 8),
-                                                           bit_cast<__m512d>(load(values + __builtin_popcount(low)))));
-    return rows;
-  }
-#else
-  A spread_out[rows_per_group];
-  for (int64_t row = 0; row < rows_per_group; ++row) {
-    const bool there = mask >> row & 1;
-    spread_out[row] = there ? *values : A(0);
-    values += there;
-  }
-  __builtin_memcpy(&rows, spread_out, sizeof(rows));
-  return rows;
-#endif
-}
-
-// Numbers that group_values may write.
-template <typename T>
-int64_t group_scratch(const PackedFactor<T>& factor) {
-  return (factor.num_blocks * factor.nnz + 1) * rows_per_group;
-}
-
-// A group's values as they are computed with, with readable memory behind them.
-template <typename T>
-const accumulate_t<T>* group_values(const PackedFactor<T>& factor, int64_t group, accumulate_t<T>* scratch) {
-  const int64_t size = factor.num_blocks * rows_per_group * factor.nnz;
-  const T* const values = factor.values + group * size;
-  if constexpr (sizeof(T) == sizeof(accumulate_t<T>)) {
-    if (group + 1 < factor.num_groups() && size >= rows_per_group) {
-      return values;
-    }
-  }
-  for_each_vector<T>(size,
-                     [&](int64_t at, int used) { store_piece(scratch + at, load_piece(values + at, used), used); });
-  return scratch;
-}
-
-// Whether each block of a group has 16 * nnz bits, as many as there are values.
-template <typename T>
-bool counts_are_right(const PackedFactor<T>& factor, int64_t group) {
-  const uint16_t* mask = factor.mask + group * factor.num_blocks * factor.basis_size;
-  for (int64_t block = 0; block < factor.num_blocks; ++block) {
-    int64_t count = 0, column = 0;
-    for (; column + 4 <= factor.basis_size; column += 4) {
-      uint64_t four;
-      __builtin_memcpy(&four, mask + column, sizeof(four));
-      count += __builtin_popcountll(four);
-    }
-    for (; column < factor.basis_size; ++column) {
-      count += __builtin_popcount(mask[column]);
-    }
-    mask += factor.basis_size;
-    if (count != rows_per_group * factor.nnz) {
-      return false;
-    }
-  }
-  return true;
-}
 
 // Sums for `tokens` tokens; even and odd columns apart, for an addition waits for the one before.
 template <int tokens, typename T>
@@ -279,7 +199,43 @@ bool packed_rows_to_atoms(const PackedRowsToAtoms<T>& args, void* scratch, int64
   return true;
 }
 
+template <typename T>
+bool packed_code(const PackedCode<T>& args, void* scratch, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  const PackedFactor<T>& factor = args.factor;
+  Arena arena(scratch);
+  const Scratch<T> buffers(&arena, factor);
+  for (int64_t group = begin; group < end; ++group) {
+    if (!counts_are_right(factor, group)) {
+      return false;
+    }
+    const A* values = group_values(factor, group, buffers.values);
+    const uint16_t* mask = factor.mask + group * factor.num_blocks * factor.basis_size;
+    for (int64_t block = 0; block < factor.num_blocks; ++block) {
+      for_each_vector<T>(factor.basis_size, [&](int64_t first, int count) {
+        RowGroup<A> columns[lanes<A>] = {};
+        for (int column = 0; column < count; ++column) {
+          columns[column] = spread(values, *mask);
+          values += __builtin_popcount(*mask++);
+        }
+        for (int v = 0; v < RowGroup<A>::vectors; ++v) {
+          turn<A>([&](int column) { return columns[column].part[v]; },
+                  [&](int lane, vec<A> numbers) {
+                    const int64_t row = group * rows_per_group + v * lanes<A> + lane;
+                    if (row < factor.num_rows) {
+                      T* const to = args.code + (row * factor.num_blocks + block) * factor.basis_size + first;
+                      store_piece(to, numbers, count);
+                    }
+                  });
+        }
+      });
+    }
+  }
+  return true;
+}
+
 #define TORCHOPS_INSTANTIATE(T)                                                             \
+  template bool packed_code(const PackedCode<T>&, void*, int64_t, int64_t);                 \
   template int64_t packed_scratch_bytes(const PackedFactor<T>&);                            \
   template bool packed_atoms_to_rows(const PackedAtomsToRows<T>&, void*, int64_t, int64_t); \
   template bool packed_rows_to_atoms(const PackedRowsToAtoms<T>&, void*, int64_t, int64_t);

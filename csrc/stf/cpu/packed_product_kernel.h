@@ -31,6 +31,13 @@ struct PackedRowsToAtoms {
   constexpr int64_t num_parts() const { return (factor.num_groups() + groups_of_part - 1) / groups_of_part; }
 };
 
+// The factor with its zeros.
+template <typename T>
+struct PackedCode {
+  PackedFactor<T> factor;
+  T* code;  // [rows, blocks, K]
+};
+
 #define TORCHOPS_DECLARE(level)                                                                           \
   namespace level {                                                                                       \
   template <typename T>                                                                                   \
@@ -38,6 +45,8 @@ struct PackedRowsToAtoms {
   /* Units are groups of rows. False if a mask does not have 16 * nnz bits. */                            \
   template <typename T>                                                                                   \
   bool packed_atoms_to_rows(const PackedAtomsToRows<T>& args, void* scratch, int64_t begin, int64_t end); \
+  template <typename T>                                                                                   \
+  bool packed_code(const PackedCode<T>& args, void* scratch, int64_t begin, int64_t end);                 \
   /* Units are parts. */                                                                                  \
   template <typename T>                                                                                   \
   bool packed_rows_to_atoms(const PackedRowsToAtoms<T>& args, void* scratch, int64_t begin, int64_t end); \

@@ -5,10 +5,10 @@
 namespace torchops::kernels::stf::TORCHOPS_LEVEL {
 namespace {
 
-template <int vectors, typename T>
-void atoms_to_rows(const AtomsToRows<T>& args, const RowBlock<T>& rows, int64_t first, int64_t tile) {
+template <int vectors, typename T, template <typename> typename Factor>
+void atoms_to_rows(const AtomsToRows<T, Factor>& args, const RowBlock<T>& rows, int64_t first, int64_t tile) {
   using A = accumulate_t<T>;
-  const SparseFactor<T>& factor = args.factor;
+  const Factor<T>& factor = args.factor;
   constexpr int64_t width = vectors * lanes<A>;
   const int64_t count = rows_in_block(factor, first);
   __builtin_memset(rows.output, 0, static_cast<size_t>(row_block * width) * sizeof(A));
@@ -152,15 +152,15 @@ void token_tiles(const TokenTiles<T>& args, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T>
-int64_t sparse_scratch_bytes(const SparseFactor<T>& factor, int64_t token_tile) {
+template <typename T, template <typename> typename Factor>
+int64_t sparse_scratch_bytes(const Factor<T>& factor, int64_t token_tile) {
   Arena arena(nullptr);
   RowBlock<T>(&arena, factor, token_tile);
   return arena.bytes();
 }
 
-template <typename T>
-int64_t atoms_to_rows(const AtomsToRows<T>& args, void* scratch, int64_t begin, int64_t end) {
+template <typename T, template <typename> typename Factor>
+int64_t atoms_to_rows(const AtomsToRows<T, Factor>& args, void* scratch, int64_t begin, int64_t end) {
   Arena arena(scratch);
   const RowBlock<T> rows(&arena, args.factor, args.token_tile);
   int64_t loaded = -1;
@@ -202,11 +202,13 @@ int64_t value_gradient(const ValueGradient<T>& args, void* scratch, int64_t begi
   return -1;
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                                   \
-  template int64_t token_tile<T>(int64_t);                                        \
-  template void token_tiles(const TokenTiles<T>&, int64_t, int64_t);              \
-  template int64_t sparse_scratch_bytes(const SparseFactor<T>&, int64_t);         \
-  template int64_t atoms_to_rows(const AtomsToRows<T>&, void*, int64_t, int64_t); \
+#define TORCHOPS_INSTANTIATE(T)                                                                 \
+  template int64_t token_tile<T>(int64_t);                                                      \
+  template void token_tiles(const TokenTiles<T>&, int64_t, int64_t);                            \
+  template int64_t sparse_scratch_bytes(const SparseFactor<T>&, int64_t);                       \
+  template int64_t sparse_scratch_bytes(const PackedFactor<T>&, int64_t);                       \
+  template int64_t atoms_to_rows(const AtomsToRows<T>&, void*, int64_t, int64_t);               \
+  template int64_t atoms_to_rows(const AtomsToRows<T, PackedFactor>&, void*, int64_t, int64_t); \
   template int64_t value_gradient(const ValueGradient<T>&, void*, int64_t, int64_t);
 TORCHOPS_INSTANTIATE(double)
 TORCHOPS_INSTANTIATE(float)

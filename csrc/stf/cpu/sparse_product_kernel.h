@@ -1,6 +1,7 @@
 #pragma once
 
 #include "core/cpu/level.h"
+#include "stf/packed_factor.h"
 #include "stf/sparse_factor.h"
 
 // Products with the sparse factor, for tiles of tokens that lie side by side in vectors: every nonzero is a
@@ -9,6 +10,8 @@
 //
 // A product adds sources (atoms, or rows) to destinations (rows, or atoms). It takes the sources in chunks whose
 // tokens fit in the nearest cache, and keeps a destination's sums in registers for its nonzeros among them.
+//
+// A packed factor is read in the same way: its nonzeros become lists on the way to the registers.
 
 namespace torchops::kernels::stf {
 
@@ -24,13 +27,13 @@ constexpr int64_t parts_of(int64_t count, int64_t size) {
 }
 
 // Sources in a chunk. More than fit where the factor is so sparse that loading and storing a destination's sums
-// would not pay.
-template <typename T>
-constexpr int64_t sources_of_chunk(const SparseFactor<T>& factor, int64_t token_tile) {
+// would not pay. A multiple of the rows of a packed factor's group.
+template <typename T, template <typename> typename Factor>
+constexpr int64_t sources_of_chunk(const Factor<T>& factor, int64_t token_tile) {
   constexpr int64_t cache_bytes = 32 << 10, nonzeros_that_pay = 24;
   const int64_t fitting = cache_bytes / (token_tile * static_cast<int64_t>(sizeof(accumulate_t<T>)));
   const int64_t paying = factor.nnz == 0 ? 0 : parts_of(nonzeros_that_pay * factor.basis_size, factor.nnz);
-  const int64_t chunk = fitting < paying ? paying : fitting;
+  const int64_t chunk = parts_of(fitting < paying ? paying : fitting, rows_per_group) * rows_per_group;
   return chunk < most_sources ? chunk : most_sources;
 }
 
@@ -46,9 +49,9 @@ struct TokenTiles {
 };
 
 // output[t, r] = bias[r] + sum over b, e of values[r, b, e] * atoms[b, t, indices[r, b, e]].
-template <typename T>
+template <typename T, template <typename> typename Factor = SparseFactor>
 struct AtomsToRows {
-  SparseFactor<T> factor;
+  Factor<T> factor;
   const accumulate_t<T>* atoms;  // [blocks][tiles][K][token_tile]
   const T* bias;                 // [rows], or null
   T* output;                     // [T, rows]
@@ -79,7 +82,7 @@ struct ValueGradient {
 // tokens faster than nonzeros are added to sums in memory.
 template <typename T>
 struct SortedFactor {
-  SparseFactor<T> factor;
+  SparseFactor<T> factor;  // of a packed one only the sizes, with whole groups of rows
   int64_t chunk_rows;
   accumulate_t<T>* values;  // [rows * blocks * nnz]
   uint16_t* rows;           // the same: a row counted within its chunk
@@ -140,35 +143,38 @@ struct RowsToAtoms {
   constexpr int64_t num_output_units() const { return factor.num_blocks * num_tiles(); }
 };
 
-// Functions that read indices return the position of one that is out of range, -1 if there is none.
-#define TORCHOPS_DECLARE(level)                                                                           \
-  namespace level {                                                                                       \
-  /* Tokens in a tile. */                                                                                 \
-  template <typename T>                                                                                   \
-  int64_t token_tile(int64_t num_tokens);                                                                 \
-  /* Whether rows_to_atoms goes by a sorted factor. */                                                    \
-  template <typename T>                                                                                   \
-  bool sorting_pays(int64_t num_tokens);                                                                  \
-  /* Units are tiles. */                                                                                  \
-  template <typename T>                                                                                   \
-  void token_tiles(const TokenTiles<T>& args, int64_t begin, int64_t end);                                \
-  template <typename T>                                                                                   \
-  int64_t sparse_scratch_bytes(const SparseFactor<T>& factor, int64_t token_tile);                        \
-  template <typename T>                                                                                   \
-  int64_t atoms_to_rows(const AtomsToRows<T>& args, void* scratch, int64_t begin, int64_t end);           \
-  template <typename T>                                                                                   \
-  int64_t value_gradient(const ValueGradient<T>& args, void* scratch, int64_t begin, int64_t end);        \
-  /* Units are chunks of rows. */                                                                         \
-  template <typename T>                                                                                   \
-  int64_t sort_rows(const SortedFactor<T>& args, int64_t begin, int64_t end);                             \
-  template <typename T>                                                                                   \
-  int64_t sorted_scratch_bytes(int64_t token_tile);                                                       \
-  template <typename T>                                                                                   \
-  void sorted_rows_to_atoms(const SortedRowsToAtoms<T>& args, void* scratch, int64_t begin, int64_t end); \
-  template <typename T>                                                                                   \
-  int64_t rows_to_atoms(const RowsToAtoms<T>& args, void* scratch, int64_t begin, int64_t end);           \
-  template <typename T>                                                                                   \
-  void add_parts(const RowsToAtoms<T>& args, int64_t begin, int64_t end);                                 \
+// Functions that read indices return the position of one that is out of range, -1 if there is none. Those that read a
+// packed factor return -1 or a number that is not negative, if masks name other numbers of values than there are.
+#define TORCHOPS_DECLARE(level)                                                                                     \
+  namespace level {                                                                                                 \
+  /* Tokens in a tile. */                                                                                           \
+  template <typename T>                                                                                             \
+  int64_t token_tile(int64_t num_tokens);                                                                           \
+  /* Whether rows_to_atoms goes by a sorted factor. */                                                              \
+  template <typename T>                                                                                             \
+  bool sorting_pays(int64_t num_tokens);                                                                            \
+  /* Units are tiles. */                                                                                            \
+  template <typename T>                                                                                             \
+  void token_tiles(const TokenTiles<T>& args, int64_t begin, int64_t end);                                          \
+  template <typename T, template <typename> typename Factor>                                                        \
+  int64_t sparse_scratch_bytes(const Factor<T>& factor, int64_t token_tile);                                        \
+  template <typename T, template <typename> typename Factor>                                                        \
+  int64_t atoms_to_rows(const AtomsToRows<T, Factor>& args, void* scratch, int64_t begin, int64_t end);             \
+  template <typename T>                                                                                             \
+  int64_t value_gradient(const ValueGradient<T>& args, void* scratch, int64_t begin, int64_t end);                  \
+  /* Units are chunks of rows. */                                                                                   \
+  template <typename T>                                                                                             \
+  int64_t sort_rows(const SortedFactor<T>& args, int64_t begin, int64_t end);                                       \
+  template <typename T>                                                                                             \
+  int64_t sort_packed_rows(const SortedFactor<T>& args, const PackedFactor<T>& factor, int64_t begin, int64_t end); \
+  template <typename T>                                                                                             \
+  int64_t sorted_scratch_bytes(int64_t token_tile);                                                                 \
+  template <typename T>                                                                                             \
+  void sorted_rows_to_atoms(const SortedRowsToAtoms<T>& args, void* scratch, int64_t begin, int64_t end);           \
+  template <typename T>                                                                                             \
+  int64_t rows_to_atoms(const RowsToAtoms<T>& args, void* scratch, int64_t begin, int64_t end);                     \
+  template <typename T>                                                                                             \
+  void add_parts(const RowsToAtoms<T>& args, int64_t begin, int64_t end);                                           \
   }
 TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)
 #undef TORCHOPS_DECLARE

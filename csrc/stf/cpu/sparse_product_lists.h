@@ -1,7 +1,10 @@
 #pragma once
 
+#include <type_traits>
+
 #include "core/cpu/arena.h"
 #include "core/cpu/simd.h"
+#include "stf/cpu/packed_groups.h"
 #include "stf/cpu/sparse_product_kernel.h"
 
 // What the products with the sparse factor have in common: nonzeros as lists of values and sources, and sums of
@@ -56,19 +59,24 @@ template <typename T>
 struct RowBlock {
   using A = accumulate_t<T>;
 
-  A* values;          // [row_block][blocks][nnz]
-  uint16_t* sources;  // [row_block][blocks][nnz]
-  int32_t* starts;    // [row_block][blocks][chunks + 1]: where the nonzeros of a chunk of atoms begin
-  A* output;          // [row_block][token_tile]
+  A* values;           // [row_block][blocks][nnz]
+  uint16_t* sources;   // [row_block][blocks][nnz]
+  int32_t* starts;     // [row_block][blocks][chunks + 1]: where the nonzeros of a chunk of atoms begin
+  A* output;           // [row_block][token_tile]
+  A* group = nullptr;  // room for the values of a packed factor's group
   int64_t chunk_size;
   int64_t num_chunks;
 
-  RowBlock(Arena* arena, const SparseFactor<T>& factor, int64_t token_tile)
+  template <template <typename> typename Factor>
+  RowBlock(Arena* arena, const Factor<T>& factor, int64_t token_tile)
       : chunk_size(sources_of_chunk(factor, token_tile)), num_chunks(parts_of(factor.basis_size, chunk_size)) {
     values = arena->take<A>(row_block * factor.row_size());
     sources = arena->take<uint16_t>(row_block * factor.row_size());
     starts = arena->take<int32_t>(row_block * factor.num_blocks * (num_chunks + 1));
     output = arena->take<A>(row_block * token_tile);
+    if constexpr (std::is_same_v<Factor<T>, PackedFactor<T>>) {
+      group = arena->take<A>(group_scratch(factor));
+    }
   }
 
   // Reads count rows from `first` on. Returns the position of an index that is out of range, or -1.
@@ -86,13 +94,37 @@ struct RowBlock {
     if (highest >= factor.basis_size && size > 0) {
       return first_wrong_index(factor, begin, size);
     }
-    for (int64_t list = 0; list < count * factor.num_blocks; ++list) {
-      find_chunks(list * factor.nnz, factor.nnz, starts + list * (num_chunks + 1));
+    find_chunks(count * factor.num_blocks, factor.nnz);
+    return -1;
+  }
+
+  int64_t load(const PackedFactor<T>& factor, int64_t first, int64_t count) const {
+    for (int64_t row = 0; row < count; row += rows_per_group) {
+      const int64_t index = (first + row) / rows_per_group;
+      if (!counts_are_right(factor, index)) {
+        return first;
+      }
+      const A* const of_group = group_values(factor, index, group);
+      for (int64_t block = 0; block < factor.num_blocks; ++block) {
+        const int64_t at = row * factor.row_size() + block * factor.nnz;
+        if (!list_rows(of_group + block * rows_per_group * factor.nnz,
+                       factor.mask + (index * factor.num_blocks + block) * factor.basis_size, factor.basis_size,
+                       factor.nnz, values + at, sources + at, factor.row_size())) {
+          return first;
+        }
+      }
     }
+    find_chunks(count * factor.num_blocks, factor.nnz);
     return -1;
   }
 
  private:
+  void find_chunks(int64_t num_lists, int64_t nnz) const {
+    for (int64_t list = 0; list < num_lists; ++list) {
+      find_chunks(list * nnz, nnz, starts + list * (num_chunks + 1));
+    }
+  }
+
   // Sources that do not increase count as the first chunk's: slower and as right.
   void find_chunks(int64_t begin, int64_t nnz, int32_t* chunk_starts) const {
     bool descends = false;
@@ -118,23 +150,10 @@ struct RowBlock {
   }
 };
 
-template <typename T>
-int64_t rows_in_block(const SparseFactor<T>& factor, int64_t first) {
+template <typename Factor>
+int64_t rows_in_block(const Factor& factor, int64_t first) {
   const int64_t left = factor.num_rows - first;
   return left < row_block ? left : row_block;
-}
-
-// A square of numbers, loaded row by row, turned and handed to store_row(row, numbers).
-template <typename A, typename Load, typename Store>
-inline __attribute__((always_inline)) void turn(const Load& load_row, const Store& store_row) {
-  vec<A> square[lanes<A>];
-  for (int row = 0; row < lanes<A>; ++row) {
-    square[row] = load_row(row);
-  }
-  transpose(square);
-  for (int row = 0; row < lanes<A>; ++row) {
-    store_row(row, square[row]);
-  }
 }
 
 // sums [vectors] += the values of a list times the tokens [vectors] of their sources. Neighbours go to sums of

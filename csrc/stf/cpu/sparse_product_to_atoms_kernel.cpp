@@ -54,6 +54,31 @@ void sort_chunk(const SortedFactor<T>& args, int64_t chunk, int64_t block) {
   }
 }
 
+// A packed factor has the order of atoms within its groups.
+template <typename T>
+void merge_groups(const SortedFactor<T>& args, const PackedFactor<T>& factor, int64_t chunk, int64_t block) {
+  const int64_t first_group = chunk * args.chunk_rows / rows_per_group;
+  const int64_t num_groups = parts_of(args.rows_in_chunk(chunk), rows_per_group);
+  const T* const end = factor.values + factor.num_groups() * rows_per_group * factor.row_size();
+  const T* values[most_sources / rows_per_group];
+  for (int64_t group = 0; group < num_groups; ++group) {
+    values[group] = factor.values + ((first_group + group) * factor.num_blocks + block) * rows_per_group * factor.nnz;
+  }
+  int64_t at = args.first_nonzero(chunk, block);
+  int32_t* const starts = args.starts + args.first_start(chunk, block);
+  starts[0] = 0;
+  for (int64_t atom = 0; atom < factor.basis_size; ++atom) {
+    for (int64_t group = 0; group < num_groups; ++group) {
+      const uint16_t mask = factor.mask[((first_group + group) * factor.num_blocks + block) * factor.basis_size + atom];
+      const int count =
+          append_column(values[group], end, mask, group * rows_per_group, args.values + at, args.rows + at);
+      values[group] += count;
+      at += count;
+    }
+    starts[atom + 1] = static_cast<int32_t>(at - args.first_nonzero(chunk, block));
+  }
+}
+
 // The sums of a block of atoms, from all rows.
 template <int vectors, typename T>
 void gather_rows(const SortedRowsToAtoms<T>& args, int64_t block, int64_t first_atom, int64_t count, int64_t tile,
@@ -146,6 +171,22 @@ int64_t sort_rows(const SortedFactor<T>& args, int64_t begin, int64_t end) {
 }
 
 template <typename T>
+int64_t sort_packed_rows(const SortedFactor<T>& args, const PackedFactor<T>& factor, int64_t begin, int64_t end) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * args.chunk_rows;
+    for (int64_t row = first; row < first + args.rows_in_chunk(chunk); row += rows_per_group) {
+      if (!counts_are_right(factor, row / rows_per_group)) {
+        return row;
+      }
+    }
+    for (int64_t block = 0; block < factor.num_blocks; ++block) {
+      merge_groups(args, factor, chunk, block);
+    }
+  }
+  return -1;
+}
+
+template <typename T>
 int64_t sorted_scratch_bytes(int64_t token_tile) {
   return atom_block * token_tile * static_cast<int64_t>(sizeof(accumulate_t<T>));
 }
@@ -219,12 +260,13 @@ void add_parts(const RowsToAtoms<T>& args, int64_t begin, int64_t end) {
   }
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                                             \
-  template bool sorting_pays<T>(int64_t);                                                   \
-  template int64_t sort_rows(const SortedFactor<T>&, int64_t, int64_t);                     \
-  template int64_t sorted_scratch_bytes<T>(int64_t);                                        \
-  template void sorted_rows_to_atoms(const SortedRowsToAtoms<T>&, void*, int64_t, int64_t); \
-  template int64_t rows_to_atoms(const RowsToAtoms<T>&, void*, int64_t, int64_t);           \
+#define TORCHOPS_INSTANTIATE(T)                                                                        \
+  template bool sorting_pays<T>(int64_t);                                                              \
+  template int64_t sort_rows(const SortedFactor<T>&, int64_t, int64_t);                                \
+  template int64_t sort_packed_rows(const SortedFactor<T>&, const PackedFactor<T>&, int64_t, int64_t); \
+  template int64_t sorted_scratch_bytes<T>(int64_t);                                                   \
+  template void sorted_rows_to_atoms(const SortedRowsToAtoms<T>&, void*, int64_t, int64_t);            \
+  template int64_t rows_to_atoms(const RowsToAtoms<T>&, void*, int64_t, int64_t);                      \
   template void add_parts(const RowsToAtoms<T>&, int64_t, int64_t);
 TORCHOPS_INSTANTIATE(double)
 TORCHOPS_INSTANTIATE(float)

@@ -13,25 +13,14 @@
 #include "stf/cuda/few_tokens.h"
 #include "stf/cuda/packed_atoms_to_rows.cuh"
 #include "stf/cuda/packed_rows_to_atoms.cuh"
+#include "stf/tensor_factors.h"
 
 namespace torchops {
 namespace {
 
 using kernels::accumulate_t;
-using kernels::stf::PackedFactor;
-using kernels::stf::rows_per_group;
 
 constexpr unsigned threads_of_elements = 256;
-
-template <typename T>
-PackedFactor<T> packed_factor(const at::Tensor& packed_values, const at::Tensor& mask, int64_t num_rows) {
-  return {static_cast<const T*>(packed_values.const_data_ptr()),
-          static_cast<const uint16_t*>(mask.const_data_ptr()),
-          num_rows,
-          mask.size(1),
-          packed_values.size(2) / rows_per_group,
-          mask.size(2)};
-}
 
 }  // namespace
 

@@ -16,25 +16,14 @@
 #include "stf/cuda/rows_to_atoms.cuh"
 #include "stf/cuda/take_nonzeros.cuh"
 #include "stf/cuda/value_gradient.cuh"
+#include "stf/tensor_factors.h"
 
 namespace torchops {
 namespace {
 
 using kernels::accumulate_t;
-using kernels::stf::SparseFactor;
 
 constexpr unsigned threads_of_elements = 256;
-
-template <typename T>
-SparseFactor<T> sparse_factor(const at::Tensor& values, const at::Tensor& indices, int64_t basis_size) {
-  return {values.defined() ? static_cast<const T*>(values.const_data_ptr()) : nullptr,
-          indices.const_data_ptr(),
-          indices.scalar_type() == at::kByte,
-          indices.size(0),
-          indices.size(1),
-          indices.size(2),
-          basis_size};
-}
 
 }  // namespace
 
