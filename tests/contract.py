@@ -147,9 +147,8 @@ def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
 def gradients_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
     """From the gradients of all outputs, some of which may have none; None for an input that none depends on."""
     used = [index for index, out in enumerate(outputs) if out.requires_grad]
-    return torch.autograd.grad(
-        [outputs[index] for index in used], inputs, [grads[index].to(outputs[index]) for index in used], allow_unused=True
-    )
+    of_used = [grads[index].to(outputs[index]) for index in used]
+    return torch.autograd.grad([outputs[index] for index in used], inputs, of_used, allow_unused=True)
 
 
 def gradients(op: Callable, inputs: Inputs, names: Sequence[str]) -> list[Tensor]:

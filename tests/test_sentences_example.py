@@ -12,9 +12,10 @@ for package in ("transformers", "rich", "matplotlib"):
 
 import transformers  # noqa: E402
 
+from examples.common.low_rank import LowRank, input_grams  # noqa: E402
 from examples.sentences import data, page, track  # noqa: E402
 from examples.sentences.encoder import SentenceEncoder  # noqa: E402
-from examples.sentences.weights import Spectra, errors_by_bytes, errors_by_numbers, low_rank  # noqa: E402
+from examples.sentences.weights import Spectra, errors_by_bytes, errors_by_numbers  # noqa: E402
 
 TOKENS = torch.tensor([[5, 9, 3, 7, 2], [8, 4, 6, 0, 0]])  # 0 is padding
 
@@ -60,17 +61,33 @@ def test_factored_and_low_rank_layers_take_no_more_than_was_asked_for(model: Sen
     assert sum(module.num_bytes("packed") for module in of_model) == 2 * report.total().packed_bytes - sum(
         module.mask.nbytes for module in track.in_form(factored, "pack").modules() if hasattr(module, "mask")
     )  # numbers are float32 again, masks are what they were
-    truncated = track.truncated(model, errors)
+    truncated = track.truncated(model, errors, input_grams(model.layers(), lambda: model(TOKENS)))
     for error in errors:
-        sequence = truncated.layers().get_submodule(error.layer)
-        assert sequence[0].out_features == error.rank
+        assert len(truncated.layers().get_submodule(error.layer).first) == error.rank
+
+
+@torch.inference_mode()
+def test_layers_fitted_to_texts_compute_these_better(model: SentenceEncoder) -> None:
+    targets = model(TOKENS)
+    by_weights, report = track.factored(model, 2.0)
+    fitted, _ = track.factored(model, 2.0, [TOKENS])
+    assert track.missed(fitted(TOKENS), targets) < 0.7 * track.missed(by_weights(TOKENS), targets)
+    norms, expected = fitted.layers()[0].output.LayerNorm, model.layers()[0].output.LayerNorm
+    assert norms.weight.dtype == torch.float32 and torch.equal(norms.weight, expected.weight)
+    weights = track.linear_weights(model)
+    errors = errors_by_bytes(report, weights, Spectra(weights))
+    grams = input_grams(model.layers(), lambda: model(TOKENS))
+    assert list(grams) == list(weights)
+    rank_fitted = track.truncated(model, errors, grams)
+    uncorrelated = track.truncated(model, errors, {name: torch.eye(len(gram)).double() for name, gram in grams.items()})
+    assert track.missed(rank_fitted(TOKENS), targets) < 0.7 * track.missed(uncorrelated(TOKENS), targets)
 
 
 def test_error_of_the_svd_is_that_of_the_low_rank_layer() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(24, 40)
-    product = low_rank(linear, 5)
-    approximation = product[1].weight @ product[0].weight
+    product = LowRank(linear, 5)
+    approximation = product.second @ product.first
     error = (linear.weight - approximation).norm() / linear.weight.norm()
     assert Spectra({"layer": linear.weight.detach()}).error("layer", 5) == pytest.approx(error.item(), rel=1e-4)
     inputs = torch.randn(3, 24)

@@ -197,24 +197,32 @@ def test_from_linear_refuses_an_impossible_compression(linear: nn.Linear, compre
     assert str(error.value) == f"STFLinear.from_linear: {message}"
 
 
-def test_calibration_weighs_the_error_by_the_inputs() -> None:
+@pytest.mark.parametrize("sparse_side", ["output", "input"])
+def test_calibration_weighs_the_error_by_the_inputs(sparse_side: str) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(32, 64)
-    inputs = torch.randn(4, 50, 32) * torch.logspace(0, -2, 32)
+    linear = nn.Linear(32, 64) if sparse_side == "output" else nn.Linear(64, 32)
+    inputs = torch.randn(4, 50, linear.in_features) * torch.logspace(0, -2, linear.in_features)
 
     def error(layer: nn.Module) -> float:
         return (layer(inputs) - linear(inputs)).norm().item()
 
     calibrated = STFLinear.from_linear(linear, 2.5, calibration=inputs)
+    assert calibrated.sparse_side == sparse_side
     assert error(calibrated) < 0.9 * error(STFLinear.from_linear(linear, 2.5))
 
 
-def test_calibration_is_refused_where_it_couples_the_rows() -> None:
-    linear = nn.Linear(64, 32)
-    with pytest.raises(ValueError, match="expected no calibration with the sparse factor on the input's side"):
-        STFLinear.from_linear(linear, calibration=torch.randn(10, 64))
-    layer = STFLinear.from_linear(linear, calibration=torch.randn(100, 64), sparse_side="output", num_iterations=1)
-    assert layer.sparse_side == "output"
+@pytest.mark.parametrize(
+    "calibration, message",
+    [
+        (torch.randn(10, 63), r"calibration of shape \[..., in_features = 64\], got \[10, 63\]"),
+        (torch.full((10, 64), torch.nan), "calibration of finite numbers, got NaN or infinity"),
+    ],
+    ids=["size", "NaN"],
+)
+@pytest.mark.parametrize("out_features", [32, 100])
+def test_calibration_that_is_refused(calibration: torch.Tensor, message: str, out_features: int) -> None:
+    with pytest.raises(ValueError, match=f"STFLinear.from_linear: expected {message}"):
+        STFLinear.from_linear(nn.Linear(64, out_features), calibration=calibration)
 
 
 # ---- factorize_ ---------------------------------------------------------------------------------
@@ -264,6 +272,50 @@ def test_report_adds_up() -> None:
     assert f"{total.dense_bytes / total.packed_bytes:.2f} x" in lines[-1]
 
 
+def test_factorize_with_calibration_keeps_what_the_model_computes() -> None:
+    torch.manual_seed(0)
+    plain, model = Model(), Model()
+    model.load_state_dict(plain.state_dict())
+    model.train(), model.body.eval()
+    batches = [torch.randn(20, 32) * torch.logspace(0, -2, 32) for _ in range(3)]
+    seen = []
+    expected = [plain(batch) for batch in batches]
+
+    def run(given: nn.Module) -> None:
+        seen.append((given.training, torch.is_grad_enabled()))
+        for batch in batches:
+            given(batch)
+
+    def error(given: nn.Module) -> float:
+        return sum((given(batch) - out).square().sum().item() for batch, out in zip(batches, expected, strict=True))
+
+    down, outputs = plain.body[1], []
+    hook = down.register_forward_hook(lambda module, inputs, output: outputs.append(output - down.bias))
+    run(plain)
+    hook.remove()
+    seen.clear()
+
+    calibrated = factorize_(model, 2.0, verbose=False, calibration=run)
+    assert seen == [(False, False)]
+    assert model.training and model.head.training and not model.body.training
+    uncalibrated = factorize_(plain, 2.0, verbose=False)
+    assert error(model) < error(plain)
+    assert len(outputs) == 2 * len(batches)  # the model runs that layer twice
+    row = next(layer for layer in calibrated.layers if layer.name == "body.1")
+    assert row.output_norm == pytest.approx(torch.cat(outputs).norm().item(), rel=1e-5)
+    for with_it, without in zip(calibrated.layers, uncalibrated.layers, strict=True):
+        assert with_it.error > without.error and with_it.output_error < with_it.output_norm
+        assert str(without.output_error) == "nan"
+    assert f"{calibrated.total().output_error / calibrated.total().output_norm:.3f}" in str(calibrated)
+
+
+def test_factorize_refuses_a_calibration_that_misses_layers() -> None:
+    model = Model()
+    with pytest.raises(ValueError, match=r"factorize_: expected calibration to run .* got none of body.1, head: let"):
+        factorize_(model, 1.5, verbose=False, calibration=lambda given: given.up(torch.randn(5, 32)))
+    assert unchanged(model)
+
+
 def test_factorize_shows_progress_and_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,15 +340,15 @@ def unchanged(model: nn.Module) -> bool:
 def test_factorize_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     made = []
-    from_linear = STFLinear.from_linear
+    from_gram = STFLinear._from_gram
 
     def fails_at_the_second(*args: Any, **options: Any) -> STFLinear:
         if made:
             raise RuntimeError("interrupted")
-        made.append(from_linear(*args, **options))
+        made.append(from_gram(*args, **options))
         return made[0]
 
-    monkeypatch.setattr(STFLinear, "from_linear", fails_at_the_second)
+    monkeypatch.setattr(STFLinear, "_from_gram", fails_at_the_second)
     with pytest.raises(RuntimeError, match="interrupted"):
         factorize_(model, 1.5, num_iterations=1, verbose=False)
     assert unchanged(model)

@@ -9,29 +9,31 @@ measured last.
 import copy
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 import torchops
 
 from ..common import measurement
+from ..common.low_rank import LowRank, input_grams
 from ..common.report import Panel, Point, console, plot, print_table, write_results
 from ..common.training import train
 from .data import Texts, load
 from .encoder import SentenceEncoder, Tokenizer
 from .encoder import load as load_encoder
 from .page import Table
-from .weights import Spectra, WeightError, by_kind, errors_by_bytes, errors_by_numbers, low_rank, mean
+from .weights import Spectra, WeightError, by_kind, errors_by_bytes, errors_by_numbers, mean
 
 COMPRESSIONS = (2.0, 2.8, 3.57)  # the paper's
 BATCH_SIZE = 32
 LEARNING_RATE = 5e-4
 LONGEST_TRAINED, LONGEST_TESTED = 32, 64  # tokens
+TRAINED = ("factored", "low rank")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"one sentence": (1, 16), "32 sentences": (32, 32)}  # sentences, tokens of each
 
@@ -131,30 +133,34 @@ def linear_weights(model: SentenceEncoder) -> dict[str, Tensor]:
     return {name: module.weight.detach() for name, module in layers if type(module) is nn.Linear}
 
 
-def factored(dense: SentenceEncoder, compression: float) -> tuple[SentenceEncoder, torchops.nn.FactorizationReport]:
-    """A copy whose linear layers are factored. The layers are bfloat16 for as long as that takes, since bytes are
-    counted: a mask weighs more beside numbers of 16 bits."""
-    model = copy.deepcopy(dense)
-    model.layers().bfloat16()
-    console.print(f"Factoring the layers to 1/{compression:g} of their bytes.")
-    rows: list[torchops.nn.FactorizedLayer] = []
-    for index, layer in track(
-        list(enumerate(model.layers())), description=f"{'layers of the encoder':36}", console=console
-    ):
-        report = torchops.nn.factorize_(layer, compression, verbose=False)
-        rows += [torchops.nn.FactorizedLayer(**asdict(row) | {"name": f"{index}.{row.name}"}) for row in report.layers]
-    model.float()
-    return model, torchops.nn.FactorizationReport(rows)
+def factored(
+    dense: SentenceEncoder, compression: float, batches: Sequence[Tensor] = ()
+) -> tuple[SentenceEncoder, torchops.nn.FactorizationReport]:
+    """A copy whose linear layers are factored: to be close to the weights, or to what is computed of batches of tokens.
+    The model is bfloat16 for as long as that takes, since bytes are counted: a mask weighs more beside numbers of 16
+    bits."""
+    model = copy.deepcopy(dense).bfloat16()
+    fitted = " to what they compute" if batches else ""
+    with console.status(f"Factoring the layers to 1/{compression:g} of their bytes{fitted}"):
+        report = torchops.nn.factorize_(
+            model.layers(),
+            compression,
+            verbose=False,
+            calibration=(lambda _: [model.embed(tokens) for tokens in batches]) if batches else None,
+        )
+    model.float().load_state_dict(dense.state_dict(), strict=False)  # what is not factored was rounded
+    return model, report
 
 
-def truncated(dense: SentenceEncoder, errors: Sequence[WeightError]) -> SentenceEncoder:
-    """A copy whose linear layers are products of two dense ones, of the ranks that take as many bytes."""
+def truncated(dense: SentenceEncoder, errors: Sequence[WeightError], grams: Mapping[str, Tensor]) -> SentenceEncoder:
+    """A copy whose linear layers are products of two dense ones, of the ranks that take as many bytes, fitted to what
+    the layers compute."""
     model = copy.deepcopy(dense)
     layers = model.layers()
     for error in errors:
         parent, _, attribute = error.layer.rpartition(".")
         linear = layers.get_submodule(error.layer)
-        setattr(layers.get_submodule(parent), attribute, low_rank(linear, error.rank))
+        setattr(layers.get_submodule(parent), attribute, LowRank(linear, error.rank, grams[error.layer]))
     return model
 
 
@@ -199,7 +205,9 @@ def measure(variants: Sequence[Variant], rounds: int) -> None:
     """Fills in the times of forward passes. Factored layers are packed, as for inference; at the lowest compression
     they are measured before that, too."""
     measured = [
-        variant for variant in variants if variant.series != "low rank" or variant.compression == COMPRESSIONS[0]
+        variant
+        for variant in variants
+        if variant.series == "factored" or (variant.series != "by weights" and variant.compression <= COMPRESSIONS[0])
     ]
     for dtype_name, dtype in DTYPES.items():
         models: dict[tuple[str, str], nn.Module] = {}
@@ -361,7 +369,7 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
         the tables, and the plot's file.
     """
     compressions = COMPRESSIONS[:1] if short else COMPRESSIONS
-    num_docstrings, steps, rounds = (50, 5, 2) if short else (400, 120, 6)
+    num_docstrings, num_batches, steps, rounds = (50, 2, 5, 2) if short else (400, 40, 300, 6)
     folder = output / "sentences"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -383,13 +391,21 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
     num_bytes = sum(2 * weight.numel() for weight in weights.values())
     variants = [Variant("dense", 1, dense, Result(num_bytes))]
     by_bytes: dict[float, list[WeightError]] = {}
+    by_weights = []
     for compression in compressions:
         model, report = factored(dense, compression)
         by_bytes[compression] = errors_by_bytes(report, weights, spectra)
+        by_weights.append(Variant("by weights", compression, model, Result(report.total().packed_bytes)))
+    batches = distillation(dense, tokenize, texts.sentences, seed=2)
+    sample = [tokens for tokens, _ in islice(batches, num_batches)]
+    for compression in compressions:
+        model, report = factored(dense, compression, sample)
         variants.append(Variant("factored", compression, model, Result(report.total().packed_bytes)))
+    variants += by_weights
+    grams = input_grams(dense.layers(), lambda: [dense.embed(tokens) for tokens in sample])
     for compression in compressions:
         bytes_of_ranks = sum(2 * error.rank * sum(weights[error.layer].shape) for error in by_bytes[compression])
-        model = truncated(dense, by_bytes[compression])
+        model = truncated(dense, by_bytes[compression], grams)
         variants.append(Variant("low rank", compression, model, Result(bytes_of_ranks)))
     errors |= {f"{compression:g}x in bytes": found for compression, found in by_bytes.items()}
     show_table(table := error_table(errors))
@@ -398,7 +414,7 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
     console.print(f"\n2. Training variants for {steps} steps each to do what the dense model does.")
     for variant in variants:
         variant.result.before = examination.examine(variant.model)
-        if variant.series == "dense" or (variant.series == "low rank" and variant.compression != COMPRESSIONS[0]):
+        if variant.series not in TRAINED or (variant.series == "low rank" and variant.compression != COMPRESSIONS[0]):
             continue
         in_form(variant.model, "straight_through")
         batches = distillation(dense, tokenize, texts.sentences, seed=1)

@@ -6,7 +6,7 @@ from time import perf_counter
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 import torchops
 
@@ -121,16 +121,3 @@ def by_kind(errors: Sequence[WeightError]) -> dict[str, list[WeightError]]:
 
 def mean(errors: Sequence[WeightError], value: Callable[[WeightError], float]) -> float:
     return sum(map(value, errors)) / len(errors)
-
-
-def low_rank(linear: nn.Linear, rank: int) -> nn.Sequential:
-    """The truncated SVD of a layer, as two dense ones."""
-    left, values, right = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
-    scale = values[:rank].sqrt()
-    first = nn.Linear(linear.in_features, rank, bias=False)
-    second = nn.Linear(rank, linear.out_features)
-    with torch.no_grad():
-        first.weight.copy_(scale.unsqueeze(1) * right[:rank])
-        second.weight.copy_(left[:, :rank] * scale)
-        second.bias.copy_(linear.bias)
-    return nn.Sequential(first, second)

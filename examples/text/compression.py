@@ -1,21 +1,25 @@
 """Linear layers in fewer bytes: factored by torchops, and for comparison of low rank.
 
-A model is changed in place, and trains as before: factored layers straight through their choice of basis vectors.
+A model is changed in place, and its layers are fitted to what they compute while ``run`` lets it compute something. It
+trains as before: factored layers straight through their choice of basis vectors.
 """
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
 
 import torchops
 from torchops.nn import STFLinear
 
+from ..common.low_rank import LowRank, input_grams
 from ..common.report import console
 
 
-def factor(model: nn.Module, compression: float) -> nn.Module:
+def factor(model: nn.Module, compression: float, run: Callable[[], Any]) -> nn.Module:
     """Every linear layer becomes a basis and a sparse factor (DSFormer), of so many fewer bytes, masks included."""
     with console.status(f"Factoring the linear layers, {compression:g} x smaller"):
-        torchops.nn.factorize_(model, compression, verbose=False)
+        torchops.nn.factorize_(model, compression, verbose=False, calibration=lambda _: run())
     for layer in model.modules():
         if isinstance(layer, STFLinear):
             layer.straight_through()
@@ -29,28 +33,14 @@ def pack(model: nn.Module) -> None:
             layer.pack()
 
 
-class LowRank(nn.Module):
-    """The best approximation of a linear layer's weight by two factors (truncated SVD) of so many fewer bytes."""
-
-    def __init__(self, linear: nn.Linear, compression: float) -> None:
-        super().__init__()
-        weight = linear.weight.detach()
-        rank = max(1, int(weight.numel() / compression / sum(weight.shape)))
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        root = values[:rank].sqrt()
-        self.first = nn.Parameter(root[:, None] * right[:rank])
-        self.second = nn.Parameter(left[:, :rank] * root)
-        self.bias = linear.bias
-
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(input, self.first), self.second, self.bias)
-
-
-def lower_rank(model: nn.Module, compression: float) -> nn.Module:
+def lower_rank(model: nn.Module, compression: float, run: Callable[[], Any]) -> nn.Module:
     """Every linear layer becomes one of low rank."""
-    for name, linear in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
+    grams = input_grams(model, run)
+    for name, gram in grams.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, LowRank(linear, compression))
+        linear = model.get_submodule(name)
+        rank = max(1, int(linear.weight.numel() / compression / sum(linear.weight.shape)))
+        setattr(model.get_submodule(parent), attribute, LowRank(linear, rank, gram))
     return model
 
 

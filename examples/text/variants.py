@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import torchops
 
@@ -75,13 +75,16 @@ def attending(
     return lambda dense: dense.with_attention([attention(**span) for span in spans])
 
 
-def compressed(compress: Callable[[nn.Module, float], nn.Module], ratio: float) -> Callable[[Decoder], Decoder]:
-    """The same with linear layers of so many fewer bytes; made once, whatever the layers attend to."""
+def compressed(
+    compress: Callable[[nn.Module, float, Callable[[], Any]], nn.Module], ratio: float, passages: Tensor
+) -> Callable[[Decoder], Decoder]:
+    """The same with linear layers of so many fewer bytes, fitted to what they compute of some passages; made once,
+    whatever the layers attend to."""
 
     @functools.lru_cache(maxsize=1)
     def convert(dense: Decoder) -> Decoder:
-        model = copy.deepcopy(dense)
-        compress(model.layers, ratio)
+        model = copy.deepcopy(dense).eval()
+        compress(model.layers, ratio, lambda: model(passages))
         return model
 
     return convert
@@ -91,8 +94,9 @@ def then(first: Callable[[Decoder], Decoder], second: Callable[[Decoder], Decode
     return lambda dense: second(first(dense))
 
 
-def build_variants(short: bool) -> list[Variant]:
-    """Full attention first; a short run has fewer of them."""
+def build_variants(short: bool, passages: Tensor) -> list[Variant]:
+    """Full attention first; a short run has fewer of them. To some passages, [count, context], compressed layers are
+    fitted."""
     mixed_span = functools.partial(torchops.nn.mixed_span, DEPTH, is_causal=True)
     by_torch = functools.partial(SpanByTorch, CONTEXT)
     full = mixed_span(range(DEPTH))
@@ -113,8 +117,8 @@ def build_variants(short: bool) -> list[Variant]:
     window = attending(mixed_span(FULL_LAYERS, left=SPAN - 1))
     for ratio in (2.0,) if short else (2.0, 3.0):
         setting = f"{ratio:.0f}x"
-        factored = compressed(compression.factor, ratio)
-        low_rank = compressed(compression.lower_rank, ratio)
+        factored = compressed(compression.factor, ratio, passages)
+        low_rank = compressed(compression.lower_rank, ratio, passages)
         variants.append(Variant("full, factored", setting, then(factored, attending(full)), ratio == 2))
         variants.append(Variant("full, low rank", setting, then(low_rank, attending(full)), False))
         if ratio == 2:

@@ -45,6 +45,14 @@ def choose_sizes(rows: int, cols: int, bytes_per_number: int, compression: float
     return basis_size, nnz
 
 
+def gram_matrix(inputs: Tensor) -> Tensor:
+    """X^T X of [..., features], in float64."""
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    # One product in 16 bits would round its sums.
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return (wide.T @ wide).double()
+
+
 class STFLinear(nn.Module):
     """A linear layer whose weight is a sparse factor times a small dense basis (DSFormer).
 
@@ -171,24 +179,42 @@ class STFLinear(nn.Module):
         Args:
             linear: stays as it is.
             compression: bytes of the dense weight for one of the packed one.
-            calibration: [..., in_features], inputs of the layer by which the error of the weight is weighed. Only
-                with the sparse factor on the output's side: on the other it would couple the rows.
+            calibration: [..., in_features], typical inputs of the layer: what counts is then the error of its
+                outputs, not that of its weight. With the sparse factor on the input's side each feature counts by its
+                root mean square only, for correlations would couple the rows.
             sparse_side: "output" or "input"; None for that of the larger of the layer's features.
             num_iterations: of stf_factorize.
 
         Raises:
-            ValueError: no factors are that small, or calibration with the sparse factor on the input's side.
+            ValueError: no factors are that small, or calibration is of another size or not finite.
         """
+        gram = None
+        if calibration is not None:
+            if calibration.dim() == 0 or calibration.shape[-1] != linear.in_features:
+                raise ValueError(
+                    f"STFLinear.from_linear: expected calibration of shape [..., in_features = {linear.in_features}],"
+                    f" got {list(calibration.shape)}"
+                )
+            gram = gram_matrix(calibration.to(linear.weight.device))
+        return cls._from_gram(linear, compression, gram, sparse_side, num_iterations)
+
+    @classmethod
+    def _from_gram(
+        cls,
+        linear: nn.Linear,
+        compression: float,
+        gram: Optional[Tensor],
+        sparse_side: Optional[str],
+        num_iterations: int,
+    ) -> "STFLinear":
+        """from_linear with X^T X of the inputs instead of these."""
+        if gram is not None and not gram.isfinite().all():
+            raise ValueError("STFLinear.from_linear: expected calibration of finite numbers, got NaN or infinity")
         rows, cols = linear.out_features, linear.in_features
         if sparse_side is None:
             sparse_side = "output" if rows >= cols else "input"
         if sparse_side == "input":
             rows, cols = cols, rows
-            if calibration is not None:
-                raise ValueError(
-                    "STFLinear.from_linear: expected no calibration with the sparse factor on the input's side, got"
-                    " one: leave it out, or pass sparse_side='output'"
-                )
         weight = linear.weight.detach()
         basis_size, nnz = choose_sizes(rows, cols, weight.element_size(), compression)
         layer = cls(
@@ -203,12 +229,16 @@ class STFLinear(nn.Module):
         )
         # The factorization solves systems of equations: 16 bits are too few.
         wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        gram = None
-        if calibration is not None:
-            inputs = calibration.detach().flatten(0, -2).to(device=weight.device, dtype=wide)
-            gram = inputs.T @ inputs
         matrix = (weight.T if layer.transpose else weight).to(wide)
-        basis, values, indices = stf_factorize(matrix, basis_size, nnz, 1, num_iterations, gram)
+        if gram is not None and layer.transpose:
+            # Scaled rows have the same nonzeros. The ridge is that of stf_factorize.
+            squares = gram.diagonal()
+            scale = (squares + 1e-3 * squares.mean() + 1e-12).sqrt().to(wide)[:, None]
+            basis, values, indices = stf_factorize(matrix * scale, basis_size, nnz, 1, num_iterations)
+            values = values / scale[..., None]
+        else:
+            weighed_by = None if gram is None else gram.to(wide)
+            basis, values, indices = stf_factorize(matrix, basis_size, nnz, 1, num_iterations, weighed_by)
         with torch.no_grad():
             layer.basis.copy_(basis)
             if layer.bias is not None:

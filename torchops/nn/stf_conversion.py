@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .stf import STFLinear, choose_sizes
+from .stf import STFLinear, choose_sizes, gram_matrix
 
 __all__ = ["FactorizedLayer", "FactorizationReport", "factorize_"]
 
@@ -18,7 +19,8 @@ class FactorizedLayer:
 
     ``indexed_bytes`` are those of the form that trains, with 8 or 16 bits for the position of a nonzero;
     ``packed_bytes`` those of the form that infers, with a bit for every possible position. ``norm`` is that of the
-    dense weight and ``error`` that of its difference to the factored one (Frobenius).
+    dense weight and ``error`` that of its difference to the factored one (Frobenius); ``output_norm`` and
+    ``output_error`` are the same of what the layer computed in the calibration, NaN without one.
     """
 
     name: str
@@ -32,6 +34,8 @@ class FactorizedLayer:
     stored_numbers: int
     norm: float
     error: float
+    output_norm: float = math.nan
+    output_error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,27 @@ class FactorizationReport:
         "smaller",
         "values only",
         "error",
+        "of outputs",
     )
 
     layers: Sequence[FactorizedLayer]
 
     def total(self) -> FactorizedLayer:
         """All layers as if they were one."""
-        sums = {
-            name: sum(getattr(layer, name) for layer in self.layers)
+        sums = [
+            sum(getattr(layer, name) for layer in self.layers)
             for name in ("dense_bytes", "indexed_bytes", "packed_bytes", "dense_numbers", "stored_numbers")
-        }
-        norm = math.hypot(*(layer.norm for layer in self.layers))
-        error = math.hypot(*(layer.error for layer in self.layers))
-        return FactorizedLayer(f"{len(self.layers)} layers", "", 0, 0, **sums, norm=norm, error=error)
+        ]
+        norms = [
+            math.hypot(*(getattr(layer, name) for layer in self.layers))
+            for name in ("norm", "error", "output_norm", "output_error")
+        ]
+        return FactorizedLayer(f"{len(self.layers)} layers", "", 0, 0, *sums, *norms)
 
     def rows(self) -> List[List[str]]:
         """The table's cells, sizes in kilobytes. ``smaller`` is what the packed bytes are to the dense ones, and
-        ``values only`` what it would be if positions were free. The last row is the total."""
+        ``values only`` what it would be if positions were free; ``error`` is relative to the norm of the weight,
+        ``of outputs`` to that of what the layer computed in the calibration. The last row is the total."""
         return [
             [
                 layer.name,
@@ -78,6 +86,7 @@ class FactorizationReport:
                 f"{layer.dense_bytes / layer.packed_bytes:.2f} x",
                 f"{layer.dense_numbers / layer.stored_numbers:.2f} x",
                 f"{layer.error / layer.norm if layer.norm else 0.0:.3f}",
+                "" if math.isnan(layer.output_norm) else f"{layer.output_error / (layer.output_norm or 1.0):.3f}",
             ]
             for layer in (*self.layers, self.total())
         ]
@@ -113,6 +122,7 @@ def factorize_(
     skip: Sequence[str] = (),
     num_iterations: int = 20,
     verbose: bool = True,
+    calibration: Optional[Callable[[nn.Module], Any]] = None,
 ) -> FactorizationReport:
     """Replaces every ``nn.Linear`` inside a model by an :class:`STFLinear` made of its weight.
 
@@ -128,13 +138,17 @@ def factorize_(
             ``["classifier", "*.pooler.*"]``.
         num_iterations: of :func:`torchops.stf_factorize`.
         verbose: show progress and print the report. Both are nicer with rich installed.
+        calibration: a function that lets the model it is given compute typical inputs, for example
+            ``lambda model: [model(batch) for batch in batches]``, a few thousand tokens or pixels in all. Layers are
+            then factored so that the errors of their outputs there are small, not those of their weights
+            (:meth:`STFLinear.from_linear`). It is called with the model in evaluation mode and without gradients.
 
     Returns:
         bytes and error of every layer.
 
     Raises:
         ValueError: a pattern of skip that no layer has, a layer that cannot be made that small, a weight that
-            belongs to another module as well, or no layer at all.
+            belongs to another module as well, a layer that the calibration does not come across, or no layer at all.
 
     >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.Linear(64, 10))
     >>> report = torchops.nn.factorize_(model, compression=2.0, skip=["3"], verbose=False)
@@ -149,11 +163,14 @@ def factorize_(
     for name, linear in places:
         names.setdefault(linear, name)
     _check(model, names, compression)
+    grams = {} if calibration is None else _grams(model, names, calibration)
     factored = {
-        linear: STFLinear.from_linear(linear, compression, num_iterations=num_iterations)
+        linear: STFLinear._from_gram(linear, compression, grams.get(linear), None, num_iterations)
         for linear in _progress(names, verbose)
     }
-    report = FactorizationReport([_compare(name, linear, factored[linear]) for linear, name in names.items()])
+    report = FactorizationReport(
+        [_compare(name, linear, factored[linear], grams.get(linear)) for linear, name in names.items()]
+    )
     for name, linear in places:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, factored[linear])
@@ -205,8 +222,39 @@ def _check(model: nn.Module, names: Dict[nn.Linear, str], compression: float) ->
         )
 
 
-def _compare(name: str, linear: nn.Linear, factored: STFLinear) -> FactorizedLayer:
+def _grams(
+    model: nn.Module, names: Dict[nn.Linear, str], calibration: Callable[[nn.Module], Any]
+) -> Dict[nn.Module, Tensor]:
+    """X^T X of the inputs that each layer gets."""
+    grams: Dict[nn.Module, Tensor] = {}
+
+    def add(linear: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
+        gram = gram_matrix(inputs[0])
+        grams[linear] = grams[linear] + gram if linear in grams else gram
+
+    were_training = [module for module in model.modules() if module.training]
+    hooks = [linear.register_forward_pre_hook(add) for linear in names]
+    try:
+        model.eval()
+        with torch.no_grad():
+            calibration(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in were_training:
+            module.training = True
+    missed = [name for linear, name in names.items() if linear not in grams]
+    if missed:
+        raise ValueError(
+            f"factorize_: expected calibration to run every layer to factor, got none of {', '.join(missed)}: let it"
+            " run them, or name them in skip"
+        )
+    return grams
+
+
+def _compare(name: str, linear: nn.Linear, factored: STFLinear, gram: Optional[Tensor]) -> FactorizedLayer:
     dense = linear.weight.detach().double()
+    difference = factored.dense_weight().double() - dense
     code_size = factored.rows * factored.num_blocks * factored.nnz
     return FactorizedLayer(
         name,
@@ -219,8 +267,14 @@ def _compare(name: str, linear: nn.Linear, factored: STFLinear) -> FactorizedLay
         dense_numbers=linear.weight.numel(),
         stored_numbers=factored.basis.numel() + code_size,
         norm=dense.norm().item(),
-        error=(factored.dense_weight().double() - dense).norm().item(),
+        error=difference.norm().item(),
+        **({} if gram is None else {"output_norm": _norm(dense, gram), "output_error": _norm(difference, gram)}),
     )
+
+
+def _norm(weight: Tensor, gram: Tensor) -> float:
+    """That of X weight^T, with gram = X^T X."""
+    return math.sqrt(max((weight @ gram * weight).sum().item(), 0.0))
 
 
 def _progress(layers: Dict[nn.Linear, str], verbose: bool) -> Iterator[nn.Linear]:
