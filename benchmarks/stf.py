@@ -19,8 +19,8 @@ NOTES = """\
 T: tokens. A layer is in x out; "sparse factor on the output" (or the input) says on which side its nnz numbers a row \
 are. K: basis vectors, nnz: how many of them a row combines, K = 2 nnz. "2x" means half as many stored numbers as \
 the dense layer has, positions not counted; what that is in bytes is told below.
-torchops is stf_linear, and up to 8 tokens stf_linear_packed, the form for inference, beside which stf_linear stands \
-as a contender. Training with the choice is stf_linear_straight_through.
+torchops is stf_linear_packed, the form for inference, where there is no backward pass, with stf_linear beside it as a \
+contender; with one it is stf_linear. Training with the choice is stf_linear_straight_through.
 dense is torch's linear with the weight that the factors stand for, so that all contenders but low rank have the \
 same result, which was checked before the timing. Low rank is two dense products with as many bytes as the packed \
 layer takes, masks included. dense code is the same layer with the zeros of the sparse factor stored.
@@ -225,7 +225,7 @@ def contenders(
     result = {}
     if straight_through:
         result["torchops"] = make(selected, (basis, code[:, None]))
-    elif few:
+    elif not backward:
         result["torchops"] = make(packed, (basis, *torchops.stf_pack(values, indices, layer.basis_size)))
         result[FACTORED] = make(stf_linear, (basis, values, indices))
     else:

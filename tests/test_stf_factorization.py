@@ -80,3 +80,12 @@ def test_projection_follows_a_changed_weight() -> None:
     changed = weight + 0.3 * planted(80, 32, 24, 3, 0.0, seed=5)
     errors = [(changed - torchops.stf_project(changed, basis, 3, steps)[0]).norm().item() for steps in (0, 1, 5)]
     assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 100.0])
+def test_basis_vectors_have_length_1_whatever_the_inputs_are(scale: float | None) -> None:
+    """An optimizer takes steps of one size for basis and values, so their sizes must not depend on a unit."""
+    gram = None if scale is None else (inputs := scale * torch.randn(500, 48) * torch.logspace(0, -1, 48)).T @ inputs
+    basis, values, _ = torchops.stf_factorize(torch.randn(96, 48), 24, 8, gram=gram)
+    torch.testing.assert_close(basis.norm(dim=2), torch.ones(1, 24))
+    assert 1 < values.abs().mean() < 5

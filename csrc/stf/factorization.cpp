@@ -24,16 +24,13 @@ at::Tensor nonzero_norms(const at::Tensor& rows) {
   return at::where(norms == 0, at::ones_like(norms), norms);
 }
 
-// Least squares for the basis, whose atoms get length 1, the code making up for it. The ridge is on the basis's
-// change: on the basis itself it would raise the error.
+// Least squares for the basis. The ridge is on the basis's change: on the basis itself it would raise the error.
 Factorization refit_basis(const at::Tensor& weight, const Factorization& f) {
   const auto gram = f.code.t().matmul(f.code);
   const auto ridge = (gram.diagonal().mean() * 1e-6).clamp_min(1e-12);
   const auto change = std::get<0>(at::linalg_solve_ex(gram + ridge * at::eye(gram.size(0), gram.options()),
                                                       f.code.t().matmul(weight - f.code.matmul(f.basis))));
-  const auto basis = f.basis + change.nan_to_num(0, 0, 0);
-  const auto norms = nonzero_norms(basis);
-  return {basis / norms, f.code * norms.t()};
+  return with_unit_atoms({f.basis + change.nan_to_num(0, 0, 0), f.code});
 }
 
 // The basis for the code, then a code for the basis, which a row takes only if it is better.
@@ -138,6 +135,11 @@ std::optional<at::Tensor> scale_of(const at::Tensor& weight, int64_t nnz) {
 }
 
 }  // namespace
+
+Factorization with_unit_atoms(const Factorization& f) {
+  const auto norms = nonzero_norms(f.basis);
+  return {f.basis / norms, f.code * norms.t()};
+}
 
 Factorization factorize(const at::Tensor& full_weight, int64_t basis_size, int64_t nnz, int64_t num_iterations) {
   const auto scale = scale_of(full_weight, nnz);

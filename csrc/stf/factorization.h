@@ -18,6 +18,9 @@ struct Factorization {
   at::Tensor code;
 };
 
+// The same product with atoms of length 1.
+Factorization with_unit_atoms(const Factorization& f);
+
 // From several starts, the best one refined up to num_iterations times. The error never rises from one iteration to
 // the next.
 Factorization factorize(const at::Tensor& weight, int64_t basis_size, int64_t nnz, int64_t num_iterations);

@@ -89,9 +89,14 @@ Factors factorize_weight(const at::Tensor& weight, int64_t basis_size, int64_t n
       root = factor;
       part = part.matmul(root);
     }
-    auto [basis, code] = factorize(part, basis_size, nnz, num_iterations);
-    bases.push_back(gram ? at::linalg_solve_triangular(root, basis, /*upper=*/false, /*left=*/false) : basis);
-    codes.push_back(code);
+    auto factors = factorize(part, basis_size, nnz, num_iterations);
+    if (gram) {
+      // Back among weights; an optimizer's steps are of the same size for basis and code.
+      factors.basis = at::linalg_solve_triangular(root, factors.basis, /*upper=*/false, /*left=*/false);
+      factors = with_unit_atoms(factors);
+    }
+    bases.push_back(factors.basis);
+    codes.push_back(factors.code);
   }
   auto [values, indices] = stf_select(at::stack(codes, 1), nnz);
   return {at::stack(bases).to(weight.scalar_type()), values.to(weight.scalar_type()), indices};

@@ -61,8 +61,8 @@ def stf_factorize(
             is then that of the layer's outputs.
 
     Returns:
-        basis [blocks, K, cols / blocks], values and indices [rows, blocks, nnz], as :func:`stf_linear` takes
-        them; indices increase.
+        basis [blocks, K, cols / blocks] of vectors of length 1, values and indices [rows, blocks, nnz], as
+        :func:`stf_linear` takes them; indices increase.
 
     Raises:
         ValueError: a wrong shape, dtype or device, sizes that do not fit, or a NaN or an infinity in weight or gram.
