@@ -38,7 +38,7 @@ FACTORED = "stf_linear"
 CURVES = (
     Curves(
         "tokens",
-        "4096 x 4096, sparse factor on the output, half the numbers: time / torchops's time over tokens",
+        "4096 x 4096, half the numbers, output side:\ntime / torchops's time over tokens",
         "linear layer",
         "T",
         {"in": 4096, "out": 4096, "transpose": 0, "compression": 200, "warm": 0, "backward": 0},

@@ -92,6 +92,9 @@ def test_error_of_the_svd_is_that_of_the_low_rank_layer() -> None:
     assert Spectra({"layer": linear.weight.detach()}).error("layer", 5) == pytest.approx(error.item(), rel=1e-4)
     inputs = torch.randn(3, 24)
     torch.testing.assert_close(product(inputs), inputs @ approximation.T + linear.bias)
+    fitted = LowRank(linear, 5, 1e4 * torch.eye(24).double())
+    torch.testing.assert_close(fitted.second @ fitted.first, approximation, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fitted.first.norm(dim=1), fitted.second.norm(dim=0))
 
 
 def test_sizes_by_numbers() -> None:

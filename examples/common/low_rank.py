@@ -25,12 +25,13 @@ class LowRank(nn.Module):
             root = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
             matrix = matrix @ root
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        scale = values[:rank].sqrt()
-        first = scale[:, None] * right[:rank]
+        first, second = right[:rank], left[:, :rank] * values[:rank]
         if gram is not None:
             first = torch.linalg.solve_triangular(root, first, upper=False, left=False)
-        self.first = nn.Parameter(first.to(weight.dtype))
-        self.second = nn.Parameter((left[:, :rank] * scale).to(weight.dtype))
+        # Of equal size, so that an optimizer's steps suit both.
+        scale = (second.norm(dim=0) / first.norm(dim=1)).sqrt()
+        self.first = nn.Parameter((scale[:, None] * first).to(weight.dtype))
+        self.second = nn.Parameter((second / scale).to(weight.dtype))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
     def forward(self, input: Tensor) -> Tensor:
