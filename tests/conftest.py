@@ -1,11 +1,11 @@
 """What all tests share: stubs for half-installed neighbours, seeds, and the closing list of what ran."""
 
 import importlib.util
-import os
 
 import cuda_on_host
 import pytest
 import torch
+from contract import FOR_ONE_LEVEL
 
 import torchops
 
@@ -53,7 +53,7 @@ def two_threads():
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if os.environ.get("TORCHOPS_CPU_CAPABILITY"):
+    if FOR_ONE_LEVEL:
         return  # a run for one level, started by test_levels.py
     if cuda_on_host.ACTIVE:
         return  # started by test_cuda_on_host.py

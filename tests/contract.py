@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, to
 LARGE = 700
 
 # Whether this run is for one of the lower CPU levels (tests/test_levels.py).
-FOR_ONE_LEVEL = "TORCHOPS_CPU_CAPABILITY" in os.environ
+FOR_ONE_LEVEL = bool(os.environ.get("TORCHOPS_CPU_CAPABILITY"))
 
 Inputs = dict[str, Any]
 

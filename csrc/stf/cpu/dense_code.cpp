@@ -6,7 +6,6 @@
 #include "core/cpu/dense_product.h"
 #include "core/cpu/level.h"
 #include "core/parallel.h"
-#include "core/tensors.h"
 #include "stf/cpu/wrong_index.h"
 #include "stf/linear.h"
 
@@ -79,8 +78,7 @@ at::Tensor dense_atoms_to_rows(const at::Tensor& code, const at::Tensor& atoms, 
 at::Tensor dense_rows_to_atoms(const at::Tensor& code, const at::Tensor& rows) {
   const auto num_blocks = code.size(1);
   auto output = at::empty({num_blocks, rows.size(0), code.size(2)}, code.options());
-  dense_product(with_contiguous_rows(rows).unsqueeze(0).expand({num_blocks, -1, -1}), code.transpose(0, 1), output,
-                std::nullopt);
+  dense_product(rows.unsqueeze(0).expand({num_blocks, -1, -1}), code.transpose(0, 1), output, std::nullopt);
   return output;
 }
 

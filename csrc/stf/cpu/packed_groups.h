@@ -47,13 +47,13 @@ inline __attribute__((always_inline)) RowGroup<A> spread(const A* values, uint32
 // Numbers that group_values may write.
 template <typename T>
 int64_t group_scratch(const PackedFactor<T>& factor) {
-  return (factor.num_blocks * factor.nnz + 1) * rows_per_group;
+  return (factor.row_size() + 1) * rows_per_group;
 }
 
 // A group's values as they are computed with, with readable memory behind them.
 template <typename T>
 const accumulate_t<T>* group_values(const PackedFactor<T>& factor, int64_t group, accumulate_t<T>* scratch) {
-  const int64_t size = factor.num_blocks * rows_per_group * factor.nnz;
+  const int64_t size = factor.row_size() * rows_per_group;
   const T* const values = factor.values + group * size;
   if constexpr (sizeof(T) == sizeof(accumulate_t<T>)) {
     if (group + 1 < factor.num_groups() && size >= rows_per_group) {

@@ -4,8 +4,6 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
-#include <atomic>
-
 #include "stf/cpu/dense_code.h"
 #include "stf/cpu/packed_product_kernel.h"
 #include "stf/cpu/tiled_product.h"
@@ -21,8 +19,8 @@ using kernels::stf::SparseFactor;
 // From here on products with tiles of tokens are faster, which read each nonzero by itself.
 constexpr int64_t fewest_tokens_to_gather_atoms = 64, fewest_tokens_to_gather_rows = 32;
 
-void check_masks(bool right, int64_t nnz) {
-  TORCH_CHECK_VALUE(right, "stf_linear_packed: expected mask to have nnz = ", nnz,
+void check_masks(const WrongIndex& wrong, int64_t nnz) {
+  TORCH_CHECK_VALUE(!wrong.any(), "stf_linear_packed: expected mask to have nnz = ", nnz,
                     " bits for every row, got another number: both come from one stf_pack");
 }
 
@@ -30,15 +28,11 @@ void check_masks(bool right, int64_t nnz) {
 // the values.
 template <typename T, typename Work>
 void parallel_groups(const PackedFactor<T>& factor, int64_t count, int64_t groups, const Work& work) {
-  std::atomic<bool> right = true;
-  const auto scratch_bytes = TORCHOPS_KERNEL(stf, packed_scratch_bytes<T>)(factor);
-  parallel_units(count, groups * rows_per_group * factor.row_size(), [&](int64_t begin, int64_t end) {
-    AlignedBuffer<char> scratch(static_cast<size_t>(scratch_bytes));
-    if (!work(scratch.data(), begin, end)) {
-      right = false;
-    }
-  });
-  check_masks(right, factor.nnz);
+  WrongIndex wrong;
+  parallel_lists(count, groups * rows_per_group * factor.row_size(),
+                 TORCHOPS_KERNEL(stf, packed_scratch_bytes<T>)(factor), wrong,
+                 [&](char* scratch, int64_t begin, int64_t end) { return work(scratch, begin, end) ? -1 : begin; });
+  check_masks(wrong, factor.nnz);
 }
 
 // [rows, blocks, K], of contiguous tensors.
@@ -70,7 +64,7 @@ at::Tensor CpuPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::o
     if (num_tokens >= fewest_tokens_to_gather_atoms) {
       WrongIndex wrong;
       tiled_atoms_to_rows<T>(factor, with_contiguous_rows(atoms), bias, output, wrong);
-      check_masks(!wrong.any(), factor.nnz);
+      check_masks(wrong, factor.nnz);
       return;
     }
     const auto a = atoms.to(at::toOpMathType(v.scalar_type())).contiguous();
@@ -104,7 +98,7 @@ at::Tensor CpuPackedProduct::rows_to_atoms(const at::Tensor& rows) const {
           wrong, [&](const auto& sorted, int64_t begin, int64_t end) {
             return TORCHOPS_KERNEL(stf, sort_packed_rows<T>)(sorted, factor, begin, end);
           });
-      check_masks(!wrong.any(), factor.nnz);
+      check_masks(wrong, factor.nnz);
     });
     return output;
   }
