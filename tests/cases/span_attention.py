@@ -79,6 +79,8 @@ PLACES: dict[str, tuple[tuple[int, ...], list[int] | None, list[int] | None, tor
         torch.int64,
         {"block_size": 4, "left": 0, "right": 0, "is_causal": True},
     ),
+    # A head for each key head and one query: a tile of one row, and keys of more than one block.
+    "decode-window": ((2, 3, 3, 1, 300, 40, 24), [250, 299], None, torch.int64, {"left": 170, "is_causal": True}),
     "static-cache": ((2, 2, 1, 3, 130, 4, 4), [20, 127], None, torch.int32, {"left": 15, "right": 0}),
     "left-padding": (
         (3, 2, 2, 9, 9, 4, 4),
@@ -145,6 +147,8 @@ def side_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         "bias-sink-window",
         inputs | {"key_bias": key_bias(1, 70, torch.bfloat16), "sink": sink(4), "left": 20, "right": 0},
     )
+    inputs = attention_inputs(2, 2, 2, 1, 70, 8, 8, dtype=dtype, device=device)
+    yield Sample("bias-decode", inputs | {"key_bias": key_bias(2, 70)})
     inputs = attention_inputs(2, 2, 1, 4, 0, 4, 4, dtype=dtype, device=device)
     yield Sample("sink-no-keys", inputs | {"sink": sink(2, torch.float16)})
     # Exact scores whose exponentials are infinite or 0, and which tie: the second feature does not count.

@@ -112,6 +112,19 @@ TEST_CASE("sum_lanes adds every lane once") {
   CHECK(sum_lanes<float>(value) == static_cast<float>((1 << lanes<float>)-1));
 }
 
+TEST_CASE("sums_of_lanes adds the lanes of every vector by themselves") {
+  vfloat rows[lanes<float>];
+  for (int row = 0; row < lanes<float>; ++row) {
+    for (int lane = 0; lane < lanes<float>; ++lane) {
+      rows[row][lane] = static_cast<float>((row + 1) << lane);
+    }
+  }
+  const vfloat sums = sums_of_lanes(rows);
+  for (int row = 0; row < lanes<float>; ++row) {
+    CHECK(sums[row] == static_cast<float>((row + 1) * ((1 << lanes<float>)-1)));
+  }
+}
+
 TEST_CASE("largest_lane and smallest_lane find every lane") {
   for (int lane = 0; lane < lanes<float>; ++lane) {
     vfloat value = {};

@@ -43,11 +43,17 @@ template <typename Element>
 inline vec<Element> multiply_add(Element a, vec<Element> b, vec<Element> sum) {
   return sum + a * b;
 }
+template <typename Vector>
+inline Vector multiply_add_lanes(Vector a, Vector b, Vector sum) {
+  return sum + a * b;
+}
 
 #if defined(__AVX512BF16__)
+inline vfloat multiply_add_lanes(vuint a, vuint b, vfloat sum) {
+  return bit_cast<vfloat>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
 inline vfloat multiply_add(bfloat16_pair a, vuint b, vfloat sum) {
-  const vuint pairs = vuint{} + bit_cast<uint32_t>(a);
-  return bit_cast<vfloat>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(pairs), bit_cast<__m512bh>(b)));
+  return multiply_add_lanes(vuint{} + bit_cast<uint32_t>(a), b, sum);
 }
 #endif
 

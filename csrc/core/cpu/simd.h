@@ -251,6 +251,24 @@ Lane sum_lanes(vec<Lane> value) {
   return combine_lanes<Lane>(value, [](auto one, auto other) { return one + other; });
 }
 
+// The sum of the lanes of each of as many vectors as a vector has lanes, all added up in the same order.
+template <typename Vector, int size>
+inline __attribute__((always_inline)) Vector sums_of_lanes(Vector (&rows)[size]) {
+  using Index = vec<typename lane_index<sizeof(Vector) / size>::type>;
+  Index first, second;  // the lanes of two vectors by turns: their first halves, and their second halves
+  for (int lane = 0; lane < size; ++lane) {
+    first[lane] = lane / 2 + lane % 2 * size;
+    second[lane] = size / 2 + first[lane];
+  }
+  for (int left = size / 2; left > 0; left /= 2) {
+    for (int row = 0; row < left; ++row) {
+      rows[row] = __builtin_shuffle(rows[row], rows[row + left], first) +
+                  __builtin_shuffle(rows[row], rows[row + left], second);
+    }
+  }
+  return rows[0];
+}
+
 template <typename Lane>
 Lane largest_lane(vec<Lane> value) {
   return combine_lanes<Lane>(value, [](auto one, auto other) { return one > other ? one : other; });

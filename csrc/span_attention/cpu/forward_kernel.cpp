@@ -86,6 +86,25 @@ struct Scratch {
     rescale = arena->take<A>(query_tile);
     bias = arena->take<A>(key_block<E>);
   }
+
+  void clear(int64_t num_rows, int64_t columns) const {
+    for (int64_t row = 0; row < num_rows; ++row) {
+      largest[row] = -static_cast<A>(__builtin_inf());
+      sum[row] = vec<A>{};
+    }
+    __builtin_memset(output, 0, static_cast<size_t>(num_rows * columns) * sizeof(A));
+  }
+
+  // Keys behind the last have none.
+  template <typename T>
+  void load_bias(const Attention<T>& args, int64_t batch, int64_t first, int64_t num_keys) const {
+    if (args.key_bias != nullptr) {
+      const A* const from = args.key_bias + batch * args.sizes.num_keys + first;
+      for (int64_t key = 0; key < num_keys; ++key) {
+        bias[key] = first + key < args.sizes.num_keys ? from[key] * log2_e<A> : A(0);
+      }
+    }
+  }
 };
 
 // Scores of a block of keys and their largest, row by row.
@@ -133,11 +152,12 @@ void compute_scores(const Attention<T>& args, const Pack<E>& pack, const Scratch
   }
 }
 
-// Scores become weights, 2^(score - largest); what was summed up before is to be multiplied by `rescale`.
-template <typename E>
-void compute_weights(const Scratch<E>& scratch, int64_t num_rows, int64_t num_keys) {
+// Scores become weights, 2^(score - largest), as elements W; what was summed up before is to be multiplied by
+// `rescale`.
+template <typename W, typename E>
+void compute_weights(const Scratch<E>& scratch, W* weights, int64_t num_rows, int64_t num_keys) {
   using A = sum_t<E>;
-  for (int64_t row = 0; row < num_rows; ++row) {
+  for (int64_t row = 0; row < num_rows; ++row, weights += key_block<E> / element<W>::depth) {
     const A before = scratch.largest[row];
     const A here = largest_lane<A>(scratch.highest[row]);
     const A largest = here > before ? here : before;
@@ -146,12 +166,11 @@ void compute_weights(const Scratch<E>& scratch, int64_t num_rows, int64_t num_ke
     const A rescale = largest == before ? A(1) : exp2_of(before - shift);
     vec<A> sum = scratch.sum[row] * rescale;
     const A* const scores = scratch.scores + row * key_block<E>;
-    E* const weights = scratch.weights + row * (key_block<E> / element<E>::depth);
-    for (int64_t key = 0; key < num_keys; key += lane_count<E> * element<E>::depth) {
+    for (int64_t key = 0; key < num_keys; key += lane_count<W> * element<W>::depth) {
       const vec<A> weight = exp2(load(scores + key) - shift);
       sum += weight;
-      if constexpr (is_pair<E>) {
-        const vec<A> next = exp2(load(scores + key + lane_count<E>) - shift);
+      if constexpr (is_pair<W>) {
+        const vec<A> next = exp2(load(scores + key + lane_count<W>) - shift);
         sum += next;
         store_pairs(weights + key / 2, weight, next);
       } else {
@@ -213,11 +232,7 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
               sizes.head_dim, last ? padded_rows - head * num_queries : num_queries,
               scratch.queries + head * num_queries * left_stride<E>(sizes.head_dim));
   }
-  for (int64_t row = 0; row < padded_rows; ++row) {
-    scratch.largest[row] = -static_cast<A>(__builtin_inf());
-    scratch.sum[row] = vec<A>{};
-  }
-  __builtin_memset(scratch.output, 0, static_cast<size_t>(padded_rows * columns) * sizeof(A));
+  scratch.clear(padded_rows, columns);
 
   // A single tile of registers reads the values once, and packing reads and writes them.
   const bool values_stay_in_place = padded_rows == tile_rows && columns == sizes.value_dim;
@@ -243,14 +258,9 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
         pack.fill_values(inputs, batch, kv_head, first, visible, num_keys);
       }
     }
-    if (inputs.key_bias != nullptr) {
-      const A* const bias = inputs.key_bias + batch * sizes.num_keys + first;
-      for (int64_t key = 0; key < num_keys; ++key) {
-        scratch.bias[key] = first + key < sizes.num_keys ? bias[key] * log2_e<A> : A(0);
-      }
-    }
+    scratch.load_bias(inputs, batch, first, num_keys);
     compute_scores(inputs, pack, scratch, spans, num_rows, first, num_keys);
-    compute_weights(scratch, padded_rows, num_keys);
+    compute_weights(scratch, scratch.weights, padded_rows, num_keys);
     // Keys before the first visible one, and behind the last, have no weight.
     const int64_t skipped = keys.begin > first ? (keys.begin - first) / element<E>::depth : 0;
     matrix_product(padded_rows, columns / lane_count<E>, depth_of<E>(visible) - skipped,
@@ -267,6 +277,90 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
   for (int64_t row = 0; row < num_rows; ++row) {
     finish_row(args, scratch, row, batch, first_head + row / num_queries, first_query + row % num_queries);
   }
+}
+
+// ---- one query --------------------------------------------------------------------------------
+// Keys and values are read where they lie: packing them would cost more than the products of a single row.
+
+// Scores of a block of keys, and their largest.
+template <typename E, typename T>
+void compute_scores_of_row(const Attention<T>& args, const T* query, const T* keys, const Scratch<E>& scratch,
+                           const TileSpans& spans, int64_t first_key, int64_t num_keys) {
+  using A = sum_t<E>;
+  constexpr int64_t keys_at_once = lanes<A>;
+  const int64_t size = args.sizes.head_dim;
+  const A scale = args.scale * log2_e<A>;
+  vec<A> highest = broadcast(-static_cast<A>(__builtin_inf()));
+  for (int64_t first = 0; first < num_keys; first += keys_at_once) {
+    vec<A> products[keys_at_once] = {};
+    for (int64_t d = 0; d < size; d += lane_count<E> * element<E>::depth) {
+      const auto of_query = load_elements<E>(query + d, size - d);
+      for (int64_t key = 0; key < keys_at_once && first + key < num_keys; ++key) {
+        const T* const of_key = keys + (first + key) * args.key.row_stride + d;
+        products[key] = multiply_add_lanes(of_query, load_elements<E>(of_key, size - d), products[key]);
+      }
+    }
+    vec<A> scores[1] = {sums_of_lanes(products) * scale};
+    if (args.key_bias != nullptr) {
+      scores[0] += load(scratch.bias + first);
+    }
+    if (!spans.all_visible(first_key + first, first_key + first + keys_at_once, 1)) {
+      spans.template hide<A>(0, first_key + first, scores);
+    }
+    highest = scores[0] > highest ? scores[0] : highest;
+    store(scratch.scores + first, scores[0]);
+  }
+  scratch.highest[0] = highest;
+}
+
+// The weighted sum of a block of values is added to what was summed up before.
+template <typename E, typename T>
+void add_values_to_row(const Attention<T>& args, const T* values, const Scratch<E>& scratch, int64_t num_keys) {
+  using A = sum_t<E>;
+  const int64_t size = args.sizes.value_dim;
+  const auto add = [&](auto vectors, int64_t first, const auto& load_value) {
+    vec<A> sums[decltype(vectors)::value] = {};
+    const T* from = values + first;
+    for (int64_t key = 0; key < num_keys; ++key, from += args.value.row_stride) {
+      for (int v = 0; v < decltype(vectors)::value; ++v) {
+        sums[v] += scratch.scores[key] * load_value(from + v * lanes<A>);
+      }
+    }
+    A* to = scratch.output + first;
+    for (const auto& sum : sums) {
+      store(to, load(to) * scratch.rescale[0] + sum);
+      to += lanes<A>;
+    }
+  };
+  const int64_t whole = size / lanes<A>;
+  for (int64_t vector = 0; vector < whole; vector += tile_vectors) {
+    with_vectors(whole - vector < tile_vectors ? whole - vector : tile_vectors,
+                 [&](auto vectors) { add(vectors, vector * lanes<A>, [](const T* from) { return load(from); }); });
+  }
+  if (const int64_t rest = size % lanes<A>; rest > 0) {
+    add(count<1>{}, size - rest, [&](const T* from) { return load_partial(from, static_cast<int>(rest)); });
+  }
+}
+
+template <typename E, typename T>
+void compute_row(const AttentionForward<T>& args, const Scratch<E>& scratch, int64_t batch, int64_t head) {
+  using A = sum_t<E>;
+  const Attention<T>& inputs = args.inputs;
+  const Sizes& sizes = inputs.sizes;
+  const Sequence sequence = inputs.sequence(batch);
+  const int64_t kv_head = head / sizes.group_size();
+  const TileSpans spans(inputs.span, sequence, 0, 1);
+  const Range keys = visible_keys(inputs.span, sequence, 0);
+  scratch.clear(1, columns_of<E>(sizes.value_dim));
+  for (int64_t first = keys.begin; first < keys.end; first += key_block<E>) {
+    const int64_t num_keys = keys.end - first < key_block<E> ? keys.end - first : key_block<E>;
+    scratch.load_bias(inputs, batch, first, round_up(num_keys, lanes<A>));
+    compute_scores_of_row(inputs, inputs.query.row(batch, head, 0), inputs.key.row(batch, kv_head, first), scratch,
+                          spans, first, num_keys);
+    compute_weights(scratch, scratch.scores, 1, num_keys);
+    add_values_to_row(inputs, inputs.value.row(batch, kv_head, first), scratch, num_keys);
+  }
+  finish_row(args, scratch, 0, batch, head, 0);
 }
 
 }  // namespace
@@ -341,6 +435,10 @@ void forward(const AttentionForward<T>& args, int64_t first_head, void* packs, v
     const int64_t kv_head = (first_head + unit / units) % sizes.num_kv_heads;
     const int64_t in_group = unit % units / tiles * heads_in_tile(sizes);
     const int64_t heads_left = sizes.group_size() - in_group;
+    if (sizes.num_queries == 1 && sizes.group_size() == 1) {
+      compute_row(args, buffers, batch, kv_head);
+      continue;
+    }
     const Pack<E> packed = pack_of<T>(sizes, packs, unit / units);
     compute_tile(args, packs_ahead(sizes) ? &packed : nullptr, buffers, batch, kv_head * sizes.group_size() + in_group,
                  heads_left < heads_in_tile(sizes) ? heads_left : heads_in_tile(sizes),
