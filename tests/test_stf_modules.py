@@ -309,6 +309,18 @@ def test_factorize_with_calibration_keeps_what_the_model_computes() -> None:
     assert f"{calibrated.total().output_error / calibrated.total().output_norm:.3f}" in str(calibrated)
 
 
+def test_calibration_sees_inputs_that_are_given_by_name() -> None:
+    class ByName(nn.Sequential):
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self[0](input=rows)
+
+    linear, rows = nn.Linear(16, 32), torch.randn(20, 16)
+    by_position, by_name = nn.Sequential(copy.deepcopy(linear)), ByName(copy.deepcopy(linear))
+    for model in (by_position, by_name):
+        factorize_(model, 1.5, verbose=False, calibration=lambda given: given(rows))
+    assert torch.equal(by_name(rows), by_position(rows))
+
+
 def test_factorize_refuses_a_calibration_that_misses_layers() -> None:
     model = Model()
     with pytest.raises(ValueError, match=r"factorize_: expected calibration to run .* got none of body.1, head: let"):

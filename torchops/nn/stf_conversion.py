@@ -228,12 +228,12 @@ def _grams(
     """X^T X of the inputs that each layer gets."""
     grams: Dict[nn.Module, Tensor] = {}
 
-    def add(linear: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
-        gram = gram_matrix(inputs[0])
+    def add(linear: nn.Module, inputs: Tuple[Tensor, ...], named: Dict[str, Tensor]) -> None:
+        gram = gram_matrix(inputs[0] if inputs else named["input"])
         grams[linear] = grams[linear] + gram if linear in grams else gram
 
     were_training = [module for module in model.modules() if module.training]
-    hooks = [linear.register_forward_pre_hook(add) for linear in names]
+    hooks = [linear.register_forward_pre_hook(add, with_kwargs=True) for linear in names]
     try:
         model.eval()
         with torch.no_grad():
