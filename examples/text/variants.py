@@ -102,9 +102,9 @@ def build_variants(short: bool, passages: Tensor) -> list[Variant]:
     full = mixed_span(range(DEPTH))
     dense = Variant("full", "", attending(full))
     variants = [dense, Variant("full, by torch", "", attending(full, by_torch), same_as=dense)]
-    sizes = (SPAN,) if short else (64, SPAN)
     for full_layers in (FULL_LAYERS,) if short else (FULL_LAYERS, ()):
         prefix = MIXED if full_layers else "only"
+        sizes = (SPAN,) if short or not full_layers else (64, SPAN)
         for size in sizes:  # a byte attends to the last ``size`` bytes up to itself
             window = mixed_span(full_layers, left=size - 1)
             variants.append(Variant(f"{prefix} windows", str(size), attending(window), size == SPAN))
