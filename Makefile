@@ -15,8 +15,9 @@ help:
 demo:
 	@PY=$$(tools/setup.sh examples) && $$PY -m examples.demo $(ARGS)
 
+# Two processes share the tests. Threads that wait for the next loop sleep, for those of the other process to run.
 test:
-	@PY=$$(tools/setup.sh test) && $$PY -m pytest $(ARGS)
+	@PY=$$(tools/setup.sh test) && OMP_WAIT_POLICY=PASSIVE $$PY -m pytest -n 2 $(ARGS)
 
 build:
 	@tools/setup.sh build

@@ -5,7 +5,7 @@ import importlib.util
 import cuda_on_host
 import pytest
 import torch
-from contract import FOR_ONE_LEVEL
+from contract import CUDA_ON_HOST, EXECUTED, FOR_ONE_LEVEL
 
 import torchops
 
@@ -57,13 +57,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return  # a run for one level, started by test_levels.py
     if cuda_on_host.ACTIVE:
         return  # started by test_cuda_on_host.py
-    levels = getattr(terminalreporter.config, "torchops_levels", {torchops.utils.cpu_capability()})
+    # Tests say so in their reports, which come also from the workers of pytest-xdist.
+    reports = terminalreporter.getreports("passed")
+    elsewhere = {value for report in reports for name, value in report.user_properties if name == EXECUTED}
+    levels = elsewhere | {torchops.utils.cpu_capability()}
     terminalreporter.section("what was executed")
     for device in ("cpu", "cuda"):
         note = "executed" if device in DEVICES else "NOT executed: this machine has none"
         terminalreporter.line(f"device {device}: {note}")
-    on_host = getattr(terminalreporter.config, "torchops_cuda_on_host", False)
-    terminalreporter.line(f"CUDA operators on the host: {'executed' if on_host else 'NOT executed in this run'}")
+    on_host = "executed" if CUDA_ON_HOST in elsewhere else "NOT executed in this run"
+    terminalreporter.line(f"CUDA operators on the host: {on_host}")
     for level in ("baseline", "avx2", "avx512"):
         if level in levels:
             note = "executed"

@@ -18,6 +18,10 @@ LARGE = 700
 
 # Whether this run is for one of the lower CPU levels (tests/test_levels.py).
 FOR_ONE_LEVEL = bool(os.environ.get("TORCHOPS_CPU_CAPABILITY"))
+# Under this name a test records what a process of its own has executed: a CPU level, or the CUDA floor on the host.
+# conftest.py lists it at the end of a run.
+EXECUTED = "executed"
+CUDA_ON_HOST = "CUDA on the host"
 
 Inputs = dict[str, Any]
 

@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cuda_on_host
 import pytest
+from contract import CUDA_ON_HOST, EXECUTED
 
 import torchops
 
@@ -25,7 +27,7 @@ pytestmark = [
 ]
 
 
-def test_cuda_floor(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_cuda_floor(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     assert LIBRARY.exists(), f"no {LIBRARY}: build with TORCHOPS_CMAKE_ARGS=-DTORCHOPS_TESTS=ON"
     package = tmp_path / "torchops"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("lib", "__pycache__"))
@@ -43,4 +45,4 @@ def test_cuda_floor(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout, run.stdout[-5000:]
     print(run.stdout.splitlines()[-1])
-    request.config.torchops_cuda_on_host = True
+    record_property(EXECUTED, CUDA_ON_HOST)

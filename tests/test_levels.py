@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from contract import FOR_ONE_LEVEL
+from contract import EXECUTED, FOR_ONE_LEVEL
 
 import torchops
 
@@ -17,7 +18,7 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
 @pytest.mark.parametrize("level", LOWER_LEVELS)
-def test_numeric_rows_at(level: str, request: pytest.FixtureRequest) -> None:
+def test_numeric_rows_at(level: str, record_property: Callable[[str, object], None]) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "numeric", "-p", "no:cacheprovider", str(TESTS)],
         env={**os.environ, "TORCHOPS_CPU_CAPABILITY": level},
@@ -27,7 +28,7 @@ def test_numeric_rows_at(level: str, request: pytest.FixtureRequest) -> None:
     )
     assert run.returncode == 0, run.stdout[-5000:]
     print(run.stdout.splitlines()[-1])
-    request.config.torchops_levels = getattr(request.config, "torchops_levels", {IN_USE}) | {level}
+    record_property(EXECUTED, level)
 
 
 def test_unknown_level_is_an_import_error_that_lists_the_known_ones() -> None:
