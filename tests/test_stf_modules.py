@@ -328,13 +328,12 @@ def test_factorize_refuses_a_calibration_that_misses_layers() -> None:
     assert unchanged(model)
 
 
-def test_factorize_shows_progress_and_a_table(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("rich")
-    monkeypatch.setenv("COLUMNS", "120")
+def test_factorize_shows_progress_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rich = pytest.importorskip("rich")
+    rich.reconfigure(width=120)  # of the console that all share, and that an earlier test may have made
     factorize_(nn.Sequential(nn.Linear(16, 32)), 1.5, num_iterations=1)
     shown = capsys.readouterr().out
+    rich.reconfigure()
     assert "Factoring layers" in shown and "values only" in shown
 
 

@@ -54,8 +54,12 @@ cmake_args=${TORCHOPS_CMAKE_ARGS:-}
 [ "$purpose" = test ] && cmake_args="-DTORCHOPS_TESTS=ON $cmake_args"
 "$python" -m pip install --quiet "setuptools>=77" wheel $(command -v cmake >/dev/null || echo cmake) \
   $(command -v ninja >/dev/null || echo ninja)
-say "Building torchops (half a minute to two minutes the first time)"
 log=build/install.log
+if [ "$purpose" = test ]; then
+  say "Building torchops and its C++ tests (a quarter of an hour the first time; $log shows how far it is)"
+else
+  say "Building torchops (two to four minutes the first time)"
+fi
 mkdir -p build
 if ! TORCHOPS_CMAKE_ARGS="$cmake_args" "$python" -m pip install --no-build-isolation -e ".$extras" -v >"$log" 2>&1; then
   tail -n 60 "$log"

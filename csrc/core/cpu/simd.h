@@ -196,20 +196,25 @@ void copy_row(T* to, const T* from, int64_t size) {
 
 // ---- transposition ----------------------------------------------------------------------------
 
+// The lanes of two vectors by turns: those of their first halves (half 0), or of their second (half 1).
+template <int half, typename Vector>
+inline __attribute__((always_inline)) Vector interleave(Vector one, Vector other) {
+  constexpr int size = sizeof(Vector) / sizeof(one[0]);
+  vec<typename lane_index<sizeof(one[0])>::type> order;
+  for (int lane = 0; lane < size; ++lane) {
+    order[lane] = half * size / 2 + lane / 2 + lane % 2 * size;
+  }
+  return __builtin_shuffle(one, other, order);
+}
+
 // A square of as many rows as a vector has lanes.
 template <typename Vector, int size>
 inline __attribute__((always_inline)) void transpose(Vector (&rows)[size]) {
-  using Index = vec<typename lane_index<sizeof(Vector) / size>::type>;
-  Index low, high;  // the lanes of two vectors by turns: their first halves, and their second halves
-  for (int lane = 0; lane < size; ++lane) {
-    low[lane] = lane / 2 + lane % 2 * size;
-    high[lane] = size / 2 + low[lane];
-  }
   for (int step = 1; step < size; step *= 2) {
     Vector next[size];
     for (int row = 0; row < size / 2; ++row) {
-      next[2 * row] = __builtin_shuffle(rows[row], rows[row + size / 2], low);
-      next[2 * row + 1] = __builtin_shuffle(rows[row], rows[row + size / 2], high);
+      next[2 * row] = interleave<0>(rows[row], rows[row + size / 2]);
+      next[2 * row + 1] = interleave<1>(rows[row], rows[row + size / 2]);
     }
     for (int row = 0; row < size; ++row) {
       rows[row] = next[row];
@@ -254,16 +259,9 @@ Lane sum_lanes(vec<Lane> value) {
 // The sum of the lanes of each of as many vectors as a vector has lanes, all added up in the same order.
 template <typename Vector, int size>
 inline __attribute__((always_inline)) Vector sums_of_lanes(Vector (&rows)[size]) {
-  using Index = vec<typename lane_index<sizeof(Vector) / size>::type>;
-  Index first, second;  // the lanes of two vectors by turns: their first halves, and their second halves
-  for (int lane = 0; lane < size; ++lane) {
-    first[lane] = lane / 2 + lane % 2 * size;
-    second[lane] = size / 2 + first[lane];
-  }
   for (int left = size / 2; left > 0; left /= 2) {
     for (int row = 0; row < left; ++row) {
-      rows[row] = __builtin_shuffle(rows[row], rows[row + left], first) +
-                  __builtin_shuffle(rows[row], rows[row + left], second);
+      rows[row] = interleave<0>(rows[row], rows[row + left]) + interleave<1>(rows[row], rows[row + left]);
     }
   }
   return rows[0];
