@@ -293,11 +293,11 @@ void compute_scores_of_row(const Attention<T>& args, const T* query, const T* ke
   vec<A> highest = broadcast(-static_cast<A>(__builtin_inf()));
   for (int64_t first = 0; first < num_keys; first += keys_at_once) {
     vec<A> products[keys_at_once] = {};
-    for (int64_t d = 0; d < size; d += lane_count<E> * element<E>::depth) {
-      const auto of_query = load_elements<E>(query + d, size - d);
-      for (int64_t key = 0; key < keys_at_once && first + key < num_keys; ++key) {
-        const T* const of_key = keys + (first + key) * args.key.row_stride + d;
-        products[key] = multiply_add_lanes(of_query, load_elements<E>(of_key, size - d), products[key]);
+    for (int64_t key = 0; key < keys_at_once && first + key < num_keys; ++key) {
+      const T* const of_key = keys + (first + key) * args.key.row_stride;
+      for (int64_t d = 0; d < size; d += lane_count<E> * element<E>::depth) {
+        products[key] = multiply_add_lanes(load_elements<E>(query + d, size - d),
+                                           load_elements<E>(of_key + d, size - d), products[key]);
       }
     }
     vec<A> scores[1] = {sums_of_lanes(products) * scale};
