@@ -98,10 +98,13 @@ def last_level_cache_bytes(device: torch.device) -> int | None:
 
 
 def slug(device: torch.device) -> str:
-    """The processor's name as part of a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85)"
-    is "intel-xeon"."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name().partition(" (family")[0]
-    name = re.sub(r"\(R\)|\(TM\)|\bCPU\b|\bProcessor\b|@.*", " ", name)
+    """The processor's name as part of a file's name, with the level of its kernels, because virtual machines give
+    one name to many: "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 85)" is "intel-xeon-avx512"."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{cpu_name().partition(' (family')[0]} {torchops.utils.config()['CPU level'].split()[0]}"
+    name = re.sub(r"\(R\)|\(TM\)|\bCPU\b|\bProcessor\b|@\s*\S+", " ", name)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
