@@ -15,6 +15,48 @@ struct RowGroup {
   vec<A> part[vectors];
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// What AVX-512 has instructions for, 8 lanes at a time, by tables of lanes for each mask.
+struct LaneTables {
+  alignas(8) int8_t value_of_row[256][8];  // which of the next values a row has; negative where it has none
+  alignas(8) int8_t set_bits[256][8];      // the numbers of the mask's bits that are set, then zeros
+
+  constexpr LaneTables() : value_of_row(), set_bits() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int8_t next = 0;
+      for (int8_t row = 0; row < 8; ++row) {
+        const bool there = (mask >> row & 1) != 0;
+        value_of_row[mask][row] = there ? next : int8_t{-1};
+        if (there) {
+          set_bits[mask][next++] = row;
+        }
+      }
+    }
+  }
+};
+inline constexpr LaneTables lane_tables;
+
+inline __attribute__((always_inline)) __m128i lanes_of(const int8_t (&table)[8]) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table));
+}
+
+inline __attribute__((always_inline)) vec<float> spread_8(const float* values, uint32_t mask) {
+  const __m256i lane = _mm256_cvtepi8_epi32(lanes_of(lane_tables.value_of_row[mask]));
+  const __m256 spread_out = _mm256_permutevar8x32_ps(bit_cast<__m256>(load(values)), lane);
+  return bit_cast<vec<float>>(_mm256_blendv_ps(spread_out, _mm256_setzero_ps(), _mm256_castsi256_ps(lane)));
+}
+
+// The lanes that the mask names, pushed together; what stands behind them means nothing.
+inline __attribute__((always_inline)) vec<float> push_together(vec<float> values, uint32_t mask) {
+  const __m256i lane = _mm256_cvtepi8_epi32(lanes_of(lane_tables.set_bits[mask]));
+  return bit_cast<vec<float>>(_mm256_permutevar8x32_ps(bit_cast<__m256>(values), lane));
+}
+// The numbers of those lanes, the first of which is `first`.
+inline __attribute__((always_inline)) vhalfwords numbers_of_lanes(uint32_t mask, int64_t first) {
+  return bit_cast<vhalfwords>(_mm_cvtepi8_epi16(lanes_of(lane_tables.set_bits[mask]))) + static_cast<uint16_t>(first);
+}
+#endif
+
 // The next values spread over the rows that the mask names, zeros elsewhere. It may read up to 15 values more
 // than it takes.
 template <typename A>
@@ -33,6 +75,14 @@ inline __attribute__((always_inline)) RowGroup<A> spread(const A* values, uint32
     return rows;
   }
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(A) == sizeof(float)) {
+    const uint32_t low = mask & 0xff;
+    rows.part[0] = spread_8(values, low);
+    rows.part[1] = spread_8(values + __builtin_popcount(low), mask >> 8);
+    return rows;
+  }
+#endif
   A spread_out[rows_per_group];
   for (int64_t row = 0; row < rows_per_group; ++row) {
     const bool there = mask >> row & 1;
@@ -127,6 +177,49 @@ bool list_rows(const A* values, const uint16_t* mask, int64_t basis_size, int64_
       }
     }
   } else
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == sizeof(float)) {
+    // The same with 8 columns, in two squares.
+    constexpr int width = lanes<float>;
+    for (int64_t first = 0; first < basis_size; first += width) {
+      const int64_t left = basis_size - first;
+      uint16_t rows_of_column[width] = {};
+      __builtin_memcpy(rows_of_column, mask + first,
+                       static_cast<size_t>(left < width ? left : width) * sizeof(uint16_t));
+      vec<A> squares[2][width];
+      for (int column = 0; column < width; ++column) {
+        const RowGroup<A> rows = spread(values, rows_of_column[column]);
+        squares[0][column] = rows.part[0];
+        squares[1][column] = rows.part[1];
+        values += __builtin_popcount(rows_of_column[column]);
+      }
+      transpose(squares[0]);
+      transpose(squares[1]);
+      __m128i bits;
+      __builtin_memcpy(&bits, rows_of_column, sizeof(bits));
+#pragma GCC unroll 16
+      for (int row = 0; row < rows_per_group; ++row) {
+        const __m128i highest = _mm_slli_epi16(bits, static_cast<int>(rows_per_group) - 1 - row);
+        const auto there = static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(highest, _mm_setzero_si128())));
+        const int count = __builtin_popcount(there);
+        const int64_t room = nnz - size[row];
+        if (count > room) {
+          return false;
+        }
+        const int64_t at = row * stride + size[row];
+        const vec<float> numbers = push_together(squares[row / width][row % width], there);
+        const vhalfwords columns_there = numbers_of_lanes(there, first);
+        if (room >= width) {  // what stands behind them is written over later
+          store(to + at, numbers);
+          __builtin_memcpy(columns + at, &columns_there, sizeof(columns_there));
+        } else {
+          store_partial(to + at, numbers, count);
+          __builtin_memcpy(columns + at, &columns_there, static_cast<size_t>(count) * sizeof(uint16_t));
+        }
+        size[row] += count;
+      }
+    }
+  } else
 #endif
   {
     for (int64_t column = 0; column < basis_size; ++column) {
@@ -148,11 +241,12 @@ bool list_rows(const A* values, const uint16_t* mask, int64_t basis_size, int64_
   return right;
 }
 
-// Appends a column's values, and the numbers of the rows that have them, counted from first_row on. Returns how many
-// there are; `end` is behind the factor's last value.
+// Appends a column's values, and the numbers of the rows that have them, counted from first_row on, to lists that have
+// room for so many. Returns how many there are; `end` is behind the factor's last value.
 template <typename T>
 inline __attribute__((always_inline)) int append_column(const T* values, [[maybe_unused]] const T* end, uint32_t mask,
-                                                        int64_t first_row, accumulate_t<T>* to, uint16_t* rows) {
+                                                        int64_t first_row, accumulate_t<T>* to, uint16_t* rows,
+                                                        [[maybe_unused]] int64_t room) {
   const int count = __builtin_popcount(mask);
 #if defined(__AVX512F__)
   if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
@@ -164,6 +258,20 @@ inline __attribute__((always_inline)) int append_column(const T* values, [[maybe
         rows, used,
         _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), row)));
     return count;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
+    if (room >= rows_per_group && values + rows_per_group <= end) {  // what stands behind them is written over later
+      constexpr int width = lanes<float>;
+      store(to, load(values));
+      store(to + width, load(values + width));
+      const uint32_t low = mask & 0xff;
+      const vhalfwords low_rows = numbers_of_lanes(low, first_row);
+      const vhalfwords high_rows = numbers_of_lanes(mask >> width, first_row + width);
+      __builtin_memcpy(rows, &low_rows, sizeof(low_rows));
+      __builtin_memcpy(rows + __builtin_popcount(low), &high_rows, sizeof(high_rows));
+      return count;
+    }
   }
 #endif
   for_each_vector<T>(count, [&](int64_t at, int used) { store_piece(to + at, load_piece(values + at, used), used); });

@@ -64,18 +64,20 @@ void merge_groups(const SortedFactor<T>& args, const PackedFactor<T>& factor, in
   for (int64_t group = 0; group < num_groups; ++group) {
     values[group] = factor.values + ((first_group + group) * factor.num_blocks + block) * rows_per_group * factor.nnz;
   }
-  int64_t at = args.first_nonzero(chunk, block);
+  const int64_t first = args.first_nonzero(chunk, block);
+  const int64_t behind = first + args.rows_in_chunk(chunk) * factor.nnz;
+  int64_t at = first;
   int32_t* const starts = args.starts + args.first_start(chunk, block);
   starts[0] = 0;
   for (int64_t atom = 0; atom < factor.basis_size; ++atom) {
     for (int64_t group = 0; group < num_groups; ++group) {
       const uint16_t mask = factor.mask[((first_group + group) * factor.num_blocks + block) * factor.basis_size + atom];
-      const int count =
-          append_column(values[group], end, mask, group * rows_per_group, args.values + at, args.rows + at);
+      const int count = append_column(values[group], end, mask, group * rows_per_group, args.values + at,
+                                      args.rows + at, behind - at);
       values[group] += count;
       at += count;
     }
-    starts[atom + 1] = static_cast<int32_t>(at - args.first_nonzero(chunk, block));
+    starts[atom + 1] = static_cast<int32_t>(at - first);
   }
 }
 
