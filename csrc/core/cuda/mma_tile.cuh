@@ -15,6 +15,25 @@ __device__ __forceinline__ int mma_column(int block, int element) {
   return 8 * block + static_cast<int>(threadIdx.x) % 4 * 2 + element;
 }
 
+// Calls body(i, half, j, e) for every element sum[i][j][2 * half + e] of an accumulator, column by column: what
+// belongs to a column is in a register for as long as the column takes.
+template <int m, int n, typename Body>
+__device__ __forceinline__ void for_elements(float (&)[m][n][4], const Body& body) {
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int i = 0; i < m; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          body(i, half, j, e);
+        }
+      }
+    }
+  }
+}
+
 // sum += a b^T over `depth` columns of 16 m rows of a and 8 n rows of b.
 template <typename T, int depth, int m, int n>
 __device__ __forceinline__ void multiply_transposed(float (&sum)[m][n][4], const T* a, const T* b) {
@@ -34,6 +53,35 @@ __device__ __forceinline__ void multiply_transposed(float (&sum)[m][n][4], const
     for (int j = 0; j < n; j += 2) {
       uint32_t b_fragments[4];  // two of them
       ldmatrix(b_fragments, b_row + 8 * j * stride + k);
+#pragma unroll
+      for (int i = 0; i < m; ++i) {
+        mma_m16n8k16<T>(sum[i][j], a_fragments[i], {b_fragments[0], b_fragments[1]});
+        mma_m16n8k16<T>(sum[i][j + 1], a_fragments[i], {b_fragments[2], b_fragments[3]});
+      }
+    }
+  }
+}
+
+// sum += a b over `depth` columns of 16 m rows of a; b has as many rows of `b_columns` elements, of which the first 8 n
+// take part.
+template <typename T, int depth, int b_columns, int m, int n>
+__device__ __forceinline__ void multiply(float (&sum)[m][n][4], const T* a, const T* b) {
+  static_assert(depth % 16 == 0 && n % 2 == 0);
+  constexpr int a_stride = tile_stride<T, depth>, b_stride = tile_stride<T, b_columns>;
+  const int lane = static_cast<int>(threadIdx.x) % warp_size;
+  const T* a_row = a + lane % 16 * a_stride + lane / 16 * 8;
+  const T* b_row = b + lane % 16 * b_stride + lane / 16 * 8;
+#pragma unroll
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t a_fragments[m][4];
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      ldmatrix(a_fragments[i], a_row + 16 * i * a_stride + k);
+    }
+#pragma unroll
+    for (int j = 0; j < n; j += 2) {
+      uint32_t b_fragments[4];
+      ldmatrix_trans(b_fragments, b_row + k * b_stride + 8 * j);
 #pragma unroll
       for (int i = 0; i < m; ++i) {
         mma_m16n8k16<T>(sum[i][j], a_fragments[i], {b_fragments[0], b_fragments[1]});

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
     device::syncthreads();  // the values are there, and the keys have been multiplied
     copy_keys(first + Tile::keys);
 
-    for_elements(scores, [&](int i, int half, int j, int e) {
+    device::for_elements(scores, [&](int i, int half, int j, int e) {
       const float of_key = key_bias == nullptr ? 0.0F : bias[device::mma_column(j, e)] * log2_e<float>;
       scores[i][j][2 * half + e] = scores[i][j][2 * half + e] * scale + of_key;
     });
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
     for (int i = 0; i < m; ++i) {
       largest[i][0] = largest[i][1] = minus_infinity<float>;
     }
-    for_elements(scores, [&](int i, int half, int j, int e) {
+    device::for_elements(scores, [&](int i, int half, int j, int e) {
       largest[i][half] = std::fmax(largest[i][half], scores[i][j][2 * half + e]);
     });
 #pragma unroll
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
         }
       }
     }
-    for_elements(scores, [&](int i, int half, int j, int e) {
+    device::for_elements(scores, [&](int i, int half, int j, int e) {
       float& score = scores[i][j][2 * half + e];
       score = device::fast_exp2(score - softmax[i][half].reference());
       softmax[i][half].sum += score;

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
 
       float scores[m][n][4] = {};
       device::multiply_transposed<T, D>(scores, keys + warp_row * device::tile_stride<T, D>, queries);
-      for_elements(scores, [&](int i, int half, int j, int e) {
+      device::for_elements(scores, [&](int i, int half, int j, int e) {
         float& score = scores[i][j][2 * half + e];
         score = device::fast_exp2(score * scale + bias[i][half] - log2_sum(logsumexp[device::mma_column(j, e)]));
       });
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
           float products[m][2][4] = {}, gradient[m][2][4];
           const T* part_grads = grads + 8 * part * device::tile_stride<T, V>;
           device::multiply_transposed<T, V>(products, values + warp_row * device::tile_stride<T, V>, part_grads);
-          for_elements(products, [&](int i, int half, int j, int e) {
+          device::for_elements(products, [&](int i, int half, int j, int e) {
             const int at = 2 * half + e;
             gradient[i][j][at] =
                 scores[i][part + j][at] * (products[i][j][at] - delta[device::mma_column(part + j, e)]);

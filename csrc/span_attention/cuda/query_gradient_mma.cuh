@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
         numbers[i][half] = row_numbers[warp_row + device::mma_row(i, half)];
       }
     }
-    for_elements(scores, [&](int i, int half, int j, int e) {
+    device::for_elements(scores, [&](int i, int half, int j, int e) {
       const float of_key = key_bias == nullptr ? 0.0F : bias[device::mma_column(j, e)] * log2_e<float>;
       float& score = scores[i][j][2 * half + e];
       score = device::fast_exp2(score * scale + of_key - numbers[i][half].x);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
     hide(scores, visible, warp_row, first, 0.0F);
     float products[m][n][4] = {};
     device::multiply_transposed<T, V>(products, grads + warp_row * device::tile_stride<T, V>, values);
-    for_elements(scores, [&](int i, int half, int j, int e) {
+    device::for_elements(scores, [&](int i, int half, int j, int e) {
       scores[i][j][2 * half + e] *= products[i][j][2 * half + e] - numbers[i][half].y;
     });
     device::syncthreads();  // the values have been multiplied

@@ -10,25 +10,6 @@ namespace torchops::kernels::span_attention {
 inline constexpr int mma_warps = 4;
 inline constexpr int mma_threads = mma_warps * device::warp_size;
 
-// Calls body(i, half, j, e) for every element scores[i][j][2 * half + e] of an accumulator, column by column: what
-// belongs to a column is in a register for as long as the column takes.
-template <int m, int n, typename Body>
-__device__ __forceinline__ void for_elements(float (&)[m][n][4], const Body& body) {
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-#pragma unroll
-      for (int i = 0; i < m; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          body(i, half, j, e);
-        }
-      }
-    }
-  }
-}
-
 // Replaces what a row does not see by `hidden`, if some row does not see all. Rows are counted from first_row of the
 // tile, columns stand for first, first + 1, ...
 template <int m, int n>

@@ -1,6 +1,5 @@
 #include "stf/cuda/sparse_product.h"
 
-#include <ATen/OpMathType.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 
@@ -8,11 +7,11 @@
 
 #include "core/cuda/launch.h"
 #include "core/tensors.h"
-#include "stf/cuda/add_parts.cuh"
 #include "stf/cuda/atoms_to_rows.cuh"
 #include "stf/cuda/dense_product.h"
 #include "stf/cuda/expand_factor.cuh"
-#include "stf/cuda/few_tokens.h"
+#include "stf/cuda/layout.h"
+#include "stf/cuda/product_of_parts.h"
 #include "stf/cuda/rows_to_atoms.cuh"
 #include "stf/cuda/take_nonzeros.cuh"
 #include "stf/cuda/value_gradient.cuh"
@@ -22,8 +21,6 @@ namespace torchops {
 namespace {
 
 using kernels::accumulate_t;
-
-constexpr unsigned threads_of_elements = 256;
 
 }  // namespace
 
@@ -85,17 +82,15 @@ at::Tensor CudaSparseProduct::rows_to_atoms(const at::Tensor& rows) const {
       const auto chunks = divide_up(basis_size, threads * columns_of_thread);
       const auto tiles = divide_up(num_tokens, tokens);
       const Parts parts(v.size(0), kernels::stf::cuda::tile_rows<T>, chunks * v.size(1) * tiles);
-      const auto sums = at::empty({parts.count, output.numel()}, v.options().dtype(at::toOpMathType(v.scalar_type())));
-      device::launch({{chunks * v.size(1), parts.count, tiles},
-                      static_cast<unsigned>(threads),
-                      kernels::stf::cuda::scatter_shared_bytes<T>(threads, tokens)},
-                     kernels::stf::cuda::rows_to_atoms<decltype(tokens)::value, T>,
-                     kernels::stf::cuda::RowsToAtoms<T>{
-                         sparse_factor<T>(v, i, basis_size), static_cast<const T*>(r.const_data_ptr()),
-                         sums.template mutable_data_ptr<accumulate_t<T>>(), num_tokens, parts.size});
-      device::launch({divide_up(output.numel(), threads_of_elements), threads_of_elements},
-                     kernels::stf::cuda::add_parts<T>, sums.template const_data_ptr<accumulate_t<T>>(),
-                     static_cast<T*>(output.mutable_data_ptr()), output.numel(), parts.count);
+      add_up_parts<T>(output, parts.count, std::nullopt, [&](accumulate_t<T>* sums) {
+        device::launch({{chunks * v.size(1), parts.count, tiles},
+                        static_cast<unsigned>(threads),
+                        kernels::stf::cuda::scatter_shared_bytes<T>(threads, tokens)},
+                       kernels::stf::cuda::rows_to_atoms<decltype(tokens)::value, T>,
+                       kernels::stf::cuda::RowsToAtoms<T>{sparse_factor<T>(v, i, basis_size),
+                                                          static_cast<const T*>(r.const_data_ptr()), sums, num_tokens,
+                                                          parts.size});
+      });
     });
   });
   return output;

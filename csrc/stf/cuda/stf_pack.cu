@@ -3,7 +3,7 @@
 
 #include "core/cuda/launch.h"
 #include "core/tensors.h"
-#include "stf/cuda/few_tokens.h"
+#include "stf/cuda/layout.h"
 #include "stf/cuda/pack_factor.cuh"
 #include "stf/linear.h"
 

@@ -8,10 +8,14 @@
 
 namespace torchops {
 
-// Up to here a product's time is that of reading the factor, and kernels read it as it is. For more tokens it is
-// written out as a dense matrix, which is as large as the factor with its indices where a third to a half of it is
-// nonzero, and torch multiplies with that on tensor cores.
+// Up to here a product's time is that of reading the factor, and kernels gather what its nonzeros name.
 inline constexpr int64_t few_tokens = 16;
+
+// From there to here tiles of a packed factor of a 16-bit type become dense in shared memory, for matrix units. With
+// more tokens, in other types, and where there are indices, which do not tell where a tile begins, the whole factor is
+// written out, which is as large as the factor with its indices where a third to a half of it is nonzero, and torch
+// multiplies.
+inline constexpr int64_t some_tokens = 128;
 
 // Calls body(std::integral_constant<int, tokens>{}) with the number of tokens that a block takes.
 template <typename Body>
@@ -24,6 +28,9 @@ void for_token_tile(int64_t num_tokens, const Body& body) {
     body(std::integral_constant<int, 8>{});
   }
 }
+
+// Threads of a block of kernels that have a thread per element.
+inline constexpr unsigned threads_of_elements = 256;
 
 constexpr int64_t divide_up(int64_t count, int64_t size) {
   return (count + size - 1) / size;
