@@ -44,8 +44,8 @@ at::Tensor atoms_to_rows_mma(const at::Tensor& values, const at::Tensor& mask, i
   const auto output = at::empty({num_tokens, num_rows}, values.options());
   for_dtype_with_matrix_units(values.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto row_tiles = divide_up(num_rows, cuda::packed_tile_rows),
-               token_tiles = divide_up(num_tokens, cuda::packed_tile_tokens);
+    const auto row_tiles = divide_up(num_rows, cuda::packed_tile_rows);
+    const auto token_tiles = divide_up(num_tokens, cuda::packed_tile_tokens);
     const Parts parts(mask.size(1) * divide_up(mask.size(2), cuda::packed_gather_tile_columns), 1,
                       row_tiles * token_tiles);
     add_up_parts<T>(output, parts.count, bias, [&](float* sums) {

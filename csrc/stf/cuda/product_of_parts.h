@@ -14,7 +14,7 @@
 namespace torchops {
 
 // A product that is computed in parts: fill(sums [parts, numel of output]) computes them, in the type that T is
-// computed in, and their sum + bias [last size] or nothing becomes the output.
+// computed in, and their sum, + bias if there is one, becomes the output.
 template <typename T, typename Fill>
 void add_up_parts(const at::Tensor& output, int64_t num_parts, const std::optional<at::Tensor>& bias,
                   const Fill& fill) {
