@@ -213,7 +213,7 @@ def run(short: bool, output: Path) -> str:
     Returns:
         what came out, in a sentence; empty in all processes but the main one.
     """
-    dense_epochs, tuning_epochs, rounds = (3, 1, 5) if short else (10, 1, 8)
+    dense_epochs, tuning_epochs, rounds = (3, 1, 5) if short else (10, 1, 6)
     folder = output / "digits"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
