@@ -119,6 +119,8 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
                 console.print(f"FAILED: {row.label}: {failures[row.label]}", highlight=False, markup=False)
             progress.advance(task, seconds)
     conditions["share of the cores used by others meanwhile"] = other_load.share()
+    if arguments.filter:
+        conditions[tables.FILTER] = arguments.filter
     return Report(arguments.family, conditions, family.NOTES, results, failures)
 
 

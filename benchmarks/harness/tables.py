@@ -9,6 +9,7 @@ from rich.text import Text
 from .results import TORCHOPS, ContenderResult, Quartiles, Report, RowResult
 from .rows import Finding
 
+FILTER = "only rows like"
 NO_LOSSES = "in none of these rows"
 
 
@@ -100,4 +101,6 @@ def missing(report: Report) -> list[str]:
         f"Without {name}: {reason} ({labels[0]}{f'; and {len(labels) - 1} more rows' * (len(labels) > 1)})"
         for (name, reason), labels in report.absences().items()
     ]
+    if FILTER in report.conditions:
+        absences.append(f"Only rows like `{report.conditions[FILTER]}` were measured.")
     return absences + [f"FAILED: {label}: {reason}" for label, reason in report.failures.items()]
