@@ -30,15 +30,21 @@ __device__ inline int lane_index() {
   return static_cast<int>(threadIdx.x) % warp_size;
 }
 
+// The sum of `value` over the lanes of a warp up to this one.
+__device__ inline int32_t inclusive_sum_of_warp(int32_t value) {
+  const int lane = lane_index();
+  for (int distance = 1; distance < warp_size; distance *= 2) {
+    const int32_t before = shuffle_up(value, distance);
+    value += lane >= distance ? before : 0;
+  }
+  return value;
+}
+
 // The sum of `value` over the threads before this one; `total` gets the sum over all of them.
 __device__ inline int32_t exclusive_sum(int32_t value, int32_t* shared /* [max_warps] */, int32_t& total) {
   const int warp = warp_index(), lane = lane_index();
   const int num_warps = static_cast<int>(blockDim.x) / warp_size;
-  int32_t inclusive = value;
-  for (int distance = 1; distance < warp_size; distance *= 2) {
-    const int32_t before = shuffle_up(inclusive, distance);
-    inclusive += lane >= distance ? before : 0;
-  }
+  const int32_t inclusive = inclusive_sum_of_warp(value);
   if (lane == warp_size - 1) {
     shared[warp] = inclusive;
   }

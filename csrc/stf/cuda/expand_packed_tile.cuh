@@ -37,11 +37,7 @@ __device__ void expand_packed_tile(const PackedFactor<T>& factor, int64_t first_
   for (int c = lane; c < columns; c += device::warp_size) {
     const uint32_t rows_of_column = num_rows > 0 && first + c < factor.basis_size ? mask[first + c] : 0;
     const int32_t count = device::popc(rows_of_column);
-    int32_t end = count;
-    for (int distance = 1; distance < device::warp_size; distance *= 2) {
-      const int32_t before = device::shuffle_up(end, distance);
-      end += lane >= distance ? before : 0;
-    }
+    const int32_t end = device::inclusive_sum_of_warp(count);
     int32_t at = begin + end - count;
     begin += device::shuffle(end, device::warp_size - 1);
     for (int64_t row = 0; row < rows_per_group; ++row) {

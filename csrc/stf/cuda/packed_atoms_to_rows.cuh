@@ -75,11 +75,7 @@ __global__ void packed_atoms_to_rows(PackedAtomsToRows<T> args) {
     for (int64_t first_column = first; first_column < end; first_column += device::warp_size) {
       const int64_t column = first_column + lane;
       const uint32_t rows_of_column = column < end ? mask[column] : 0;
-      int32_t behind = device::popc(rows_of_column);
-      for (int distance = 1; distance < device::warp_size; distance *= 2) {
-        const int32_t before = device::shuffle_up(behind, distance);
-        behind += lane >= distance ? before : 0;
-      }
+      const int32_t behind = device::inclusive_sum_of_warp(device::popc(rows_of_column));
       const int32_t begin_of_column = begin + behind - device::popc(rows_of_column);
       begin += device::shuffle(behind, device::warp_size - 1);
 #pragma unroll
