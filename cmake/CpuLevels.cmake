@@ -3,7 +3,7 @@
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(TORCHOPS_CPU_LEVELS baseline avx2 avx512 avx512_bf16)
-  # csrc/core/cpu/level.cpp asks the CPU for exactly these features.
+  # csrc/core/cpu/features.cpp asks the CPU for exactly these features.
   set(TORCHOPS_FLAGS_baseline -march=x86-64-v2)
   set(TORCHOPS_FLAGS_avx2 ${TORCHOPS_FLAGS_baseline} -mavx2 -mfma -mf16c)
   set(TORCHOPS_FLAGS_avx512 ${TORCHOPS_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq

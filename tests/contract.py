@@ -22,6 +22,8 @@ FOR_ONE_LEVEL = bool(os.environ.get("TORCHOPS_CPU_CAPABILITY"))
 # conftest.py lists it at the end of a run.
 EXECUTED = "executed"
 CUDA_ON_HOST = "CUDA on the host"
+# The CPU level that tests/cpp/emulated builds without its instructions.
+EMULATED = "avx512_bf16"
 
 Inputs = dict[str, Any]
 

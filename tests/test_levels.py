@@ -1,4 +1,4 @@
-"""The numeric rows at every CPU level below the one in use, each in a process of its own."""
+"""The numeric rows at every CPU level but the one in use, each in a process of its own."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from contract import EXECUTED, FOR_ONE_LEVEL
+from contract import EMULATED, EXECUTED, FOR_ONE_LEVEL
+from own_process import BUILD, package_with, run_pytest
 
 import torchops
 
@@ -19,16 +20,20 @@ TESTS = Path(__file__).parent
 @pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
 @pytest.mark.parametrize("level", LOWER_LEVELS)
 def test_numeric_rows_at(level: str, record_property: Callable[[str, object], None]) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "numeric", "-p", "no:cacheprovider", str(TESTS)],
-        env={**os.environ, "TORCHOPS_CPU_CAPABILITY": level},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stdout[-5000:]
-    print(run.stdout.splitlines()[-1])
+    run_pytest("-m", "numeric", str(TESTS), environment={**os.environ, "TORCHOPS_CPU_CAPABILITY": level})
     record_property(EXECUTED, level)
+
+
+@pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
+@pytest.mark.skipif(EMULATED in torchops.utils.cpu_capabilities(), reason="this CPU has the level that is emulated")
+def test_numeric_rows_at_the_emulated_level(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """In plain C++ in place of the instructions: tests/cpp/emulated."""
+    run_pytest(
+        *("-m", "numeric", str(TESTS)),
+        environment={**os.environ, "TORCHOPS_CPU_CAPABILITY": EMULATED},
+        folder=package_with(BUILD / "tests" / "cpp" / "emulated" / "libtorchops.so", tmp_path),
+    )
+    record_property(EXECUTED, f"{EMULATED} by emulation")
 
 
 def test_unknown_level_is_an_import_error_that_lists_the_known_ones() -> None:
@@ -45,9 +50,8 @@ def test_unknown_level_is_an_import_error_that_lists_the_known_ones() -> None:
 
 def test_kernel_objects_share_no_functions_between_levels() -> None:
     """A weak symbol that two levels emit would be linked once, perhaps the AVX-512 one for both."""
-    build = TESTS.parent / "build" / f"cmake-{sys.implementation.cache_tag}"
-    objects = sorted(build.glob("CMakeFiles/torchops_kernels_*.dir/**/*.o"))
-    assert objects, f"no kernel objects in {build}"
+    objects = sorted(BUILD.glob("CMakeFiles/torchops_kernels_*.dir/**/*.o"))
+    assert objects, f"no kernel objects in {BUILD}"
     for path in objects:
         level = next(part for part in path.parts if part.startswith("torchops_kernels_"))
         level = level.removeprefix("torchops_kernels_").removesuffix(".dir")

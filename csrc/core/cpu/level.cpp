@@ -1,5 +1,7 @@
 #include "core/cpu/level.h"
 
+#include "core/cpu/features.h"
+
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -8,24 +10,6 @@
 
 namespace torchops {
 namespace {
-
-// The features that cmake/CpuLevels.cmake compiles each level with.
-bool cpu_has_level(const std::string& level) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (level == "avx2") {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  }
-  if (level == "avx512") {
-    return cpu_has_level("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  }
-  if (level == "avx512_bf16") {
-    return cpu_has_level("avx512") && __builtin_cpu_supports("avx512bf16");
-  }
-#endif
-  return level == "baseline";
-}
 
 std::string choose_level() {
   const auto available = cpu_capabilities();
@@ -60,10 +44,10 @@ const std::string& cpu_capability() {
 }
 
 size_t kernels::level_index() {
-  static const size_t index = [] {
-    const auto available = cpu_capabilities();
-    return static_cast<size_t>(std::find(available.begin(), available.end(), cpu_capability()) - available.begin());
-  }();
+#define TORCHOPS_LEVEL_NAME(level) #level,
+  static constexpr const char* names[] = {TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_LEVEL_NAME)};
+#undef TORCHOPS_LEVEL_NAME
+  static const auto index = static_cast<size_t>(std::find(names, names + level_count, cpu_capability()) - names);
   return index;
 }
 

@@ -3,10 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
+#include "core/cpu/intrinsics.h"
 #include "core/scalar.h"
 
 // Vectors for kernel files, on GCC's vector extension: arithmetic, comparisons and ?: work lane by

@@ -1,0 +1,8 @@
+#pragma once
+
+// The instructions that kernel files name. The include path decides what they are: the compiler's here, plain C++ for
+// tests of a level that the CPU at hand does not have.
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
