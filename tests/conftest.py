@@ -1,11 +1,13 @@
 """What all tests share: stubs for half-installed neighbours, seeds, and the closing list of what ran."""
 
 import importlib.util
+from collections.abc import Callable
 
 import cuda_on_host
 import pytest
 import torch
-from contract import CUDA_ON_HOST, EXECUTED, FOR_ONE_LEVEL
+from contract import BY_EMULATION, CUDA_ON_HOST, EMULATED, EXECUTED, FOR_ONE_LEVEL
+from own_process import POISONED, is_poisoned, poison_memory_of_new_processes
 
 import torchops
 
@@ -25,6 +27,10 @@ if cuda_on_host.ACTIVE:
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
+def pytest_configure() -> None:
+    poison_memory_of_new_processes()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         marks = {"cuda": [pytest.mark.cuda]}
@@ -39,8 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(record_property: Callable[[str, object], None]) -> None:
     torch.manual_seed(0)
+    if is_poisoned():
+        record_property(EXECUTED, POISONED)
 
 
 @pytest.fixture
@@ -65,11 +73,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for device in ("cpu", "cuda"):
         note = "executed" if device in DEVICES else "NOT executed: this machine has none"
         terminalreporter.line(f"device {device}: {note}")
+    memory = "filled with NaN as it is allocated" if POISONED in elsewhere else "NOT filled with NaN (pytest -n 1 does)"
+    terminalreporter.line(f"memory: {memory}")
     on_host = "executed" if CUDA_ON_HOST in elsewhere else "NOT executed in this run"
     terminalreporter.line(f"CUDA operators on the host: {on_host}")
-    for level in ("baseline", "avx2", "avx512"):
+    for level in ("baseline", "avx2", "avx512", "avx512_bf16"):
         if level in levels:
             note = "executed"
+        elif BY_EMULATION in levels and level == EMULATED:
+            note = "executed by emulation: this CPU does not have it"
         elif level in torchops.utils.cpu_capabilities():
             note = "NOT executed in this run"
         else:

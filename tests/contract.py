@@ -24,6 +24,7 @@ EXECUTED = "executed"
 CUDA_ON_HOST = "CUDA on the host"
 # The CPU level that tests/cpp/emulated builds without its instructions.
 EMULATED = "avx512_bf16"
+BY_EMULATION = f"{EMULATED} by emulation"
 
 Inputs = dict[str, Any]
 

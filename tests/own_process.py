@@ -1,5 +1,6 @@
-"""pytest in a process of its own, for tests that a library or an environment of their own go with."""
+"""Processes of their own: pytest with another library or environment, and memory filled with NaN."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,24 @@ import torchops
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+# What a test records under contract.EXECUTED when its memory is filled with NaN by tests/cpp/poison.cpp.
+POISONED = "poisoned memory"
+POISON = BUILD / "tests" / "cpp" / "libpoison.so"
+
+
+def poison_memory_of_new_processes() -> None:
+    """The workers of pytest-xdist first of all, and the processes that they start."""
+    if POISON.exists():
+        os.environ.setdefault("LD_PRELOAD", str(POISON))
+
+
+def is_poisoned() -> bool:
+    return str(POISON) in Path("/proc/self/maps").read_text()
+
+
+def unpoisoned() -> dict[str, str]:
+    """The environment for a process that measures its memory, or checks it by itself."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 def package_with(library: Path, folder: Path) -> Path:

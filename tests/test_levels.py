@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from contract import EMULATED, EXECUTED, FOR_ONE_LEVEL
+from contract import BY_EMULATION, EMULATED, EXECUTED, FOR_ONE_LEVEL
 from own_process import BUILD, package_with, run_pytest
 
 import torchops
@@ -33,7 +33,7 @@ def test_numeric_rows_at_the_emulated_level(tmp_path: Path, record_property: Cal
         environment={**os.environ, "TORCHOPS_CPU_CAPABILITY": EMULATED},
         folder=package_with(BUILD / "tests" / "cpp" / "emulated" / "libtorchops.so", tmp_path),
     )
-    record_property(EXECUTED, f"{EMULATED} by emulation")
+    record_property(EXECUTED, BY_EMULATION)
 
 
 def test_unknown_level_is_an_import_error_that_lists_the_known_ones() -> None:

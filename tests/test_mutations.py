@@ -1,15 +1,12 @@
 """CUDA kernels with a mistake built in, which the tests on the host must find: tests/cpp/simt/mutations."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from own_process import BUILD, ROOT, unpoisoned
 
-ROOT = Path(__file__).parent.parent
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "tests" / "cpp" / "mutations"
+PROGRAMS = BUILD / "tests" / "cpp" / "mutations"
 TABLES = sorted((ROOT / "tests" / "cpp" / "simt" / "mutations").glob("*.json"))
 
 
@@ -25,11 +22,11 @@ def mutations() -> list:
 def test_mistake_is_found(family: str, mutation: dict[str, str]) -> None:
     kernel = (ROOT / "csrc" / mutation["file"]).read_text()
     assert kernel.count(mutation["text"]) == 1, f"the text is not exactly once in csrc/{mutation['file']}"
-    program = BUILD / f"mutant_{family}_{mutation['name']}"
+    program = PROGRAMS / f"mutant_{family}_{mutation['name']}"
     assert program.exists(), f"no {program}: build with TORCHOPS_CMAKE_ARGS=-DTORCHOPS_TESTS=ON"
     run = subprocess.run(
         [program, "--abort", mutation["case"]],
-        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},  # the first one is enough
+        env={**unpoisoned(), "TSAN_OPTIONS": "halt_on_error=1"},  # the first one is enough
         capture_output=True,
         text=True,
         timeout=120,
