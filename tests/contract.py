@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -64,6 +65,10 @@ class OpCase:
     # The arguments that have gradients, and the operator that computes them, if that takes one.
     differentiable: Sequence[str] = ()
     backward: str = ""
+    # For each of them what its gradient needs: arguments, outputs, or what `inner_sizes` names.
+    saved: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    # The bytes of what else is saved, by name.
+    inner_sizes: Callable[[Inputs], Mapping[str, int]] = lambda inputs: {}
     # What of the outputs is compared with the reference, where they are one of many right answers.
     compared: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
     # How far outputs and gradients may be off in a dtype, where that is more than TOLERANCE.
@@ -132,6 +137,11 @@ def require_grad(inputs: Inputs, names: Sequence[str]) -> Inputs:
         name: value.detach().clone().requires_grad_() if name in names and value is not None else value
         for name, value in inputs.items()
     }
+
+
+def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """All non-empty selections."""
+    return list(chain.from_iterable(combinations(names, size) for size in range(1, len(names) + 1)))
 
 
 def given(inputs: Inputs, names: Sequence[str]) -> list[str]:

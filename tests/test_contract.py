@@ -1,28 +1,22 @@
 """Every operator against every contract, driven by the case tables in tests/cases."""
 
 import re
-from collections.abc import Callable, Sequence
-from itertools import chain, combinations
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cases
 import pytest
 import torch
-from cases import DIFFERENTIABLE_OPS, EVERY_DTYPE, EVERY_OP, PUBLIC_OPS
+from cases import EVERY_DTYPE, EVERY_OP, PUBLIC_OPS
 from contract import (
-    FOR_ONE_LEVEL,
     LARGE,
-    Inputs,
     Invalid,
     OpCase,
     assert_close,
     assert_same_bits,
-    cotangents,
-    differentiable_outputs,
     given,
     gradients,
-    gradients_of,
     map_tensors,
     outputs_of,
     require_grad,
@@ -32,11 +26,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchops
-
-
-def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """All non-empty selections."""
-    return list(chain.from_iterable(combinations(names, size) for size in range(1, len(names) + 1)))
 
 
 def test_every_registered_operator_has_a_case() -> None:
@@ -82,50 +71,6 @@ def test_forward_matches_reference(case: OpCase, dtype: torch.dtype, device: str
         assert len(actual) == len(expected)
         for index, (one, other) in enumerate(zip(case.compared(actual), case.compared(expected), strict=True)):
             assert_close(one, other, dtype, f"{sample.id}, output {index}", case.output_tolerance.get(dtype, 0))
-
-
-@pytest.mark.numeric
-@DIFFERENTIABLE_OPS
-@EVERY_DTYPE
-def test_gradients_match_reference(case: OpCase, dtype: torch.dtype, device: str) -> None:
-    """For every selection of inputs that require a gradient."""
-    for sample in case.samples(dtype, device):
-        differentiable = given(sample.inputs, case.differentiable)
-        if not differentiable:
-            continue
-        grads = cotangents(outputs_of(case.op(**sample.inputs)))
-        exact = require_grad(to_double(sample.inputs), differentiable)
-        exact_outputs = outputs_of(case.reference(**exact))
-        derivatives = gradients_of(exact_outputs, [exact[name] for name in differentiable], grads)
-        expected = dict(zip(differentiable, derivatives, strict=True))
-        # Which gradients are computed is decided above the kernels, the same way at every level.
-        for names in [differentiable] if FOR_ONE_LEVEL else subsets(differentiable):
-            inputs = require_grad(sample.inputs, names)
-            actual = gradients_of(outputs_of(case.op(**inputs)), [inputs[name] for name in names], grads)
-            for name, one in zip(names, actual, strict=True):
-                assert one.dtype == inputs[name].dtype
-                other = torch.zeros_like(exact[name]) if expected[name] is None else expected[name]
-                what = f"{sample.id}, gradient to {name} of {names}"
-                assert_close(one, other, dtype, what, case.gradient_tolerance.get(dtype, 0))
-
-
-@DIFFERENTIABLE_OPS
-def test_gradcheck(case: OpCase, device: str) -> None:
-    for sample in case.samples(torch.float64, device):
-        names = [name for name in given(sample.inputs, case.differentiable) if name not in case.straight_through]
-        if "zero-total" in sample.id:
-            names = ["input"]  # dividing or not is a jump in the weights
-        if not names or any(
-            sample.inputs[name].numel() > 400 or sample.inputs[name].dtype != torch.float64 for name in names
-        ):
-            continue  # finite differences take a call per element
-        inputs = require_grad(sample.inputs, names)
-
-        def call(*tensors: Tensor, names=names, inputs=inputs) -> tuple[Tensor, ...]:
-            outputs = outputs_of(case.op(**(inputs | dict(zip(names, tensors, strict=True)))))
-            return tuple(out.masked_fill(out.isinf(), 0) for out in outputs)  # a difference of infinities is NaN
-
-        assert torch.autograd.gradcheck(call, [inputs[name] for name in names]), sample.id
 
 
 @pytest.mark.numeric
@@ -188,19 +133,6 @@ def test_expanded_inputs(case: OpCase, device: str) -> None:
         expanded = map_tensors(sample.inputs, lambda t: t[:1].expand_as(t))
         copied = map_tensors(expanded, lambda t: t.contiguous())
         assert_same_bits(outputs_of(case.op(**expanded)), outputs_of(case.op(**copied)), sample.id)
-
-
-@DIFFERENTIABLE_OPS
-def test_expanded_gradients(case: OpCase, device: str) -> None:
-    """sum().backward() hands over a gradient in which every stride is 0."""
-    for sample in case.samples(torch.float64, device):
-        names = given(sample.inputs, case.differentiable)
-        inputs = require_grad(sample.inputs, names)
-        sum(out.sum() for out in differentiable_outputs(case.op(**inputs))).backward()
-        exact = require_grad(to_double(sample.inputs), names)
-        sum(out.sum() for out in differentiable_outputs(case.reference(**exact))).backward()
-        for name in names:
-            assert_close(inputs[name].grad, exact[name].grad, torch.float64, f"{sample.id}, gradient to {name}")
 
 
 # ---- the dispatcher -----------------------------------------------------------------------------
@@ -268,84 +200,21 @@ def test_autocast(case: OpCase, device: str) -> None:
     assert_same_bits(actual, outputs_of(case.op(**expected_inputs)), "autocast")
 
 
-@pytest.mark.parametrize("case", [case for case in cases.ALL if case.backward], ids=str)
-def test_double_backward_raises_by_name(case: OpCase, device: str) -> None:
-    inputs = case.sized(torch.float32, device, 8)
-    names = given(inputs, case.differentiable)
-    inputs = require_grad(inputs, names)
-    outputs = differentiable_outputs(case.op(**inputs))
-    grads = [grad.requires_grad_() for grad in cotangents(outputs)]
-    first = torch.autograd.grad(outputs, [inputs[names[0]]], grads, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"torchops::{case.backward} is not implemented"):
-        first[0].sum().backward()
-
-
-@DIFFERENTIABLE_OPS
-def test_torch_func_raises(case: OpCase) -> None:
-    inputs = case.sized(torch.float32, "cpu", 8)
-    name = case.differentiable[0]
-
-    def loss(tensor: Tensor) -> Tensor:
-        return outputs_of(case.op(**(inputs | {name: tensor})))[0].sum()
-
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(loss)(inputs[name])
-
-
 @PUBLIC_OPS
 def test_inference_mode(case: OpCase, device: str) -> None:
     inputs = case.sized(torch.float32, device, 8)
+    expected = outputs_of(case.op(**inputs))
     with torch.inference_mode():
-        assert_same_bits(outputs_of(case.op(**inputs)), outputs_of(case.op(**inputs)), "inference mode")
-
-
-# ---- compilers ----------------------------------------------------------------------------------
-
-
-def run_with_gradients(op: Callable, inputs: Inputs, names: Sequence[str]) -> list[Tensor]:
-    inputs = require_grad(inputs, names)
-    outputs = outputs_of(op(**inputs))
-    wanted = [out for out in outputs if out.requires_grad]
-    if not wanted:
-        return outputs
-    grads = torch.autograd.grad(wanted, [inputs[name] for name in names], cotangents(wanted))
-    return [out.detach() for out in outputs] + list(grads)
+        assert_same_bits(outputs_of(case.op(**inputs)), expected, "inference mode")
 
 
 @PUBLIC_OPS
-def test_compile(case: OpCase, device: str) -> None:
-    """fullgraph, forward and backward: every sample. Sizes 0 and 1 and absent tensors compile anew."""
-    torch._dynamo.reset()
-    compiled = torch.compile(case.op, backend="aot_eager", fullgraph=True, dynamic=True)
-    with torch._dynamo.config.patch(recompile_limit=64):
-        for sample in case.samples(torch.float32, device):
-            names = given(sample.inputs, case.differentiable)
-            actual = run_with_gradients(compiled, sample.inputs, names)
-            assert_same_bits(actual, run_with_gradients(case.op, sample.inputs, names), sample.id)
-
-
-@PUBLIC_OPS
-def test_compile_once_for_all_lengths(case: OpCase, device: str) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(case.op, backend="aot_eager", fullgraph=True, dynamic=True)
-    for length in (40, 50, 70):
-        inputs = case.sized(torch.float32, device, length)
-        names = given(inputs, case.differentiable)
-        with torch._dynamo.config.patch(error_on_recompile=length > 40):
-            actual = run_with_gradients(compiled, inputs, names)
-        assert_same_bits(actual, run_with_gradients(case.op, inputs, names), f"length {length}")
-
-
-@PUBLIC_OPS
-def test_compile_inductor(case: OpCase, device: str) -> None:
-    torch._dynamo.reset()
-
-    def model(**inputs: Any) -> list[Tensor]:
-        outputs = outputs_of(case.op(**inputs))
-        return [out * 2 if out.is_floating_point() else out + 1 for out in outputs]
-
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    inputs = case.sized(torch.float32, device, 40)
-    names = given(inputs, case.differentiable)
-    actual = run_with_gradients(compiled, inputs, names)
-    assert_same_bits(actual, run_with_gradients(model, inputs, names), case.name)
+def test_vmap(case: OpCase, device: str) -> None:
+    """Over the first tensor: what the operator gives call by call."""
+    inputs = case.sized(torch.float32, device, 8)
+    name = next(name for name, value in inputs.items() if isinstance(value, Tensor))
+    stacked = torch.stack([inputs[name], inputs[name].flip(-1)])
+    actual = torch.func.vmap(lambda tensor: tuple(outputs_of(case.op(**(inputs | {name: tensor})))))(stacked)
+    for index, one in enumerate(stacked):
+        expected = outputs_of(case.op(**(inputs | {name: one})))
+        assert_same_bits([out[index] for out in actual], expected, f"call {index}")

@@ -33,18 +33,20 @@ if ! has_torch "$python"; then
 fi
 PATH="$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH"
 
-# Catch2 runs the C++ tests, Boost.Context the fibers that CUDA kernels are executed on there.
+# Catch2 runs the C++ tests, Boost.Context the fibers that CUDA kernels are executed on there; with ccache, what was
+# compiled once is not compiled again, in another clone neither.
 missing=()
 header() { [ -e "/usr/include/$1" ] || [ -e "/usr/local/include/$1" ]; }
 header catch2 || missing+=(catch2)
 header boost/context || missing+=(libboost-context-dev)
+command -v ccache >/dev/null || missing+=(ccache)
 if [ "$purpose" = test ] && [ ${#missing[@]} -gt 0 ]; then
   as_root=$([ "$(id -u)" = 0 ] || echo sudo)
   if command -v apt-get >/dev/null && { [ -z "$as_root" ] || command -v sudo >/dev/null; }; then
     say "Installing ${missing[*]} for the C++ tests"
     $as_root apt-get update -qq && $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}"
   else
-    say "The C++ tests need your system's packages of Catch2 and Boost.Context (on Debian: ${missing[*]})."
+    say "The C++ tests need your system's packages of Catch2, Boost.Context and ccache (on Debian: ${missing[*]})."
     exit 1
   fi
 fi
