@@ -1,5 +1,6 @@
 """What is special to the stf family: the packed layout, straight-through gradients, where errors lie, the modules."""
 
+from itertools import chain, combinations, product
 from typing import Any
 
 import pytest
@@ -10,6 +11,11 @@ from torch import Tensor
 
 import torchops
 from torchops.reference.stf import dense, stf_unpack
+
+
+def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return list(chain.from_iterable(combinations(names, size) for size in range(1, len(names) + 1)))
+
 
 # ---- properties ---------------------------------------------------------------------------------
 
@@ -108,12 +114,101 @@ def test_packed_layout_of_several_groups_and_blocks() -> None:
     assert (mask[1, 0].int() & 0xFFFF).tolist() == [0xFFFD, 0x0002, 0, 0]
 
 
-def test_packed_layer_has_no_gradient() -> None:
+def test_packed_factors_have_no_gradient() -> None:
     basis = torch.randn(1, 5, 6, requires_grad=True)
     packed_values, mask = torchops.stf_pack(*torchops.stf_select(torch.randn(8, 1, 5), 2), 5)
     output = torchops.stf_linear_packed(torch.randn(3, 6), basis, packed_values, mask, 8)
     with pytest.raises(RuntimeError, match="torchops::stf_linear_packed is not implemented"):
         output.sum().backward()
+
+
+# ---- what is saved for the backward -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    "form, names",
+    [
+        *product(("factored", "straight-through"), subsets(("input", "basis", "factor", "bias"))),
+        *product(("packed",), subsets(("input", "bias"))),
+    ],
+)
+def test_only_what_the_gradients_take_is_saved(form: str, names: tuple[str, ...], transpose: bool) -> None:
+    """A frozen layer keeps its weight, as nn.Linear does, and none of the tokens."""
+    num_tokens, rows, cols, basis_size, nnz = 100, 24, 30, 13, 5
+    latent = torch.randn(rows, 2, basis_size)
+    values, indices = torchops.stf_select(latent, nnz)
+    packed_values, mask = torchops.stf_pack(values, indices, basis_size)
+    tensors = {
+        "input": torch.randn(num_tokens, rows if transpose else cols),
+        "basis": torch.randn(2, basis_size, cols // 2),
+        "factor": {"factored": values, "straight-through": latent, "packed": packed_values}[form],
+        "bias": torch.randn(cols if transpose else rows),
+    }
+    for name in names:
+        tensors[name].requires_grad_()
+    input, basis, factor, bias = tensors.values()
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        if form == "factored":
+            output = torchops.stf_linear(input, basis, factor, indices, bias, transpose)
+        elif form == "packed":
+            output = torchops.stf_linear_packed(input, basis, factor, mask, rows, bias, transpose)
+        else:
+            output = torchops.stf_linear_straight_through(input, basis, factor, nnz, bias, transpose)
+    packed = form == "packed"
+    atoms_bytes, factor_bytes = 4 * 2 * num_tokens * basis_size, packed_values.nbytes if packed else values.nbytes
+    index_bytes = mask.nbytes if packed else indices.nbytes
+    # By gradient; a dict, for what serves two is saved once.
+    takes: dict[str, int] = {}
+    if "input" in names:
+        takes |= {"basis": basis.nbytes, "values": factor_bytes, "indices": index_bytes}
+    if "basis" in names:
+        takes |= (
+            {"atoms": atoms_bytes}
+            if transpose
+            else {
+                "input": input.nbytes,
+                "values": factor_bytes,
+                "indices": index_bytes,
+            }
+        )
+    if "factor" in names:
+        takes |= {"basis": basis.nbytes, "input": input.nbytes} if transpose else {"atoms": atoms_bytes}
+        takes |= {} if form == "straight-through" else {"indices": index_bytes}
+    assert sum(saved) == sum(takes.values())
+    output.sum().backward()
+    assert all((tensor.grad is not None) == (name in names) for name, tensor in tensors.items())
+
+
+def test_a_layer_without_a_gradient_to_its_output_has_none() -> None:
+    """Not zeros in the size of the weights."""
+
+    class Undefined(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, input: Tensor) -> Tensor:
+            return input.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    basis, latent = torch.randn(1, 5, 6, requires_grad=True), torch.randn(8, 1, 5, requires_grad=True)
+    input = torch.randn(3, 6, requires_grad=True)
+    values, indices = torchops.stf_select(latent, 2)
+    packed_values, mask = torchops.stf_pack(values.detach(), indices, 5)
+    outputs = [
+        torchops.stf_linear(input, basis, values, indices),
+        torchops.stf_linear_straight_through(input, basis, latent, 2),
+        torchops.stf_linear_packed(input, basis.detach(), packed_values, mask, 8),
+        torchops.stf_project(latent[:, 0], basis.detach().new_ones(1, 3, 5), 2)[0],
+    ]
+    for output in outputs:
+        assert torch.autograd.grad(Undefined.apply(output).sum(), [input, basis, latent], allow_unused=True) == (
+            None,
+            None,
+            None,
+        )
 
 
 # ---- awkward data -------------------------------------------------------------------------------
@@ -132,6 +227,45 @@ def test_an_index_that_stands_twice_counts_twice() -> None:
     indices = torch.full((5, 1, 3), 2, dtype=torch.uint8)
     once = torchops.stf_linear(torch.eye(6), basis, values.sum(-1, keepdim=True), indices[..., :1])
     torch.testing.assert_close(torchops.stf_linear(torch.eye(6), basis, values, indices), once)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 20, 70, 200])
+def test_repeated_indices_are_summed_in_a_wide_type(num_tokens: int, dtype: torch.dtype) -> None:
+    """From 256 on, adding 1 in bfloat16 changes nothing."""
+    repeats = 512
+    values = torch.ones(3, 1, repeats, dtype=dtype)
+    indices = torch.full((3, 1, repeats), 5, dtype=torch.int16)
+    basis = torch.ones(1, 600, 1, dtype=dtype)
+    output = torchops.stf_linear(torch.ones(num_tokens, 1, dtype=dtype), basis, values, indices)
+    assert output.eq(repeats).all()
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 20, 70, 200])
+def test_an_atom_that_overflows_reaches_the_rows_that_have_it(
+    num_tokens: int, dtype: torch.dtype, packed: bool
+) -> None:
+    """Zeros times infinity would be NaN."""
+    values, indices = torchops.stf_select(torch.randn(40, 2, 6, dtype=dtype), 2)
+    basis = torch.randn(2, 6, 4, dtype=dtype)
+    input = torch.randn(num_tokens, 8, dtype=dtype)
+    largest = torch.finfo(dtype).max
+    basis[1, 3], input[-1, 4:] = largest / 2, 2.0
+    layer = {"input": input, "basis": basis}
+    if packed:
+        packed_values, mask = torchops.stf_pack(values, indices, 6)
+        output = torchops.stf_linear_packed(**layer, packed_values=packed_values, mask=mask, rows=40)
+    else:
+        output = torchops.stf_linear(**layer, values=values, indices=indices)
+    has_atom = indices[:, 1].eq(3).any(-1)
+    assert 0 < has_atom.sum() < 40
+    assert not output[-1, has_atom].isfinite().any()
+    expected = torch.nn.functional.linear(input.double(), dense(basis.double(), values.double(), indices))
+    torch.testing.assert_close(output[-1, ~has_atom].double(), expected[-1, ~has_atom], rtol=0.03, atol=0.1)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -57,6 +57,64 @@ def test_blocks_are_factored_each_for_itself() -> None:
         assert torch.equal(values[:, block], alone[1][:, 0]) and torch.equal(indices[:, block], alone[2][:, 0])
 
 
+# ---- awkward weights ----------------------------------------------------------------------------
+
+
+def awkward_weights(rows: int, cols: int) -> dict[str, Tensor]:
+    """In float64, with a largest number near 1: of low rank, with rows that are equal or zero, of one number."""
+    generator = torch.Generator().manual_seed(rows)
+    weights = {}
+    for rank in sorted({0, 1, 2, 5, min(rows, cols)}):
+        rank = min(rank, rows, cols)
+        factors = [
+            torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((rows, rank), (rank, cols))
+        ]
+        weights[f"rank-{rank}"] = factors[0] @ factors[1]
+    weights["equal-rows"] = weights[f"rank-{min(rows, cols)}"][torch.arange(rows) // 3]
+    weights["zero-rows"] = weights[f"rank-{min(rows, cols)}"] * (torch.arange(rows) % 2)[:, None]
+    weights["zero-columns"] = weights[f"rank-{min(rows, cols)}"] * (torch.arange(cols) % 2)
+    weights["one-number"] = torch.zeros(rows, cols, dtype=torch.float64)
+    weights["one-number"][rows // 2, cols // 2] = 1
+    weights["rows-of-all-sizes"] = weights["rank-1"] + weights[f"rank-{min(rows, cols)}"] * torch.logspace(
+        0, -30, rows, dtype=torch.float64
+    ).unsqueeze(1)
+    return {name: weight / weight.abs().max().clamp_min(1e-30) for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "rows, cols, dtype, scales",
+    [
+        (40, 24, torch.float64, (1e-300, 1e300)),
+        (40, 24, torch.float32, (1e-30, 1e30)),
+        (24, 40, torch.float32, (1e-37, 3e38)),
+        (50, 3, torch.float32, ()),
+        (3, 50, torch.bfloat16, (1e-30, 3e38)),
+        (24, 40, torch.float16, (1e-3, 65504.0)),
+    ],
+)
+def test_awkward_weights(rows: int, cols: int, dtype: torch.dtype, scales: tuple[float, ...]) -> None:
+    """Factors are numbers, never worse than zeros, and exact where as many vectors as the rank may be combined."""
+    exact = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    smaller = min(rows, cols)
+    weights = awkward_weights(rows, cols)
+    calls = [(name, weight, 1.0) for name, weight in weights.items()]
+    calls += [(name, weights[name], scale) for name in ("rank-2", f"rank-{smaller}") for scale in scales]
+    for name, weight, scale in calls:
+        given = (weight * scale).to(dtype)
+        expected = given.double() / scale
+        norm = expected.norm().clamp_min(1e-300)
+        rank = int(torch.linalg.matrix_rank(weight, rtol=1e-9))
+        for basis_size, nnz in ((16, 4), (smaller, smaller), (24, 18), (2 * cols, cols)):
+            what = f"{name} times {scale}, K {basis_size}, nnz {nnz}"
+            factors = torchops.stf_factorize(given, basis_size, nnz, 1, 3)
+            basis, values, indices = (f.double() if f.is_floating_point() else f for f in factors)
+            projected, refined = torchops.stf_project(given, factors[0], nnz, 3)
+            assert all(t.isfinite().all() for t in (basis, values, projected, refined)), what
+            bound = exact if nnz >= rank else 1 + exact
+            assert (dense(basis, values / scale, indices) - expected).norm() <= bound * norm, what
+            assert (projected.double() / scale - expected).norm() <= bound * norm, what
+
+
 def test_factorization_of_equal_rows_and_of_more_vectors_than_columns() -> None:
     """Vectors that depend on each other make systems of equations singular."""
     weight = torch.randn(1, 5).repeat(9, 1)
@@ -89,3 +147,32 @@ def test_basis_vectors_have_length_1_whatever_the_inputs_are(scale: float | None
     basis, values, _ = torchops.stf_factorize(torch.randn(96, 48), 24, 8, gram=gram)
     torch.testing.assert_close(basis.norm(dim=2), torch.ones(1, 24))
     assert 1 < values.abs().mean() < 5
+
+
+def test_a_row_longer_than_the_largest_number_makes_atoms_longer() -> None:
+    weight = torch.full((4, 64), 6e4, dtype=torch.float16)  # rows of length 4.8e5
+    basis, values, indices = torchops.stf_factorize(weight, 2, 1)
+    length = basis.double().norm(dim=2)
+    torch.testing.assert_close(length, torch.full_like(length, 8), rtol=1e-3, atol=0)
+    torch.testing.assert_close(dense(basis.double(), values.double(), indices), weight.double(), rtol=2e-3, atol=0)
+
+
+def test_a_basis_of_zeros_comes_to_life() -> None:
+    """Least squares leave a zero where it is: what the rows lack takes its place."""
+    weight = torch.randn(20, 8)
+    basis = torch.zeros(1, 6, 8)
+    projected, refined = torchops.stf_project(weight, basis, 3, 0)
+    assert projected.eq(0).all() and refined.eq(0).all()
+    projected, refined = torchops.stf_project(weight, basis, 3, 4)
+    assert refined.norm(dim=2).gt(0.99).all()
+    assert (weight - projected).norm() < 0.7 * weight.norm()
+
+
+def test_units_of_the_inputs_do_not_matter() -> None:
+    inputs, weight = torch.randn(100, 12), torch.randn(20, 12)
+    errors = []
+    for unit in (1e-18, 1.0, 1e18):
+        gram = (unit * inputs).T @ (unit * inputs)
+        factors = torchops.stf_factorize(weight, 8, 3, gram=gram)
+        errors.append(((weight - dense(*factors)) @ inputs.T).norm().item())
+    assert max(errors) < 1.05 * min(errors), errors

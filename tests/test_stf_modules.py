@@ -415,6 +415,38 @@ def test_projected_layer_trains_its_weight_and_becomes_a_factored_one(sparse_sid
     torch.testing.assert_close(torch.jit.script(layer)(input), layer(input))
 
 
+@pytest.mark.parametrize("sparse_side", ["output", "input"])
+@pytest.mark.parametrize("rank", [1, 5, 48])
+def test_factored_layer_has_the_code_of_the_projection(rank: int, sparse_side: str) -> None:
+    """Also where basis vectors depend on each other, so that one product has many codes."""
+    linear = nn.Linear(48, 96, bias=False)
+    linear.weight.data = torch.randn(96, rank) @ torch.randn(rank, 48)
+    layer = torchops.nn.STFProjectedLinear(linear, 16, 4, sparse_side)
+    input = torch.randn(20, 48)
+    expected = layer(input)
+    assert (layer.factored()(input) - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("sparse_side", ["output", "input"])
+def test_projected_layer_leaves_zero(sparse_side: str) -> None:
+    """As adapters start."""
+    target, start = nn.Linear(16, 24), nn.Linear(16, 24)
+    nn.init.zeros_(start.weight)
+    layer = torchops.nn.STFProjectedLinear(start, basis_size=12, nnz=4, sparse_side=sparse_side)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    input = torch.randn(64, 16)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.mse_loss(layer(input), target(input))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        layer.refresh()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    torch.testing.assert_close(layer.factored()(input), layer(input), rtol=1e-5, atol=1e-5)
+
+
 def test_projected_layer_refuses_more_vectors_than_features() -> None:
     with pytest.raises(
         ValueError, match="expected basis_size of at most the smaller of the layer's features = 16, got 17"

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -11,17 +13,21 @@
 namespace torchops {
 namespace {
 
-at::Tensor row_errors(const at::Tensor& weight, const Factorization& f) {
-  return (weight - f.code.matmul(f.basis)).square().sum(1);
-}
-
 double total_error(const at::Tensor& weight, const Factorization& f) {
-  return row_errors(weight, f).sum().item<double>();
+  return row_errors(weight, f.basis, f.code).sum().item<double>();
 }
 
-at::Tensor nonzero_norms(const at::Tensor& rows) {
-  const auto norms = at::linalg_vector_norm(rows, 2, 1, true);
-  return at::where(norms == 0, at::ones_like(norms), norms);
+at::Tensor one_for_zero(const at::Tensor& numbers) {
+  return numbers.masked_fill(numbers.eq(0), 1);
+}
+
+// Rows of length 1, and their lengths [rows, 1]; zeros stay, with a length of 1. The largest entry comes first:
+// squares of large and of small numbers are no numbers.
+std::tuple<at::Tensor, at::Tensor> unit_rows(const at::Tensor& rows) {
+  const auto largest = one_for_zero(at::amax(rows.abs(), 1, true));
+  const auto moderate = rows / largest;
+  const auto norms = one_for_zero(at::linalg_vector_norm(moderate, 2, 1, true));
+  return {moderate / norms, largest * norms};
 }
 
 // Least squares for the basis. The ridge is on the basis's change: on the basis itself it would raise the error.
@@ -36,9 +42,12 @@ Factorization refit_basis(const at::Tensor& weight, const Factorization& f) {
 // The basis for the code, then a code for the basis, which a row takes only if it is better.
 Factorization refine(const at::Tensor& weight, const Factorization& f, int64_t nnz) {
   const auto kept = refit_basis(weight, f);
-  const Factorization fresh{kept.basis, next_code(weight, kept.basis, kept.code, nnz)};
-  const auto better = row_errors(weight, fresh).lt(row_errors(weight, kept)).unsqueeze(1);
-  return {kept.basis, at::where(better, fresh.code, kept.code)};
+  const auto fresh = next_code(weight, kept.basis, kept.code, nnz);
+  return {kept.basis, better_rows(weight, kept.basis, kept.code, fresh)};
+}
+
+at::Tensor is_zero(const at::Tensor& rows) {
+  return rows.eq(0).all(1);
 }
 
 // Where rows combine few atoms, a descent is caught with atoms that nobody needs, or that double another, while
@@ -47,13 +56,18 @@ Factorization replace_atoms(const at::Tensor& weight, const Factorization& f, in
   constexpr double alike = 0.7;
   const auto strength = f.code.square().sum(0);
   const auto similarity = std::get<0>(f.basis.matmul(f.basis.t()).abs().fill_diagonal_(0).max(1));
-  const auto least_missed = (strength * (1 - similarity.square())).argsort(/*stable=*/true, 0, false).cpu();
+  // Atoms that are zero first of all.
+  const auto missed = (strength * (1 - similarity.square())).masked_fill(is_zero(f.basis), -1);
+  const auto least_missed = missed.argsort(/*stable=*/true, 0, false).cpu();
   const auto residual = weight - f.code.matmul(f.basis);
-  const auto directions = residual / nonzero_norms(residual);
-  const auto worst = residual.square().sum(1).argsort(/*stable=*/true, 0, /*descending=*/true).cpu();
+  const auto directions = std::get<0>(unit_rows(residual));
+  const auto [errors, worst] = residual.square().sum(1).cpu().sort(/*stable=*/true, 0, /*descending=*/true);
   auto basis = f.basis.clone();
   std::vector<at::Tensor> taken;
   for (int64_t row = 0; row < worst.size(0) && static_cast<int64_t>(taken.size()) < count; ++row) {
+    if (errors[row].item<double>() == 0) {
+      break;
+    }
     const auto direction = directions[worst[row].item<int64_t>()];
     if (taken.empty() || at::stack(taken).mv(direction).abs().max().item<double>() < alike) {
       basis[least_missed[static_cast<int64_t>(taken.size())].item<int64_t>()] = direction;
@@ -112,9 +126,10 @@ std::optional<Factorization> orthonormal_start(const at::Tensor& weight, int64_t
 
 // Rows of the weight as atoms: the longest, and then always the one least like those there are.
 Factorization rows_start(const at::Tensor& weight, int64_t basis_size, int64_t nnz) {
-  const auto rows = weight / nonzero_norms(weight);
+  const auto rows = std::get<0>(unit_rows(weight));
   auto next = at::linalg_vector_norm(weight, 2, 1).argmax();
-  auto alike = at::zeros({weight.size(0)}, weight.options());
+  // Zeros are no atoms: more alike than any.
+  auto alike = is_zero(weight).to(weight.scalar_type()).mul_(2);
   std::vector<at::Tensor> atoms;
   for (int64_t atom = 0; atom < basis_size; ++atom) {
     atoms.push_back(rows.index_select(0, next.view({1})));
@@ -125,29 +140,47 @@ Factorization rows_start(const at::Tensor& weight, int64_t basis_size, int64_t n
   return {basis, first_code(weight, basis, nnz)};
 }
 
-// The largest magnitude of a weight that is not zero: squares of large and of small numbers are no numbers.
-std::optional<at::Tensor> scale_of(const at::Tensor& weight, int64_t nnz) {
-  if (weight.numel() == 0 || nnz == 0) {
-    return std::nullopt;
-  }
-  const auto scale = weight.abs().max();
-  return scale.item<double>() > 0 ? std::optional(scale) : std::nullopt;
-}
-
 }  // namespace
 
 Factorization with_unit_atoms(const Factorization& f) {
-  const auto norms = nonzero_norms(f.basis);
-  return {f.basis / norms, f.code * norms.t()};
+  const auto [basis, lengths] = unit_rows(f.basis);
+  return {basis, f.code * lengths.t()};
 }
 
-Factorization factorize(const at::Tensor& full_weight, int64_t basis_size, int64_t nnz, int64_t num_iterations) {
-  const auto scale = scale_of(full_weight, nnz);
-  if (!scale) {
-    return {at::zeros({basis_size, full_weight.size(1)}, full_weight.options()),
-            at::zeros({full_weight.size(0), basis_size}, full_weight.options())};
+double largest_number(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return std::numeric_limits<double>::max();
+    case at::kBFloat16:
+      return std::numeric_limits<at::BFloat16>::max();
+    case at::kHalf:
+      return std::numeric_limits<at::Half>::max();
+    default:
+      return std::numeric_limits<float>::max();
   }
-  const auto weight = full_weight / *scale;
+}
+
+Factorization scaled(const Factorization& f, const at::Tensor& scale, at::ScalarType dtype) {
+  double length = 1;
+  if (f.code.numel() > 0) {
+    const double peak = f.code.abs().max().item<double>(), room = largest_number(dtype) / scale.item<double>();
+    while (std::isfinite(peak) && peak / length > room) {
+      length *= 2;
+    }
+  }
+  return {f.basis * length, f.code * (scale / length)};
+}
+
+at::Tensor scale_of(const at::Tensor& weight) {
+  return weight.numel() == 0 ? at::ones({}, weight.options()) : one_for_zero(weight.abs().max());
+}
+
+Factorization factorize(const at::Tensor& weight, int64_t basis_size, int64_t nnz, int64_t num_iterations) {
+  if (weight.numel() == 0 || nnz == 0 || weight.eq(0).all().item<bool>()) {
+    // The best code is zero. Not so the basis: a weight that is trained has to leave zero.
+    return {at::eye(basis_size, weight.size(1), weight.options()),
+            at::zeros({weight.size(0), basis_size}, weight.options())};
+  }
   std::vector<Factorization> starts;
   if (auto start = orthonormal_start(weight, basis_size, nnz)) {
     starts.push_back(*start);
@@ -164,19 +197,24 @@ Factorization factorize(const at::Tensor& full_weight, int64_t basis_size, int64
       best = candidate;
     }
   }
-  const auto result = refine(weight, *best, nnz, num_iterations, true);
-  return {result.basis, result.code * *scale};
+  return refine(weight, *best, nnz, num_iterations, true);
 }
 
-Factorization factorize_from(const at::Tensor& full_weight, const at::Tensor& basis, int64_t nnz,
-                             int64_t num_iterations) {
-  const auto scale = scale_of(full_weight, nnz);
-  if (!scale) {
-    return {basis, at::zeros({full_weight.size(0), basis.size(0)}, full_weight.options())};
+Factorization factorize_from(const at::Tensor& weight, const at::Tensor& basis, int64_t nnz, int64_t num_iterations) {
+  const auto [unit, lengths] = unit_rows(basis);
+  if (weight.numel() == 0 || nnz == 0) {
+    return {basis, at::zeros({weight.size(0), basis.size(0)}, weight.options())};
   }
-  const auto weight = full_weight / *scale;
-  const auto result = refine(weight, {basis, first_code(weight, basis, nnz)}, nnz, num_iterations, false);
-  return {result.basis, result.code * *scale};
+  Factorization start{unit, first_code(weight, unit, nnz)};
+  if (num_iterations == 0) {
+    return {basis, start.code / lengths.t()};
+  }
+  // Least squares leave a zero where it is.
+  if (const auto missing = is_zero(unit).sum().item<int64_t>(); missing > 0) {
+    const auto candidate = replace_atoms(weight, start, nnz, missing);
+    start = total_error(weight, candidate) < total_error(weight, start) ? candidate : start;
+  }
+  return refine(weight, start, nnz, num_iterations, false);
 }
 
 }  // namespace torchops

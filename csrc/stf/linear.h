@@ -8,6 +8,10 @@
 #include <optional>
 #include <tuple>
 
+namespace torch::autograd {
+struct AutogradContext;
+}
+
 // A linear layer with a sparse factor, as every device computes it: dense products with the basis, and sparse
 // ones, which are the device's.
 
@@ -18,6 +22,18 @@ inline constexpr int64_t largest_basis_size = 32767;
 // Gradients to input, basis, values (or the latent) and bias, undefined where nobody asks for them.
 using StfGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// What the gradients that are asked for take: a layer that is frozen but for some of its tensors saves no more.
+struct StfGradientNeeds {
+  bool input, basis, values, indices, atoms;
+
+  StfGradientNeeds(bool transpose, bool to_latent, std::array<bool, 4> output_mask)
+      : input(output_mask[transpose ? 2 : 1]),
+        basis(output_mask[0] || (transpose && output_mask[2])),
+        values(output_mask[0] || (!transpose && output_mask[1])),
+        indices(values || (!to_latent && output_mask[2])),
+        atoms(output_mask[transpose ? 1 : 2]) {}
+};
+
 at::ScalarType index_dtype(const c10::SymInt& basis_size);
 c10::SymDimVector output_sizes(const at::Tensor& input, const at::Tensor& basis, const c10::SymInt& num_rows,
                                bool transpose);
@@ -26,9 +42,11 @@ void check_layer(const char* op, const at::Tensor& input, const at::Tensor& basi
                  const std::optional<at::Tensor>& bias, bool transpose);
 void check_stf_linear(const char* op, const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
                       const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose);
-void check_stf_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
-                               const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
-                               bool transpose);
+void check_stf_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+                               const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
+                               const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
+                               c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
+                               std::array<bool, 4> output_mask);
 void check_stf_linear_straight_through(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& latent,
                                        const c10::SymInt& nnz, const std::optional<at::Tensor>& bias, bool transpose);
 void check_stf_select(const at::Tensor& latent, const c10::SymInt& nnz);
@@ -44,9 +62,19 @@ void check_stf_linear_packed(const at::Tensor& input, const at::Tensor& basis, c
 std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms(const at::Tensor& input, const at::Tensor& basis,
                                                          const at::Tensor& values, const at::Tensor& indices,
                                                          const std::optional<at::Tensor>& bias, bool transpose);
-StfGradients stf_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
-                                 const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
-                                 bool transpose, bool to_latent, std::array<bool, 4> output_mask);
+StfGradients stf_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+                                 const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
+                                 const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
+                                 c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
+                                 std::array<bool, 4> output_mask);
+
+// For a Function's forward and backward: keeps what the gradients that may be asked for take, and computes those that
+// are. Without a gradient to the output there is none.
+void save_for_stf_backward(torch::autograd::AutogradContext* ctx, const at::Tensor& input, const at::Tensor& basis,
+                           const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms, bool transpose,
+                           bool to_latent, std::array<bool, 4> output_mask);
+StfGradients gradients_of_saved(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output,
+                                std::array<bool, 4> output_mask);
 
 // [..., size] -> [T, size], contiguous: the bits of a dense product depend on the memory layout.
 inline at::Tensor as_tokens(const at::Tensor& tensor) {
@@ -119,13 +147,15 @@ std::tuple<at::Tensor, at::Tensor> stf_linear_forward(const Sparse& sparse, cons
   return {with_leading_sizes_of(input, joined_product<Sparse>(atoms, vectors, bias)), atoms};
 }
 
-// to_latent: every pair of a row and an atom has a gradient, not only the nonzeros.
+// to_latent: every pair of a row and an atom has a gradient, not only the nonzeros. What StfGradientNeeds does not name
+// may be undefined.
 template <typename Sparse>
 StfGradients stf_linear_gradients(const Sparse& sparse, const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& basis, const at::Tensor& atoms, bool transpose, bool to_latent,
-                                  std::array<bool, 4> output_mask) {
-  const auto tokens = as_tokens(input), grad = as_tokens(grad_output), vectors = basis.contiguous();
-  const auto num_blocks = basis.size(0);
+                                  const at::Tensor& basis, const at::Tensor& atoms, int64_t num_blocks, bool transpose,
+                                  bool to_latent, std::array<bool, 4> output_mask) {
+  const auto grad = as_tokens(grad_output);
+  const auto tokens = input.defined() ? as_tokens(input) : input;
+  const auto vectors = basis.defined() ? basis.contiguous() : basis;
   const auto to_values = [&](const at::Tensor& rows, const at::Tensor& of_atoms) {
     if (!to_latent) {
       return sparse.value_gradient(rows, of_atoms);
@@ -138,7 +168,7 @@ StfGradients stf_linear_gradients(const Sparse& sparse, const at::Tensor& grad_o
     if (output_mask[0] || output_mask[1]) {
       const auto grad_atoms = sparse.rows_to_atoms(grad);
       if (output_mask[0]) {
-        grad_input = joined_product<Sparse>(grad_atoms, vectors).view(input.sizes());
+        grad_input = with_leading_sizes_of(grad_output, joined_product<Sparse>(grad_atoms, vectors));
       }
       if (output_mask[1]) {
         grad_basis = product<Sparse>(grad_atoms.transpose(1, 2), split_blocks(tokens, num_blocks));
@@ -152,7 +182,7 @@ StfGradients stf_linear_gradients(const Sparse& sparse, const at::Tensor& grad_o
     if (output_mask[0] || output_mask[2]) {
       const auto grad_atoms = product<Sparse>(blocks, vectors.transpose(1, 2));
       if (output_mask[0]) {
-        grad_input = sparse.atoms_to_rows(grad_atoms, std::nullopt).view(input.sizes());
+        grad_input = with_leading_sizes_of(grad_output, sparse.atoms_to_rows(grad_atoms, std::nullopt));
       }
       if (output_mask[2]) {
         grad_values = to_values(tokens, grad_atoms);

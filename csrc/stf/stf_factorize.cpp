@@ -78,10 +78,12 @@ Factors factorize_weight(const at::Tensor& weight, int64_t basis_size, int64_t n
   std::vector<at::Tensor> bases, codes;
   for (int64_t block = 0; block < num_blocks; ++block) {
     auto part = matrix.narrow(1, block * columns, columns).to(dtype);
+    const auto scale = scale_of(part);
+    part = part / scale;
     at::Tensor root;
     if (gram) {
-      const auto own =
-          gram->contiguous().narrow(0, block * columns, columns).narrow(1, block * columns, columns).to(dtype);
+      auto own = gram->contiguous().narrow(0, block * columns, columns).narrow(1, block * columns, columns).to(dtype);
+      own = own / scale_of(own);
       const auto ridge = own.diagonal().mean() * 1e-3 + 1e-12;
       const auto [factor, failed] = at::linalg_cholesky_ex(own + ridge * at::eye(columns, own.options()));
       TORCH_CHECK_VALUE(failed.item<int>() == 0, "stf_factorize: expected gram to be X^T X of inputs X, got a matrix",
@@ -95,6 +97,7 @@ Factors factorize_weight(const at::Tensor& weight, int64_t basis_size, int64_t n
       factors.basis = at::linalg_solve_triangular(root, factors.basis, /*upper=*/false, /*left=*/false);
       factors = with_unit_atoms(factors);
     }
+    factors = scaled(factors, scale, weight.scalar_type());
     bases.push_back(factors.basis);
     codes.push_back(factors.code);
   }

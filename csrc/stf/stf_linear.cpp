@@ -19,9 +19,8 @@ TORCH_LIBRARY_FRAGMENT(torchops, m) {
       "_stf_linear_with_atoms(Tensor input, Tensor basis, Tensor values, Tensor indices, Tensor? bias=None, *,"
       " bool transpose=False) -> (Tensor output, Tensor atoms)");
   m.def(
-      "_stf_linear_backward(Tensor grad_output, Tensor input, Tensor basis, Tensor values, Tensor indices, Tensor "
-      "atoms,"
-      " *, bool transpose, bool to_latent, bool[4] output_mask)"
+      "_stf_linear_backward(Tensor grad_output, Tensor? input, Tensor? basis, Tensor? values, Tensor? indices,"
+      " Tensor? atoms, *, SymInt[] basis_sizes, bool transpose, bool to_latent, bool[4] output_mask)"
       " -> (Tensor grad_input, Tensor grad_basis, Tensor grad_values, Tensor grad_bias)");
 }
 
@@ -82,17 +81,71 @@ void check_stf_linear(const char* op, const at::Tensor& input, const at::Tensor&
   check.same_device("indices", indices, "input", input);
 }
 
-void check_stf_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
-                               const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
-                               bool transpose) {
+void check_stf_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+                               const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
+                               const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
+                               c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
+                               std::array<bool, 4> output_mask) {
   constexpr const char* op = "_stf_linear_backward";
-  check_stf_linear(op, input, basis, values, indices, std::nullopt, transpose);
   const Checks check(op);
-  check.sizes("grad_output", grad_output, output_sizes(input, basis, values.sym_size(0), transpose));
-  check.shape("atoms", atoms, "[blocks, T, K]", {{basis.sym_size(0), num_tokens(input), basis.sym_size(1)}});
-  for (const auto& [name, tensor] : {std::pair{"grad_output", &grad_output}, std::pair{"atoms", &atoms}}) {
-    check.same_dtype(name, *tensor, "input", input);
-    check.same_device(name, *tensor, "input", input);
+  if (input && basis && values && indices) {
+    check_stf_linear(op, *input, *basis, *values, *indices, std::nullopt, transpose);
+    check.sizes("grad_output", grad_output, output_sizes(*input, *basis, values->sym_size(0), transpose));
+  }
+  check.not_scalar("grad_output", grad_output, "[..., out]");
+  check.floating("grad_output", grad_output);
+  check.equal("basis_sizes' length", static_cast<int64_t>(basis_sizes.size()), "that of [blocks, K, cols / blocks]", 3);
+  const StfGradientNeeds needs(transpose, to_latent, output_mask);
+  for (const auto& [name, needed, tensor] :
+       {std::tuple{"input", needs.input, &input}, std::tuple{"basis", needs.basis, &basis},
+        std::tuple{"values", needs.values, &values}, std::tuple{"indices", needs.indices, &indices},
+        std::tuple{"atoms", needs.atoms, &atoms}}) {
+    if (needed) {
+      check.given(name, *tensor, "a gradient that is asked for takes it");
+    }
+    if (*tensor && tensor != &indices) {
+      const bool has_input = input.has_value();
+      check.same_dtype(name, **tensor, has_input ? "input" : "grad_output", has_input ? *input : grad_output);
+    }
+    if (*tensor) {
+      check.same_device(name, **tensor, "grad_output", grad_output);
+    }
+  }
+  if (input) {
+    check.same_dtype("grad_output", grad_output, "input", *input);
+  }
+  const auto &num_blocks = basis_sizes[0], &basis_size = basis_sizes[1];
+  const auto cols = num_blocks * basis_sizes[2];
+  if (transpose) {
+    check.equal("grad_output's last dimension", grad_output.sym_size(-1), "cols", cols);
+  }
+  if (basis) {
+    check.shape("basis", *basis, "[blocks, K, cols / blocks]", basis_sizes);
+  }
+  // On the input's side rows are the input's last dimension, which nobody may have given.
+  auto num_rows = grad_output.sym_size(-1);
+  if (transpose && indices) {
+    check.rank("indices", *indices, "[rows, blocks, nnz]");
+    num_rows = indices->sym_size(0);
+  } else if (transpose && input) {
+    check.not_scalar("input", *input, "[..., in]");
+    num_rows = input->sym_size(-1);
+  }
+  if (indices) {
+    check.rank("indices", *indices, "[rows, blocks, nnz]");
+    check.shape("indices", *indices, "[rows, blocks, nnz]", {{num_rows, num_blocks, indices->sym_size(2)}});
+    check.index("indices", *indices);
+  }
+  if (values && indices) {
+    check.shape("values", *values, "[rows, blocks, nnz]", indices->sym_sizes());
+  }
+  if (input) {
+    c10::SymDimVector sizes(grad_output.sym_sizes());
+    sizes.back() = transpose ? num_rows : cols;
+    check.sizes("input", *input, sizes);
+  }
+  if (atoms) {
+    check.shape("atoms", *atoms, "[blocks, T, K]", {{num_blocks, num_tokens(grad_output), basis_size}});
   }
 }
 
@@ -114,17 +167,31 @@ std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms_meta(const at::Tensor& 
           at::empty_symint({basis.sym_size(0), num_tokens(input), basis.sym_size(1)}, input.options())};
 }
 
-StfGradients stf_linear_backward_meta(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
-                                      const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
-                                      bool transpose, bool to_latent, std::array<bool, 4> output_mask) {
-  check_stf_linear_backward(grad_output, input, basis, values, indices, atoms, transpose);
-  const auto empty = [&](bool wanted, c10::SymIntArrayRef sizes) {
-    return wanted ? at::empty_symint(sizes, input.options()) : at::Tensor();
-  };
-  const c10::SymInt of_values[] = {values.sym_size(0), values.sym_size(1),
-                                   to_latent ? basis.sym_size(1) : values.sym_size(2)};
-  return {empty(output_mask[0], input.sym_sizes()), empty(output_mask[1], basis.sym_sizes()),
-          empty(output_mask[2], of_values), empty(output_mask[3], {grad_output.sym_size(-1)})};
+StfGradients stf_linear_backward_meta(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+                                      const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
+                                      const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
+                                      c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
+                                      std::array<bool, 4> output_mask) {
+  check_stf_linear_backward(grad_output, input, basis, values, indices, atoms, basis_sizes, transpose, to_latent,
+                            output_mask);
+  const auto empty = [&](c10::SymIntArrayRef sizes) { return at::empty_symint(sizes, grad_output.options()); };
+  StfGradients grads;
+  if (output_mask[0]) {
+    c10::SymDimVector sizes(grad_output.sym_sizes());
+    sizes.back() = transpose ? indices->sym_size(0) : basis_sizes[0] * basis_sizes[2];
+    std::get<0>(grads) = empty(sizes);
+  }
+  if (output_mask[1]) {
+    std::get<1>(grads) = empty(basis_sizes);
+  }
+  if (output_mask[2]) {
+    const auto num_rows = transpose ? input->sym_size(-1) : grad_output.sym_size(-1);
+    std::get<2>(grads) = empty({num_rows, basis_sizes[0], to_latent ? basis_sizes[1] : indices->sym_size(2)});
+  }
+  if (output_mask[3]) {
+    std::get<3>(grads) = empty({grad_output.sym_size(-1)});
+  }
+  return grads;
 }
 
 // ---- gradient ---------------------------------------------------------------------------------
@@ -143,13 +210,39 @@ std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms(const at::Tensor& input
   return op.call(input, basis, values, indices, bias, transpose);
 }
 
-StfGradients stf_linear_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
-                                 const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
-                                 bool transpose, bool to_latent, std::array<bool, 4> output_mask) {
+StfGradients stf_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+                                 const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
+                                 const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
+                                 c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
+                                 std::array<bool, 4> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torchops::_stf_linear_backward", "")
                              .typed<decltype(stf_linear_backward)>();
-  return op.call(grad_output, input, basis, values, indices, atoms, transpose, to_latent, output_mask);
+  return op.call(grad_output, input, basis, values, indices, atoms, basis_sizes, transpose, to_latent, output_mask);
+}
+
+void save_for_stf_backward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& basis,
+                           const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms, bool transpose,
+                           bool to_latent, std::array<bool, 4> output_mask) {
+  const StfGradientNeeds needs(transpose, to_latent, output_mask);
+  const auto if_needed = [](bool needed, const at::Tensor& tensor) { return needed ? tensor : at::Tensor(); };
+  ctx->save_for_backward({if_needed(needs.input, input), if_needed(needs.basis, basis), if_needed(needs.values, values),
+                          if_needed(needs.indices, indices), if_needed(needs.atoms, atoms)});
+  ctx->set_materialize_grads(false);
+  ctx->saved_data["basis_sizes"] = basis.sym_sizes();
+  ctx->saved_data["transpose"] = transpose;
+  ctx->saved_data["to_latent"] = to_latent;
+}
+
+StfGradients gradients_of_saved(AutogradContext* ctx, const at::Tensor& grad_output, std::array<bool, 4> output_mask) {
+  if (!grad_output.defined()) {
+    return {};
+  }
+  const auto saved = ctx->get_saved_variables();
+  return stf_linear_backward(grad_output, optional_tensor(saved[0]), optional_tensor(saved[1]),
+                             optional_tensor(saved[2]), optional_tensor(saved[3]), optional_tensor(saved[4]),
+                             ctx->saved_data["basis_sizes"].toSymIntVector(), ctx->saved_data["transpose"].toBool(),
+                             ctx->saved_data["to_latent"].toBool(), output_mask);
 }
 
 namespace {
@@ -160,19 +253,17 @@ struct StfLinearFunction : torch::autograd::Function<StfLinearFunction> {
                             bool transpose) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [output, atoms] = stf_linear_with_atoms(input, basis, values, indices, bias, transpose);
-    ctx->save_for_backward({input, basis, values, indices, atoms});
-    ctx->saved_data["transpose"] = transpose;
+    save_for_stf_backward(ctx, input, basis, values, indices, atoms, transpose, /*to_latent=*/false,
+                          {input.requires_grad(), basis.requires_grad(), values.requires_grad(), false});
     TensorArguments::save(ctx, {input, basis, values, indices, value_or_undefined(bias)});
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
     const auto [grad_input, grad_basis, grad_values, grad_bias] =
-        stf_linear_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                            ctx->saved_data["transpose"].toBool(), /*to_latent=*/false,
-                            {TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 1),
-                             TensorArguments::needs_grad(ctx, 2), TensorArguments::needs_grad(ctx, 4)});
+        gradients_of_saved(ctx, grads[0],
+                           {TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 1),
+                            TensorArguments::needs_grad(ctx, 2), TensorArguments::needs_grad(ctx, 4)});
     return {grad_input, grad_basis, grad_values, {}, grad_bias, {}};
   }
 };

@@ -51,6 +51,57 @@ at::Tensor stf_linear_packed_meta(const at::Tensor& input, const at::Tensor& bas
   return at::empty_symint(output_sizes(input, basis, rows, transpose), input.options());
 }
 
+// ---- gradient ---------------------------------------------------------------------------------
+
+// Of what stands before a packed layer: the layer itself, with the sparse factor on the other side. It has no gradient
+// to its factors: training goes by stf_linear or stf_linear_straight_through.
+struct StfLinearPacked : torch::autograd::Function<StfLinearPacked> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& input, const at::Tensor& basis,
+                            const at::Tensor& packed_values, const at::Tensor& mask, c10::SymInt rows,
+                            const std::optional<at::Tensor>& bias, bool transpose) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto output = stf_linear_packed(input, basis, packed_values, mask, rows, bias, transpose);
+    if (input.requires_grad()) {
+      ctx->save_for_backward({basis, packed_values, mask});
+    }
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["rows"] = std::move(rows);
+    ctx->saved_data["transpose"] = transpose;
+    TensorArguments::save(ctx, {input, basis, packed_values, mask, value_or_undefined(bias)});
+    return output;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !TensorArguments::needs_grad(ctx, 1) && !TensorArguments::needs_grad(ctx, 2),
+        "derivative for torchops::stf_linear_packed is not implemented with respect to basis and packed_values");
+    torch::autograd::variable_list result(7);
+    if (!grads[0].defined()) {
+      return result;
+    }
+    if (TensorArguments::needs_grad(ctx, 0)) {
+      const auto saved = ctx->get_saved_variables();
+      result[0] = stf_linear_packed(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["rows"].toSymInt(),
+                                    std::nullopt, !ctx->saved_data["transpose"].toBool());
+    }
+    if (TensorArguments::needs_grad(ctx, 4)) {
+      result[5] = grads[0].dim() == 1 ? grads[0] : grads[0].flatten(0, -2).sum(0);
+    }
+    return result;
+  }
+};
+
+at::Tensor stf_linear_packed_autograd(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& packed_values,
+                                      const at::Tensor& mask, c10::SymInt rows, const std::optional<at::Tensor>& bias,
+                                      bool transpose) {
+  if (any_requires_grad({input, basis, packed_values, value_or_undefined(bias)})) {
+    return StfLinearPacked::apply(input, basis, packed_values, mask, std::move(rows), bias, transpose);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return stf_linear_packed(input, basis, packed_values, mask, std::move(rows), bias, transpose);
+}
+
 // ---- autocast ---------------------------------------------------------------------------------
 
 template <c10::DeviceType device, c10::DispatchKey key>
@@ -71,9 +122,8 @@ TORCH_LIBRARY_IMPL(torchops, Meta, m) {
   m.impl("stf_linear_packed", stf_linear_packed_meta);
 }
 
-// For inference: training goes by stf_linear or stf_linear_straight_through.
 TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
-  m.impl("stf_linear_packed", torch::autograd::autogradNotImplementedFallback());
+  m.impl("stf_linear_packed", stf_linear_packed_autograd);
 }
 
 TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {

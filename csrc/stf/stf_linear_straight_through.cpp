@@ -50,20 +50,18 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [values, indices] = stf_select(latent, std::move(nnz));
     const auto [output, atoms] = stf_linear_with_atoms(input, basis, values, indices, bias, transpose);
-    ctx->save_for_backward({input, basis, values, indices, atoms});
-    ctx->saved_data["transpose"] = transpose;
+    save_for_stf_backward(ctx, input, basis, values, indices, atoms, transpose, /*to_latent=*/true,
+                          {input.requires_grad(), basis.requires_grad(), latent.requires_grad(), false});
     TensorArguments::save(ctx, {input, basis, latent, value_or_undefined(bias)});
     return output;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
     const auto [grad_input, grad_basis, grad_latent, grad_bias] =
-        stf_linear_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-                            ctx->saved_data["transpose"].toBool(), /*to_latent=*/true,
-                            {TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 1),
-                             TensorArguments::needs_grad(ctx, 2), TensorArguments::needs_grad(ctx, 3)});
+        gradients_of_saved(ctx, grads[0],
+                           {TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 1),
+                            TensorArguments::needs_grad(ctx, 2), TensorArguments::needs_grad(ctx, 3)});
     return {grad_input, grad_basis, grad_latent, {}, grad_bias, {}};
   }
 };

@@ -61,6 +61,7 @@ struct StfSelect : torch::autograd::Function<StfSelect> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [values, indices] = stf_select(latent, std::move(nnz));
     ctx->save_for_backward({indices});
+    ctx->set_materialize_grads(false);
     ctx->saved_data["basis_size"] = latent.sym_size(2);
     ctx->mark_non_differentiable({indices});
     return {values, indices};
@@ -71,6 +72,9 @@ struct StfSelect : torch::autograd::Function<StfSelect> {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("torchops::_stf_select_backward", "")
                                .typed<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymInt)>();
+    if (!grads[0].defined()) {
+      return {{}, {}};
+    }
     return {op.call(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["basis_size"].toSymInt()), {}};
   }
 };

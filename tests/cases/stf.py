@@ -1,5 +1,6 @@
 """The stf family: linear layers with a sparse factor."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,11 +65,15 @@ def with_latent(shape: Shape, transpose: bool, dtype: torch.dtype, device: str, 
 
 
 def packed(shape: Shape, transpose: bool, dtype: torch.dtype, device: str, bias: bool = True) -> Inputs:
-    _, _, basis_size, _, rows, _ = shape
-    inputs = factored(shape, transpose, dtype, device, bias)
-    # By the reference, so that the operator that packs is not needed to test the one that computes.
-    packed_values, mask = reference.stf_pack(inputs.pop("values"), inputs.pop("indices"), basis_size)
-    return inputs | {"packed_values": packed_values, "mask": mask, "rows": rows}
+    return packed_of(factored(shape, transpose, dtype, device, bias))
+
+
+def packed_of(inputs: Inputs) -> Inputs:
+    """By the reference, so that the operator that packs is not needed to test the one that computes."""
+    given = {name: value for name, value in inputs.items() if name not in ("values", "indices")}
+    values = inputs["values"]
+    packed_values, mask = reference.stf_pack(values, inputs["indices"], inputs["basis"].shape[1])
+    return given | {"packed_values": packed_values, "mask": mask, "rows": values.shape[0]}
 
 
 def layer_samples(make: Any, names: Any, dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -94,6 +99,29 @@ def stf_linear_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
             indices = inputs["indices"].to(torch.int16).flip(-1)
             indices[3] = 1
             yield Sample(f"unordered-{name}{side}", inputs | {"indices": indices})
+    yield from nonfinite_samples(dict, dtype, device)
+
+
+def nonfinite_samples(make: Any, dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    """A NaN or an infinity that reaches some of the outputs, by few tokens and many: no zero is multiplied by it."""
+    for num_tokens in (1, 3, 20, 70, 130):
+        for transpose in (False, True):
+            inputs = factored(((num_tokens,), 2, 6, 8, 36, 2), transpose, dtype, device)
+            name = f"-T{num_tokens}{'-transpose' if transpose else ''}"
+            for argument, place in (("basis", (1, 2, 3)), ("values", (17, 0, 1))):
+                changed = inputs[argument].clone()
+                changed[place] = math.nan
+                yield Sample(f"nan-in-{argument}{name}", make(inputs | {argument: changed}))
+            if not transpose:
+                changed = inputs["input"].clone()
+                changed[-1, 5] = math.nan
+                yield Sample(f"nan-in-input{name}", make(inputs | {"input": changed}))
+                # All of one sign: the sum of an infinity and its negative is none. Gradients to the factors have both.
+                if make is packed_of:
+                    changed = inputs["input"].abs()
+                    changed[-1, 5] = math.inf
+                    positive = {argument: inputs[argument].abs() + 0.5 for argument in ("basis", "values")}
+                    yield Sample(f"inf-in-input{name}", make(inputs | positive | {"input": changed}))
 
 
 # A good call that the invalid ones change: cols 6, rows 7.
@@ -241,9 +269,24 @@ def backward_inputs(inputs: Inputs) -> Inputs:
     return {name: value for name, value in inputs.items() if name != "bias"} | {
         "grad_output": random(*output.shape, dtype=output.dtype, device=output.device.type, seed=5),
         "atoms": atoms,
+        "basis_sizes": list(inputs["basis"].shape),
         "to_latent": False,
         "output_mask": [True] * 4,
     }
+
+
+def needed(inputs: Inputs) -> Inputs:
+    """Without what no gradient that is asked for takes."""
+    to_input, to_basis, to_values, _ = inputs["output_mask"]
+    transpose = inputs["transpose"]
+    takes = {
+        "input": to_values if transpose else to_basis,
+        "basis": to_input or (transpose and to_values),
+        "values": to_input or (not transpose and to_basis),
+        "atoms": to_basis if transpose else to_values,
+    }
+    takes["indices"] = takes["values"] or (to_values and not inputs["to_latent"])
+    return {name: None if takes.get(name) is False else value for name, value in inputs.items()}
 
 
 def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -253,7 +296,10 @@ def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         yield Sample(f"{sample.id}-to-latent", inputs | {"to_latent": True})
         if sample.id.startswith("leading-sizes"):
             for index, name in enumerate(("input", "basis", "values", "bias")):
-                yield Sample(f"{sample.id}-to-{name}", inputs | {"output_mask": [index == i for i in range(4)]})
+                alone = inputs | {"output_mask": [index == i for i in range(4)]}
+                yield Sample(f"{sample.id}-to-{name}", needed(alone))
+                if name == "values":
+                    yield Sample(f"{sample.id}-to-latent-alone", needed(alone | {"to_latent": True}))
 
 
 def backward_invalid(device: str) -> Iterator[Invalid]:
@@ -279,6 +325,35 @@ def backward_invalid(device: str) -> Iterator[Invalid]:
         "atoms-dtype",
         good | {"atoms": good["atoms"].double()},
         "expected atoms of input's dtype Float, got Double",
+    )
+    dims = {
+        "basis": "[blocks, K, cols / blocks] = ",
+        "values": "[rows, blocks, nnz] = ",
+        "indices": "[rows, blocks, nnz] = ",
+        "atoms": "[blocks, T, K] = ",
+    }
+    for transpose in (False, True):
+        good = backward_inputs(factored(GOOD, transpose, torch.float32, device))
+        for index in range(4):
+            alone = needed(good | {"output_mask": [index == i for i in range(4)]})
+            for name in ("input", "basis", "values", "indices", "atoms"):
+                if alone[name] is not None:
+                    yield Invalid(
+                        f"no-{name}-{index}{'-transpose' if transpose else ''}",
+                        alone | {name: None},
+                        f"expected {name} to be a tensor because a gradient that is asked for takes it, got None",
+                    )
+                    expected = f"{dims.get(name, '')}{list(alone[name].shape)}"
+                    wrong = alone[name][:-1] if name in ("basis", "atoms") else alone[name][..., :-1, :]
+                    yield Invalid(
+                        f"{name}-of-another-{index}{'-transpose' if transpose else ''}",
+                        alone | {name: wrong},
+                        f"expected {name} of shape {expected}, got {list(wrong.shape)}",
+                    )
+    yield Invalid(
+        "basis-sizes",
+        good | {"basis_sizes": [2, 4]},
+        "expected basis_sizes' length to be that of [blocks, K, cols / blocks] = 3, got 2",
     )
 
 
@@ -332,7 +407,8 @@ def straight_through_autocast(device: str) -> tuple[Inputs, Inputs]:
 
 
 def packed_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
-    return layer_samples(packed, SHAPES, dtype, device)
+    yield from layer_samples(packed, SHAPES, dtype, device)
+    yield from nonfinite_samples(packed_of, dtype, device)
 
 
 def packed_invalid(device: str) -> Iterator[Invalid]:
@@ -415,10 +491,10 @@ CASES = [
         backward="_stf_linear_backward",
         unbatched=("basis", "values", "indices", "bias"),
         autocast=stf_linear_autocast,
-        launches=1,
+        launches=2,
         large=stf_linear_large,
     ),
-    OpCase("_stf_linear_with_atoms", with_atoms_samples, with_atoms_invalid, stf_linear_sized, launches=1),
+    OpCase("_stf_linear_with_atoms", with_atoms_samples, with_atoms_invalid, stf_linear_sized, launches=2),
     OpCase("_stf_linear_backward", backward_samples, backward_invalid, backward_sized, launches=2),
     OpCase(
         "stf_linear_straight_through",
@@ -431,7 +507,7 @@ CASES = [
         backward="_stf_linear_backward",
         unbatched=("basis", "latent", "bias"),
         autocast=straight_through_autocast,
-        launches=2,
+        launches=3,
         large=straight_through_large,
     ),
     OpCase(
@@ -440,9 +516,10 @@ CASES = [
         packed_invalid,
         packed_sized,
         reference=reference.stf_linear_packed,
+        differentiable=("input", "bias"),
         unbatched=("basis", "packed_values", "mask", "bias"),
         autocast=packed_autocast,
-        launches=1,
+        launches=2,
         large=packed_large,
     ),
 ]

@@ -163,6 +163,12 @@ def project_invalid(device: str) -> Iterator[Invalid]:
     )
 
 
+def to_factors_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for sample in project_samples(dtype, device):
+        yield sample
+        yield Sample(f"{sample.id}-refined", sample.inputs | {"num_iterations": 2})
+
+
 def project_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
     return {
         "weight": random(length, 24, dtype=dtype, device=device),
@@ -194,6 +200,14 @@ CASES = [
         differentiable=("weight",),
         straight_through=("weight",),
         output_tolerance=DECOMPOSITION_TOLERANCE,
+        decomposes=True,
+        unbatched=("basis",),
+    ),
+    OpCase(
+        "_stf_project_to_factors",
+        to_factors_samples,
+        project_invalid,
+        project_sized,
         decomposes=True,
         unbatched=("basis",),
     ),

@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from ..ops.stf import stf_factorize, stf_project, stf_select
+from ..ops.stf import stf_factorize, stf_project
 from .stf import STFLinear, choose_sizes
 
 __all__ = ["STFProjectedLinear"]
@@ -96,7 +96,7 @@ class STFProjectedLinear(nn.Module):
 
     @torch.no_grad()
     def factored(self) -> STFLinear:
-        """A factored layer that computes the same."""
+        """A factored layer that computes the same: with the very code that :meth:`forward` multiplies out."""
         layer = STFLinear(
             self.weight.shape[1],
             self.weight.shape[0],
@@ -107,12 +107,10 @@ class STFProjectedLinear(nn.Module):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        # Vectors that do not depend on each other give the projection by one code.
-        projected = stf_project(self._matrix(), self.basis, self.nnz, 0)[0]
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        code = projected.to(wide) @ torch.linalg.pinv(self.basis[0].to(wide))
-        values, indices = stf_select(code[:, None], self.nnz)
-        layer.basis.copy_(self.basis)
+        basis, values, indices = torch.ops.torchops._stf_project_to_factors(
+            self._matrix(), self.basis, self.nnz, num_iterations=0
+        )
+        layer.basis.copy_(basis)
         if layer.bias is not None and self.bias is not None:
             layer.bias.copy_(self.bias)
-        return layer._hold(values=values.to(self.weight.dtype), indices=indices).train(self.training)
+        return layer._hold(values=values, indices=indices).train(self.training)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def dense(basis: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """The matrix [rows, cols] that the factors stand for."""
-    code = values.new_zeros(*values.shape[:2], basis.shape[1]).scatter_add(-1, indices.long(), values)
-    return torch.einsum("rbk,bkc->rbc", code, basis).flatten(1)
+    """The matrix [rows, cols] that the factors stand for. Zeros that nobody stored are not multiplied: a NaN or an
+    infinity of a basis vector is in the rows that combine it, and in no others."""
+    blocks = torch.arange(basis.shape[0], device=basis.device)[:, None]
+    return torch.einsum("rbe,rbec->rbc", values, basis[blocks, indices.long()]).flatten(1)
 
 
 def stf_linear(

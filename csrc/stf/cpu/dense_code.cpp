@@ -3,6 +3,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <functional>
+#include <vector>
+
 #include "core/cpu/dense_product.h"
 #include "core/cpu/level.h"
 #include "core/parallel.h"
@@ -12,33 +16,49 @@
 namespace torchops {
 namespace {
 
-// visit(position among the nonzeros, place in the code) for every nonzero of the rows and blocks from begin to end, or
-// the position of an index that is out of range, or -1.
+// visit(row, its indices) for the rows and blocks from begin to end, or the position of an index that is out of range,
+// or -1.
 template <typename Index, typename Visit>
-int64_t for_each_nonzero(const Index* indices, int64_t nnz, int64_t basis_size, int64_t begin, int64_t end,
-                         const Visit& visit) {
+int64_t for_each_list(const Index* indices, int64_t nnz, int64_t basis_size, int64_t begin, int64_t end,
+                      const Visit& visit) {
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t at = row * nnz; at < (row + 1) * nnz; ++at) {
-      const auto column = int64_t{indices[at]};
-      if (column < 0 || column >= basis_size) {
+      if (const auto column = int64_t{indices[at]}; column < 0 || column >= basis_size) {
         return at;
       }
-      visit(at, row * basis_size + column);
     }
+    visit(row, indices + row * nnz);
   }
   return -1;
 }
 
 template <typename Visit>
-void for_each_nonzero(const char* op, const at::Tensor& indices, int64_t basis_size, const Visit& visit) {
+void for_each_list(const char* op, const at::Tensor& indices, int64_t basis_size, const Visit& visit) {
   const auto nnz = indices.size(2);
   WrongIndex wrong;
   parallel_units(indices.size(0) * indices.size(1), nnz, [&](int64_t begin, int64_t end) {
     wrong.found(indices.scalar_type() == at::kByte
-                    ? for_each_nonzero(indices.const_data_ptr<uint8_t>(), nnz, basis_size, begin, end, visit)
-                    : for_each_nonzero(indices.const_data_ptr<int16_t>(), nnz, basis_size, begin, end, visit));
+                    ? for_each_list(indices.const_data_ptr<uint8_t>(), nnz, basis_size, begin, end, visit)
+                    : for_each_list(indices.const_data_ptr<int16_t>(), nnz, basis_size, begin, end, visit));
   });
   wrong.check(op, indices, basis_size);
+}
+
+// One that stands twice counts twice: its sum is rounded once.
+template <typename Index>
+void write_nonzeros(const at::BFloat16* values, const Index* columns, int64_t nnz, int64_t basis_size,
+                    at::BFloat16* to) {
+  if (std::adjacent_find(columns, columns + nnz, std::greater_equal<>()) == columns + nnz) {
+    for (int64_t e = 0; e < nnz; ++e) {
+      to[columns[e]] = values[e];
+    }
+    return;
+  }
+  std::vector<float> sums(static_cast<size_t>(basis_size));
+  for (int64_t e = 0; e < nnz; ++e) {
+    sums[static_cast<size_t>(columns[e])] += static_cast<float>(values[e]);
+  }
+  std::copy(sums.begin(), sums.end(), to);
 }
 
 }  // namespace
@@ -53,9 +73,10 @@ at::Tensor dense_code(const char* op, const at::Tensor& values, const at::Tensor
   auto code = at::zeros({values.size(0), values.size(1), basis_size}, values.options());
   const auto* const from = values.const_data_ptr<at::BFloat16>();
   auto* const to = code.mutable_data_ptr<at::BFloat16>();
-  // One that stands twice counts twice.
-  for_each_nonzero(op, indices, basis_size,
-                   [&](int64_t at, int64_t place) { to[place] = to[place].x == 0 ? from[at] : to[place] + from[at]; });
+  const auto nnz = values.size(2);
+  for_each_list(op, indices, basis_size, [&](int64_t row, const auto* columns) {
+    write_nonzeros(from + row * nnz, columns, nnz, basis_size, to + row * basis_size);
+  });
   return code;
 }
 
@@ -63,7 +84,12 @@ at::Tensor take_nonzeros(const char* op, const at::Tensor& code, const at::Tenso
   auto values = at::empty(indices.sizes(), code.options());
   const auto* const from = code.const_data_ptr<at::BFloat16>();
   auto* const to = values.mutable_data_ptr<at::BFloat16>();
-  for_each_nonzero(op, indices, code.size(2), [&](int64_t at, int64_t place) { to[at] = from[place]; });
+  const auto nnz = indices.size(2), basis_size = code.size(2);
+  for_each_list(op, indices, basis_size, [&](int64_t row, const auto* columns) {
+    for (int64_t e = 0; e < nnz; ++e) {
+      to[row * nnz + e] = from[row * basis_size + columns[e]];
+    }
+  });
   return values;
 }
 

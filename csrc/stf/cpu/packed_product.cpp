@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include "stf/cpu/dense_code.h"
+#include "stf/cpu/nonfinite_tokens.h"
 #include "stf/cpu/packed_product_kernel.h"
 #include "stf/cpu/tiled_product.h"
 #include "stf/tensor_factors.h"
@@ -54,28 +55,39 @@ at::Tensor dense_code(const at::Tensor& packed_values, const at::Tensor& mask, i
 at::Tensor CpuPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::optional<at::Tensor>& bias) const {
   const auto num_tokens = atoms.size(1);
   const auto v = packed_values.contiguous(), m = mask.contiguous();
-  if (dense_code_pays(v.scalar_type(), num_tokens)) {
-    return dense_atoms_to_rows(dense_code(v, m, num_rows), atoms, bias);
-  }
-  auto output = at::empty({num_tokens, num_rows}, v.options());
-  for_dtype(v.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto factor = packed_factor<T>(v, m, num_rows);
-    if (num_tokens >= fewest_tokens_to_gather_atoms) {
+  const auto by_nonzeros = [&](const at::Tensor& of_tokens) {
+    auto output = at::empty({of_tokens.size(1), num_rows}, v.options());
+    for_dtype(v.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto factor = packed_factor<T>(v, m, num_rows);
       WrongIndex wrong;
-      tiled_atoms_to_rows<T>(factor, with_contiguous_rows(atoms), bias, output, wrong);
+      tiled_atoms_to_rows<T>(factor, of_tokens, bias, output, wrong);
       check_masks(wrong, factor.nnz);
-      return;
-    }
-    const auto a = atoms.to(at::toOpMathType(v.scalar_type())).contiguous();
-    const auto b = bias ? bias->contiguous() : at::Tensor();
-    const kernels::stf::PackedAtomsToRows<T> args{factor, a.template const_data_ptr<kernels::accumulate_t<T>>(),
-                                                  b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
-                                                  static_cast<T*>(output.mutable_data_ptr()), num_tokens};
-    parallel_groups(factor, factor.num_groups(), 1, [&](char* memory, int64_t begin, int64_t end) {
-      return TORCHOPS_KERNEL(stf, packed_atoms_to_rows<T>)(args, memory, begin, end);
     });
-  });
+    return output;
+  };
+  const bool as_matrix = dense_code_pays(v.scalar_type(), num_tokens);
+  if (num_tokens >= fewest_tokens_to_gather_atoms && !as_matrix) {
+    return by_nonzeros(with_contiguous_rows(atoms));
+  }
+  const auto a = atoms.contiguous();
+  auto output = as_matrix ? dense_atoms_to_rows(dense_code(v, m, num_rows), a, bias)
+                          : at::empty({num_tokens, num_rows}, v.options());
+  if (!as_matrix) {
+    for_dtype(v.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto factor = packed_factor<T>(v, m, num_rows);
+      const auto wide = a.to(at::toOpMathType(v.scalar_type()));
+      const auto b = bias ? bias->contiguous() : at::Tensor();
+      const kernels::stf::PackedAtomsToRows<T> args{factor, wide.template const_data_ptr<kernels::accumulate_t<T>>(),
+                                                    b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
+                                                    static_cast<T*>(output.mutable_data_ptr()), num_tokens};
+      parallel_groups(factor, factor.num_groups(), 1, [&](char* memory, int64_t begin, int64_t end) {
+        return TORCHOPS_KERNEL(stf, packed_atoms_to_rows<T>)(args, memory, begin, end);
+      });
+    });
+  }
+  repair_nonfinite_tokens(output, a, by_nonzeros);
   return output;
 }
 

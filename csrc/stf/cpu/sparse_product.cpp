@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include "stf/cpu/dense_code.h"
+#include "stf/cpu/nonfinite_tokens.h"
 #include "stf/cpu/tiled_product.h"
 #include "stf/tensor_factors.h"
 
@@ -34,17 +35,23 @@ void scatter(const SparseFactor<T>& factor, const at::Tensor& rows, at::Tensor& 
 }  // namespace
 
 at::Tensor CpuSparseProduct::atoms_to_rows(const at::Tensor& atoms, const std::optional<at::Tensor>& bias) const {
-  const auto v = values.contiguous(), i = indices.contiguous(), a = with_contiguous_rows(atoms);
-  if (dense_code_pays(v.scalar_type(), a.size(1))) {
-    return dense_atoms_to_rows(dense_code(op, v, i, basis_size), a, bias);
+  const auto v = values.contiguous(), i = indices.contiguous();
+  const auto by_nonzeros = [&](const at::Tensor& of_tokens) {
+    auto output = at::empty({of_tokens.size(1), v.size(0)}, v.options());
+    WrongIndex wrong;
+    for_dtype(v.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      tiled_atoms_to_rows<T>(sparse_factor<T>(v, i, basis_size), of_tokens, bias, output, wrong);
+    });
+    wrong.check(op, i, basis_size);
+    return output;
+  };
+  if (!dense_code_pays(v.scalar_type(), atoms.size(1))) {
+    return by_nonzeros(with_contiguous_rows(atoms));
   }
-  auto output = at::empty({a.size(1), v.size(0)}, v.options());
-  WrongIndex wrong;
-  for_dtype(v.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    tiled_atoms_to_rows<T>(sparse_factor<T>(v, i, basis_size), a, bias, output, wrong);
-  });
-  wrong.check(op, i, basis_size);
+  const auto a = atoms.contiguous();
+  const auto output = dense_atoms_to_rows(dense_code(op, v, i, basis_size), a, bias);
+  repair_nonfinite_tokens(output, a, by_nonzeros);
   return output;
 }
 

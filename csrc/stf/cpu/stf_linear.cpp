@@ -22,12 +22,17 @@ std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms_cpu(const at::Tensor& i
                             transpose);
 }
 
-StfGradients stf_linear_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& basis,
-                                     const at::Tensor& values, const at::Tensor& indices, const at::Tensor& atoms,
-                                     bool transpose, bool to_latent, std::array<bool, 4> output_mask) {
-  check_stf_linear_backward(grad_output, input, basis, values, indices, atoms, transpose);
-  return stf_linear_gradients(CpuSparseProduct{"_stf_linear_backward", values, indices, basis.size(1)}, grad_output,
-                              input, basis, atoms, transpose, to_latent, output_mask);
+StfGradients stf_linear_backward_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+                                     const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
+                                     const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
+                                     at::IntArrayRef basis_sizes, bool transpose, bool to_latent,
+                                     std::array<bool, 4> output_mask) {
+  check_stf_linear_backward(grad_output, input, basis, values, indices, atoms, c10::fromIntArrayRefSlow(basis_sizes),
+                            transpose, to_latent, output_mask);
+  const auto v = values.value_or(at::Tensor()), i = indices.value_or(at::Tensor());
+  return stf_linear_gradients(CpuSparseProduct{"_stf_linear_backward", v, i, basis_sizes[1]}, grad_output,
+                              input.value_or(at::Tensor()), basis.value_or(at::Tensor()), atoms.value_or(at::Tensor()),
+                              basis_sizes[0], transpose, to_latent, output_mask);
 }
 
 at::Tensor stf_linear_straight_through_cpu(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& latent,

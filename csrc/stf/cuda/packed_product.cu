@@ -14,6 +14,7 @@
 #include "stf/cuda/packed_rows_to_atoms.cuh"
 #include "stf/cuda/packed_rows_to_atoms_mma.cuh"
 #include "stf/cuda/product_of_parts.h"
+#include "stf/cuda/repair_tokens.cuh"
 #include "stf/tensor_factors.h"
 
 namespace torchops {
@@ -99,13 +100,21 @@ at::Tensor CudaPackedProduct::dense() const {
 
 at::Tensor CudaPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::optional<at::Tensor>& bias) const {
   const auto num_tokens = atoms.size(1);
-  if (num_tokens > (has_matrix_units(atoms.scalar_type()) ? some_tokens : few_tokens)) {
-    return dense_atoms_to_rows(dense(), atoms, bias);
-  }
   const auto v = packed_values.contiguous(), m = mask.contiguous(), a = atoms.contiguous();
   const auto b = bias ? std::optional(bias->contiguous()) : std::nullopt;
   if (num_tokens > few_tokens) {
-    return atoms_to_rows_mma(v, m, num_rows, a, b);
+    auto output = has_matrix_units(v.scalar_type()) && num_tokens <= some_tokens
+                      ? atoms_to_rows_mma(v, m, num_rows, a, b)
+                      : dense_atoms_to_rows(dense(), a, b);
+    for_dtype(v.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      device::launch({num_tokens, kernels::stf::cuda::repair_threads}, kernels::stf::cuda::repair_packed_tokens<T>,
+                     kernels::stf::cuda::RepairTokens<T, kernels::stf::PackedFactor>{
+                         packed_factor<T>(v, m, num_rows), static_cast<const T*>(a.const_data_ptr()),
+                         b ? static_cast<const T*>(b->const_data_ptr()) : nullptr,
+                         static_cast<T*>(output.mutable_data_ptr()), num_tokens});
+    });
+    return output;
   }
   auto output = at::empty({num_tokens, num_rows}, v.options());
   for_dtype(v.scalar_type(), [&](auto tag) {

@@ -12,6 +12,7 @@
 #include "stf/cuda/expand_factor.cuh"
 #include "stf/cuda/layout.h"
 #include "stf/cuda/product_of_parts.h"
+#include "stf/cuda/repair_tokens.cuh"
 #include "stf/cuda/rows_to_atoms.cuh"
 #include "stf/cuda/take_nonzeros.cuh"
 #include "stf/cuda/value_gradient.cuh"
@@ -42,11 +43,20 @@ at::Tensor CudaSparseProduct::dense() const {
 
 at::Tensor CudaSparseProduct::atoms_to_rows(const at::Tensor& atoms, const std::optional<at::Tensor>& bias) const {
   const auto num_tokens = atoms.size(1);
-  if (num_tokens > few_tokens) {
-    return dense_atoms_to_rows(dense(), atoms, bias);
-  }
   const auto v = values.contiguous(), i = indices.contiguous(), a = atoms.contiguous();
   const auto b = bias ? bias->contiguous() : at::Tensor();
+  if (num_tokens > few_tokens) {
+    auto output = dense_atoms_to_rows(dense(), a, bias);
+    for_dtype(v.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      device::launch({num_tokens, kernels::stf::cuda::repair_threads}, kernels::stf::cuda::repair_tokens<T>,
+                     kernels::stf::cuda::RepairTokens<T, kernels::stf::SparseFactor>{
+                         sparse_factor<T>(v, i, basis_size), static_cast<const T*>(a.const_data_ptr()),
+                         b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
+                         static_cast<T*>(output.mutable_data_ptr()), num_tokens});
+    });
+    return output;
+  }
   auto output = at::empty({num_tokens, v.size(0)}, v.options());
   for_dtype(v.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -2,13 +2,14 @@
 
 #include "stf/factorization.h"
 
-// Both are composed of torch's operators.
+// All are composed of torch's operators.
 
 namespace torchops {
 
 TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
   m.impl("stf_factorize", factorize_weight);
   m.impl("stf_project", project_weight);
+  m.impl("_stf_project_to_factors", project_weight_to_factors);
 }
 
 }  // namespace torchops

@@ -10,6 +10,7 @@
 #include "stf/cuda/pack_factor.cuh"
 #include "stf/cuda/packed_atoms_to_rows.cuh"
 #include "stf/cuda/packed_rows_to_atoms.cuh"
+#include "stf/cuda/repair_tokens.cuh"
 #include "stf/cuda/rows_to_atoms.cuh"
 #include "stf/cuda/select.cuh"
 #include "stf/cuda/take_nonzeros.cuh"
@@ -92,6 +93,82 @@ TEMPLATE_TEST_CASE("atoms_to_rows", "", KERNEL_TYPES) {
         CHECK(simt::widened(actual) == expected);
       });
     }
+  }
+}
+
+// Every second token has an infinity in the last atom of the last block: what it has to become, where has_atom(row)
+// says which rows have the atom. Tokens of numbers stay as they are.
+template <typename T, typename HasAtom, typename Repair>
+void check_repair(const Shape& shape, const std::vector<double>& dense, const HasAtom& has_atom, const Repair& repair) {
+  constexpr float untouched = 77;
+  auto atoms = atoms_of(shape);
+  const auto bias = numbers(shape.num_rows, 4);
+  const auto is_bad = [](int64_t token) { return token % 2 == 1; };
+  const auto last_atom = [&](int64_t token) -> float& {
+    return atoms[((shape.num_blocks - 1) * shape.num_tokens + token) * shape.basis_size + shape.basis_size - 1];
+  };
+  for (int64_t token = 0; token < shape.num_tokens; ++token) {
+    last_atom(token) = 0;
+  }
+  const auto expected = rounded<T>(expected_rows(shape, dense, atoms, &bias));
+  for (int64_t token = 0; token < shape.num_tokens; ++token) {
+    last_atom(token) = is_bad(token) ? INFINITY : 1;
+  }
+  const auto narrow_atoms = simt::narrowed<T>(atoms), narrow_bias = simt::narrowed<T>(bias);
+  const auto actual = simt::widened(simt::same_in_every_order([&] {
+    auto output = simt::narrowed<T>(std::vector<float>(expected.size(), untouched));
+    repair(narrow_atoms.data(), narrow_bias.data(), output.data());
+    return output;
+  }));
+  for (int64_t token = 0; token < shape.num_tokens; ++token) {
+    for (int64_t row = 0; row < shape.num_rows; ++row) {
+      CAPTURE(shape.num_rows, shape.basis_size, shape.nnz, token, row);
+      const auto i = static_cast<size_t>(token * shape.num_rows + row);
+      if (!is_bad(token)) {
+        CHECK(actual[i] == untouched);
+      } else if (has_atom(row)) {
+        CHECK_FALSE(std::isfinite(actual[i]));
+      } else {
+        CHECK(actual[i] == expected[i]);
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("repair_tokens", "", KERNEL_TYPES) {
+  const simt::ReleaseBuild release_build;  // goes on where an index is out of range or a mask too full
+  for (const Shape& shape : shapes) {
+    const Factor<TestType> factor(shape);
+    const int64_t last_block = shape.num_blocks - 1;
+    check_repair<TestType>(
+        shape, factor.dense,
+        [&](int64_t row) {
+          const auto first = factor.indices.begin() + (row * shape.num_blocks + last_block) * shape.nnz;
+          return std::find(first, first + shape.nnz, shape.basis_size - 1) != first + shape.nnz;
+        },
+        [&](const TestType* atoms, const TestType* bias, TestType* output) {
+          device::launch(
+              {shape.num_tokens, repair_threads}, repair_tokens<TestType>,
+              RepairTokens<TestType, SparseFactor>{factor.pointers(), atoms, bias, output, shape.num_tokens});
+        });
+  }
+}
+
+TEMPLATE_TEST_CASE("repair_packed_tokens", "", KERNEL_TYPES) {
+  for (const Shape& shape : shapes) {
+    const Packed<TestType> packed(shape, true);
+    const int64_t last_block = shape.num_blocks - 1;
+    check_repair<TestType>(
+        shape, packed.dense,
+        [&](int64_t row) {
+          const int64_t list = row / rows_per_group * shape.num_blocks + last_block;
+          return (packed.mask[list * shape.basis_size + shape.basis_size - 1] >> row % rows_per_group & 1) != 0;
+        },
+        [&](const TestType* atoms, const TestType* bias, TestType* output) {
+          device::launch(
+              {shape.num_tokens, repair_threads}, repair_packed_tokens<TestType>,
+              RepairTokens<TestType, PackedFactor>{packed.pointers(), atoms, bias, output, shape.num_tokens});
+        });
   }
 }
 
