@@ -1,5 +1,6 @@
 """Factored models in transformers' and accelerate's files."""
 
+import doctest
 import json
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import torchops
 from torchops.nn import STFLinear, factorize_, restore_factored_
 
 transformers = pytest.importorskip("transformers")
 
+from torchops.integrations import transformers_stf  # noqa: E402
 from torchops.integrations.transformers_stf import STFConfig, keep_factored  # noqa: E402
 
 FORMS = ["factored", "straight_through", "pack"]
@@ -147,3 +150,8 @@ def test_t5_reads_the_weight(form: str) -> None:
     inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :3]}
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).last_hidden_state, dense(**inputs).last_hidden_state)
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(transformers_stf, extraglobs={"torch": torch, "torchops": torchops})
+    assert result.failed == 0 and result.attempted > 5

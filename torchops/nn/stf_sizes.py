@@ -6,6 +6,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+__all__: List[str] = []
+
 ROWS_PER_GROUP = 16
 MOST_VECTORS = 32767
 # Basis vectors for each that a row combines: of all ways to divide the bytes the one that comes closest to trained

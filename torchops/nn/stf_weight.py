@@ -1,10 +1,12 @@
 """The weight of a factored layer, for code that asks for it."""
 
-from typing import Any, Callable, Tuple
+from typing import Any, Callable, List, Tuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+__all__: List[str] = []
 
 # What a tensor says about itself without its numbers.
 METADATA = {
