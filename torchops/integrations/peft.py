@@ -30,7 +30,7 @@ class LoraSTFLinear(Linear):
         if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
             raise ValueError(
                 "LoraSTFLinear: expected init_lora_weights to be True, False or 'gaussian', for a factored layer has no"
-                f" weight, got {config.init_lora_weights!r}"
+                f" weight of its own, got {config.init_lora_weights!r}"
             )
         # Another adapter may stand around the layer already.
         factored = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer

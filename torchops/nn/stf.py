@@ -1,48 +1,26 @@
 """Linear layers with a factored weight, on :func:`torchops.stf_linear`."""
 
 import math
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.stf import stf_factorize, stf_linear, stf_linear_packed, stf_linear_straight_through, stf_pack, stf_select
 from ..reference.stf import dense, stf_unpack
+from .stf_sizes import (
+    FORMS,
+    Sizes,
+    aligned,
+    choose_sizes,
+    from_bytes,
+    mismatches,
+    standard_deviation_of_latent,
+    to_bytes,
+)
+from .stf_weight import WeightOnDemand
 
 __all__ = ["STFLinear"]
-
-ROWS_PER_GROUP = 16
-MOST_VECTORS = 32767
-# Basis vectors for each that a row combines: of all ways to divide the bytes the one that comes closest to trained
-# layers (docs/decisions/stf_sizes.md).
-VECTORS_PER_NONZERO = 3
-# The tensors of each form of the sparse factor, by which a state dict tells which one it holds.
-FORMS = {"factored": ("values", "indices"), "straight-through": ("latent",), "packed": ("packed_values", "mask")}
-
-
-def choose_sizes(rows: int, cols: int, bytes_per_number: int, compression: float) -> Tuple[int, int]:
-    """K and nnz of the largest packed factors that are `compression` times smaller than the dense matrix."""
-    groups = -(-rows // ROWS_PER_GROUP)
-    bytes_per_vector = bytes_per_number * cols + 2 * groups  # a basis vector, and its bits in every group's mask
-    bytes_per_nonzero = bytes_per_number * ROWS_PER_GROUP * groups  # one in every row
-    bytes_together = VECTORS_PER_NONZERO * bytes_per_vector + bytes_per_nonzero
-    dense_bytes = bytes_per_number * rows * cols
-    most_bytes = dense_bytes / compression if compression >= 1 else 0.0
-    nnz = int(most_bytes / bytes_together)
-    if nnz < 1 or cols <= VECTORS_PER_NONZERO:
-        highest = dense_bytes / bytes_together if cols > VECTORS_PER_NONZERO else 0.0
-        if highest < 1:
-            raise ValueError(
-                f"STFLinear.from_linear: expected a layer whose factors are smaller than it, got {rows} x {cols}"
-            )
-        raise ValueError(
-            f"STFLinear.from_linear: expected compression in 1..{highest:.2f} for {rows} x {cols}, got {compression}"
-        )
-    most_vectors = min(cols, MOST_VECTORS)
-    basis_size = min(int((most_bytes - nnz * bytes_per_nonzero) / bytes_per_vector), most_vectors)
-    if basis_size == most_vectors:
-        nnz = min(int((most_bytes - basis_size * bytes_per_vector) / bytes_per_nonzero), basis_size)
-    return basis_size, nnz
 
 
 def gram_matrix(inputs: Tensor) -> Tensor:
@@ -66,8 +44,10 @@ class STFLinear(nn.Module):
     :meth:`pack`        packed_values, mask         inference and files: no gradients
     ==================  ==========================  ======================================================
 
-    Parameters change with the form, so an optimizer is made afterwards. A state dict is loaded in the form
-    in which it was saved, whatever the form of the module that loads it.
+    Parameters change with the form, so an optimizer is made afterwards. What is frozen stays frozen, and what
+    packing froze trains again afterwards. A state dict is loaded in the form in which it was saved, whatever the
+    form of the module that loads it; one of another layer is refused, and the module is then as it was. Averages are
+    for parameters: a module whose positions were averaged, as buffers are by some, refuses to run.
 
     Args:
         in_features, out_features: as of ``nn.Linear``.
@@ -81,7 +61,9 @@ class STFLinear(nn.Module):
 
     Shapes: forward(input [..., in_features]) returns [..., out_features]; basis [blocks, K, cols / blocks],
     values and indices [rows, blocks, nnz], latent [rows, blocks, K], with rows = out_features and
-    cols = in_features on the output's side, and the other way round on the input's.
+    cols = in_features on the output's side, and the other way round on the input's. The module holds positions of
+    16 bits, those of K > 256 and masks, as bytes in a last dimension of 2; ``sparse_factor()`` has them as
+    :func:`torchops.stf_linear` takes them. ``layout`` says what layer a state dict is of.
 
     Source: DSFormer: Effective Compression of Text-Transformers by Dense-Sparse Weight Factorization, 2023.
 
@@ -98,6 +80,13 @@ class STFLinear(nn.Module):
     latent: Optional[Tensor]
     packed_values: Optional[Tensor]
     mask: Optional[Tensor]
+    layout: Tensor
+
+    __jit_unused_properties__ = ["weight"]
+    # Whether basis, bias and sparse factor trained before they were packed.
+    _trained: Tuple[bool, bool, bool] = (True, True, True)
+    # The layout that was looked at, and its version then.
+    _checked: Optional[Tuple[Tensor, int]] = None
 
     def __init__(
         self,
@@ -134,33 +123,67 @@ class STFLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(empty.new_empty(out_features)) if bias else None)
         for name in ("values", "latent"):
             self.register_parameter(name, None)
-        for name in ("indices", "packed_values", "mask"):
+        # The one that is always there comes first: torch.export counts on it.
+        for name in ("layout", "indices", "packed_values", "mask"):
             self.register_buffer(name, None)
         self._hold(**self._empty("factored"))
         self.reset_parameters()
 
+    def sizes(self) -> Sizes:
+        """What the shapes of the module's tensors follow from."""
+        return Sizes(self.in_features, self.out_features, self.basis_size, self.nnz, self.num_blocks, self.sparse_side)
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws a factored weight whose entries vary as those of ``nn.Linear`` do."""
+        """Draws a weight whose entries vary as those of ``nn.Linear`` do. Form and tensors stay."""
+        self.layout.copy_(torch.tensor(self.sizes().layout()))
+        if self.basis.is_meta:
+            return
         width = self.basis.shape[2]
         nn.init.normal_(self.basis, std=max(width, 1) ** -0.5)
-        code = torch.randn(self.rows, self.num_blocks, self.basis_size, device=self.basis.device)
-        chosen = code.argsort(-1)[..., : self.nnz].sort(-1).values
-        values = torch.randn(chosen.shape, device=self.basis.device, dtype=self.basis.dtype)
-        values *= math.sqrt(width / (3 * max(self.in_features * self.nnz, 1)))
-        self._hold(values=values, indices=chosen.to(self._empty("factored")["indices"].dtype))
+        std = math.sqrt(width / (3 * max(self.in_features * self.nnz, 1)))
+        if self.latent is not None:
+            nn.init.normal_(self.latent, std=std * standard_deviation_of_latent(self.basis_size, self.nnz))
+        elif self.values is not None and self.indices is not None:
+            nn.init.normal_(self.values, std=std)
+            self.indices.copy_(to_bytes(self._random_indices()))
+        elif self.packed_values is not None and self.mask is not None:
+            indices = self._random_indices()
+            values = torch.randn(indices.shape, device=indices.device).mul_(std).to(self.packed_values.dtype)
+            packed_values, mask = stf_pack(values, indices, self.basis_size)
+            self.packed_values.copy_(packed_values)
+            self.mask.copy_(to_bytes(mask))
         if self.bias is not None:
             bound = max(self.in_features, 1) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def _random_indices(self) -> Tensor:
+        """[rows, blocks, nnz], the same on all processes that share the layer (torch.distributed's DTensor)."""
+        code = torch.rand(self.rows, self.num_blocks, self.basis_size, device=self.basis.device)
+        indices = code.argsort(-1)[..., : self.nnz].sort(-1).values
+        mesh = getattr(self.basis, "device_mesh", None)
+        if mesh is not None:
+            for dim in range(mesh.ndim):
+                torch.distributed.broadcast(indices, group=mesh.get_group(dim), group_src=0)
+        return indices.to(torch.uint8 if self.basis_size <= 256 else torch.int16)
+
     def forward(self, input: Tensor) -> Tensor:
+        return self._linear(input, self.bias)
+
+    def _linear(self, input: Tensor, bias: Optional[Tensor]) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._check_layout()
         values, indices, latent = self.values, self.indices, self.latent
         packed_values, mask = self.packed_values, self.mask
         if latent is not None:
-            return stf_linear_straight_through(input, self.basis, latent, self.nnz, self.bias, self.transpose)
+            return stf_linear_straight_through(input, self.basis, latent, self.nnz, bias, self.transpose)
         if packed_values is not None and mask is not None:
-            return stf_linear_packed(input, self.basis, packed_values, mask, self.rows, self.bias, self.transpose)
+            mask = from_bytes(mask)
+            return stf_linear_packed(input, self.basis, packed_values, mask, self.rows, bias, self.transpose)
         assert values is not None and indices is not None
-        return stf_linear(input, self.basis, values, indices, self.bias, self.transpose)
+        if self.basis_size > 256:
+            indices = from_bytes(indices)
+        return stf_linear(input, self.basis, values, indices, bias, self.transpose)
 
     @classmethod
     def from_linear(
@@ -177,7 +200,7 @@ class STFLinear(nn.Module):
         by the factor asked for, with basis_size about three times nnz.
 
         Args:
-            linear: stays as it is.
+            linear: stays as it is. Its mode and what is frozen in it are passed on, its hooks are not.
             compression: bytes of the dense weight for one of the packed one.
             calibration: [..., in_features], typical inputs of the layer: what counts is then the error of its
                 outputs, not that of its weight. With the sparse factor on the input's side each feature counts by its
@@ -217,6 +240,7 @@ class STFLinear(nn.Module):
             rows, cols = cols, rows
         weight = linear.weight.detach()
         basis_size, nnz = choose_sizes(rows, cols, weight.element_size(), compression)
+        # Nothing is drawn, since all of it is written below.
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -224,9 +248,9 @@ class STFLinear(nn.Module):
             nnz,
             bias=linear.bias is not None,
             sparse_side=sparse_side,
-            device=weight.device,
+            device=torch.device("meta"),
             dtype=weight.dtype,
-        )
+        ).to_empty(device=weight.device)
         # The factorization solves systems of equations: 16 bits are too few.
         wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
         matrix = (weight.T if layer.transpose else weight).to(wide)
@@ -243,7 +267,13 @@ class STFLinear(nn.Module):
             layer.basis.copy_(basis)
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-        return layer._hold(values=values.to(weight.dtype), indices=indices).train(linear.training)
+        layer._hold(values=values.to(weight.dtype), indices=indices).train(linear.training)
+        assert layer.values is not None
+        for factor in (layer.basis, layer.values):
+            factor.requires_grad_(linear.weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
+        return layer
 
     # ---- forms ----------------------------------------------------------------------------------
 
@@ -254,24 +284,26 @@ class STFLinear(nn.Module):
     @torch.no_grad()
     def sparse_factor(self) -> Dict[str, Tensor]:
         """A copy of values and indices, both [rows, blocks, nnz], of whatever form the module has."""
+        self._check_layout(wait=True)
         if self.latent is not None:
             values, indices = stf_select(self.latent, self.nnz)
         elif self.packed_values is not None and self.mask is not None:
-            values, indices = stf_unpack(self.packed_values, self.mask, self.rows)
+            values, indices = stf_unpack(self.packed_values, from_bytes(self.mask), self.rows)
         else:
             assert self.values is not None and self.indices is not None
             values, indices = self.values.clone(), self.indices.clone()
+            indices = from_bytes(indices) if self.basis_size > 256 else indices
         return {"values": values, "indices": indices}
 
     def factored(self) -> "STFLinear":
         """Trains, from here on, the values of the basis vectors that are chosen now. Returns the module."""
-        return self._hold(**self.sparse_factor())
+        return self if self.form() == "factored" else self._hold(**self.sparse_factor())
 
     @torch.no_grad()
     def straight_through(self) -> "STFLinear":
         """Trains, from here on, a latent factor of which the forward takes the nnz largest of every row, and
         whose dropped entries, which start at 0, can come back. Returns the module."""
-        if self.latent is not None:
+        if self.form() == "straight-through":
             return self
         factor = self.sparse_factor()
         latent = torch.zeros_like(self._empty("straight-through")["latent"])
@@ -279,44 +311,132 @@ class STFLinear(nn.Module):
 
     def pack(self) -> "STFLinear":
         """Makes the module smallest, for inference: nothing in it has a gradient any more. Returns the module."""
+        if self.form() == "packed":
+            return self
         factor = self.sparse_factor()
         packed_values, mask = stf_pack(factor["values"], factor["indices"], self.basis_size)
         return self._hold(packed_values=packed_values, mask=mask)
 
     def _hold(self, **factor: Tensor) -> "STFLinear":
         """Takes the sparse factor in one form and lets go of the others."""
-        was_packed = self.mask is not None
-        self.values = nn.Parameter(factor["values"]) if "values" in factor else None
-        self.latent = nn.Parameter(factor["latent"]) if "latent" in factor else None
-        self.indices = factor.get("indices")
-        self.packed_values = factor.get("packed_values")
-        self.mask = factor.get("mask")
-        if was_packed or self.mask is not None:
-            self.requires_grad_(self.mask is None)
+        held = self.values if self.values is not None else self.latent
+        if held is not None:
+            now = (self.basis.requires_grad, self.bias is None or self.bias.requires_grad, held.requires_grad)
+            self._trained = now
+        trains = [before and "mask" not in factor for before in self._trained]
+        for name in ("values", "latent"):
+            setattr(self, name, nn.Parameter(factor[name], trains[2]) if name in factor else None)
+        for name in ("indices", "packed_values", "mask"):
+            setattr(self, name, to_bytes(factor[name]) if name in factor else None)
+        self.layout = torch.tensor(self.sizes().layout(), device=self.basis.device)
+        if "mask" in factor or held is None:
+            self.basis.requires_grad_(trains[0])
+            if self.bias is not None:
+                self.bias.requires_grad_(trains[1])
         return self
 
     def _empty(self, form: str, device: Optional[torch.device] = None) -> Dict[str, Tensor]:
-        groups = -(-self.rows // ROWS_PER_GROUP)
-        sizes = {
-            "values": (self.rows, self.num_blocks, self.nnz),
-            "indices": (self.rows, self.num_blocks, self.nnz),
-            "latent": (self.rows, self.num_blocks, self.basis_size),
-            "packed_values": (groups, self.num_blocks, ROWS_PER_GROUP * self.nnz),
-            "mask": (groups, self.num_blocks, self.basis_size),
-        }
-        dtypes = {"indices": torch.uint8 if self.basis_size <= 256 else torch.int16, "mask": torch.int16}
+        shapes, device = self.sizes().shapes(), device or self.basis.device
         return {
-            name: torch.empty(sizes[name], dtype=dtypes.get(name, self.basis.dtype), device=device or self.basis.device)
+            name: torch.empty(
+                shapes[name], dtype=torch.uint8 if name in ("indices", "mask") else self.basis.dtype, device=device
+            )
             for name in FORMS[form]
         }
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        for form, names in FORMS.items():
-            if prefix + names[0] in state_dict and form != self.form():
-                self._hold(**self._empty(form))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    # ---- its state ------------------------------------------------------------------------------
+
+    def _check_layout(self, wait: bool = False) -> None:
+        """Positions are data that nothing but this module writes. Whoever averages buffers changes the layout, too."""
+        layout = self.layout
+        if torch.compiler.is_compiling() or type(layout) is not Tensor or layout.is_meta or layout.is_inference():
+            return
+        if self._checked is not None and self._checked[0] is layout and self._checked[1] == layout._version:
+            return
+        # DistributedDataParallel writes buffers before every forward; waiting for the device then is not worth it.
+        if self.training and layout.device.type != "cpu" and not wait:
+            return
+        problems = mismatches(self.sizes(), {"layout": layout}, "")
+        if problems:
+            raise ValueError(problems[0])
+        self._checked = (layout, layout._version)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+    ) -> None:
+        state = {
+            name: state_dict[prefix + name]
+            for name in ("basis", "bias", "layout", *sum(FORMS.values(), ()))
+            if prefix + name in state_dict
+        }
+        for name in ("indices", "mask"):
+            if name in state:  # files of older versions have int16 there
+                state[name] = aligned(to_bytes(state[name]))
+        form = next((form for form, names in FORMS.items() if names[0] in state), self.form())
+        problems = mismatches(self.sizes(), state, prefix)
+        # A factor that is not all there is of no use in another form.
+        missing = [] if form == self.form() else [name for name in ("basis", *FORMS[form]) if name not in state]
+        if problems or missing:
+            error_msgs.extend(problems)
+            missing_keys.extend(prefix + name for name in missing)
+            return
+        # Files of older versions have none.
+        state.setdefault("layout", torch.tensor(self.sizes().layout(), device=state.get("basis", self.basis).device))
+        if form != self.form():
+            self._hold(**self._empty(form))
+        state_dict = {**state_dict, **{prefix + name: tensor for name, tensor in state.items()}}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def loaded(self) -> "STFLinear":
+        """To be called by what sets the module's tensors without ``load_state_dict``: freezes what is packed, and
+        looks whether the tensors are this layer's. Returns the module.
+
+        Raises:
+            ValueError: they are another layer's.
+        """
+        self._check_layout(wait=True)
+        if self.form() == "packed":
+            self.requires_grad_(False)
+        for name in ("indices", "mask"):
+            setattr(self, name, aligned(getattr(self, name)))
+        return self
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_checked"}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "layout" not in self._buffers:  # pickled by an older version
+            self.register_buffer("layout", None)
+            self._hold(
+                **{name: tensor for name in sum(FORMS.values(), ()) if (tensor := getattr(self, name)) is not None}
+            )
 
     # ---- what it stands for ---------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as :meth:`dense_weight` has it, for code that was written for ``nn.Linear`` and reads it: a new
+        tensor, multiplied out when something is computed with it, with a gradient to the factors unless they are
+        packed. Writing to it changes nothing."""
+        if torch.compiler.is_compiling():  # where what is not needed is left out anyway
+            return self._multiplied_out()
+        return WeightOnDemand(self._multiplied_out, (self.out_features, self.in_features), self.basis)
+
+    def _multiplied_out(self) -> Tensor:
+        """The layer of the identity."""
+        identity = torch.eye(self.in_features, dtype=self.basis.dtype, device=self.basis.device)
+        with torch.autocast(self.basis.device.type, enabled=False):
+            return self._linear(identity, None).T
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
