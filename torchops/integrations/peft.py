@@ -73,7 +73,7 @@ def _check_layers_before_merging(self: BaseTuner) -> None:
         )
 
 
-BaseTuner._check_merge_allowed = _check_layers_before_merging
+BaseTuner._check_merge_allowed = _check_layers_before_merging  # type: ignore[method-assign]
 
 
 def register_stf_linear(config: LoraConfig) -> LoraConfig:
