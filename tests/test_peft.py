@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchops.nn import STFLinear
+from torchops.nn import STFLinear, factorize_
 
 peft = pytest.importorskip("peft")
 
@@ -94,3 +94,34 @@ def test_packed_layers_are_refused() -> None:
 def test_without_registration_peft_refuses() -> None:
     with pytest.raises(ValueError, match="STFLinear"):
         peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_mixed_model_is_not_left_half_merged(merge: str) -> None:
+    base, input = model(), torch.randn(4, 8)
+    base.insert(0, nn.Linear(8, 8))
+    adapted = peft.get_peft_model(base, register_stf_linear(peft.LoraConfig(r=2, target_modules=["0", "1", "3"])))
+    train(adapted, input)
+    expected, weight = adapted(input), base[0].base_layer.weight.clone()
+    with pytest.raises(ValueError, match="nothing was merged, for 1, 3 cannot be"):
+        getattr(adapted, merge)()
+    assert torch.equal(base[0].base_layer.weight, weight) and not base[0].merged
+    assert torch.equal(adapted(input), expected)
+
+
+def test_merging_without_factored_layers_stays_possible() -> None:
+    adapted = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(r=2, target_modules=["0"]))
+    adapted.merge_adapter()
+    assert adapted.base_model.model[0].merged
+
+
+def test_layers_that_peft_adapts_are_not_factored() -> None:
+    base = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 16))
+    config = peft.LoraConfig(r=8, target_modules=["0"], modules_to_save=["2"])
+    adapted = peft.get_peft_model(base, config)
+    with pytest.raises(ValueError, match="peft adapts base_model.model.0: factor the model first") as error:
+        factorize_(adapted, 1.2, num_iterations=1, verbose=False)
+    assert "base_model.model.0.lora_A.default: " in str(error.value) and "model.2.original_module: " in str(error.value)
+    factorize_(adapted, 1.2, skip=["base_model.model.0", "*.2"], num_iterations=1, verbose=False)
+    assert [type(layer).__name__ for layer in base] == ["Linear", "STFLinear", "ModulesToSaveWrapper"]
+    adapted.merge_adapter()

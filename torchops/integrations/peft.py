@@ -1,5 +1,6 @@
 """LoRA adapters of peft on factored linear layers (:class:`torchops.nn.STFLinear`)."""
 
+from functools import wraps
 from typing import Any, Dict, List, Optional, Tuple
 
 from torch import nn
@@ -7,7 +8,7 @@ from torch import nn
 try:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 except ImportError as error:
     raise ImportError("torchops.integrations.peft needs peft: pip install peft") from error
 
@@ -20,7 +21,8 @@ class LoraSTFLinear(Linear):
     """An :class:`STFLinear` with plain LoRA adapters beside it, which peft makes of a layer it adapts.
 
     The sum of factors and an adapter is no product of a basis and a sparse factor of the same sizes, so merging
-    raises an error, as do the variants of LoRA that look at the weight (DoRA and others).
+    raises an error, before any layer of the model is merged, as do the variants of LoRA that look at the weight (DoRA
+    and others).
 
     Raises:
         ValueError: the layer is packed, and gradients do not pass through it.
@@ -54,6 +56,24 @@ class LoraSTFLinear(Linear):
             "LoraSTFLinear: an adapter cannot be merged into the factors of an STFLinear: keep it beside the layer, or"
             " take it off with unload()"
         )
+
+
+_check_merge_allowed = BaseTuner._check_merge_allowed
+
+
+@wraps(_check_merge_allowed)
+def _check_layers_before_merging(self: BaseTuner) -> None:
+    """Refuses before peft merges the first of several layers: it would stop at a factored one, half merged."""
+    _check_merge_allowed(self)
+    names = [name for name, module in self.model.named_modules() if isinstance(module, LoraSTFLinear)]
+    if names:
+        raise ValueError(
+            "LoraSTFLinear: an adapter cannot be merged into the factors of an STFLinear: keep it beside the layer, or"
+            f" take it off with unload(); nothing was merged, for {', '.join(names)} cannot be"
+        )
+
+
+BaseTuner._check_merge_allowed = _check_layers_before_merging  # type: ignore[method-assign]
 
 
 def register_stf_linear(config: LoraConfig) -> LoraConfig:

@@ -4,5 +4,6 @@ from .span_attention import *  # noqa: F403
 from .stf import *  # noqa: F403
 from .stf_conversion import *  # noqa: F403
 from .stf_projection import *  # noqa: F403
+from .stf_report import *  # noqa: F403
 from .stf_restoration import *  # noqa: F403
 from .tokens import *  # noqa: F403

@@ -23,12 +23,12 @@ from .stf_weight import WeightOnDemand
 __all__ = ["STFLinear"]
 
 
-def gram_matrix(inputs: Tensor) -> Tensor:
-    """X^T X of [..., features], in float64."""
+def gram_matrix(inputs: Tensor, diagonal: bool = False) -> Tensor:
+    """X^T X of [..., features], in at least float32, or its diagonal alone, in float64."""
     rows = inputs.detach().reshape(-1, inputs.shape[-1])
     # One product in 16 bits would round its sums.
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return (wide.T @ wide).double()
+    return wide.square().sum(0, dtype=torch.float64) if diagonal else wide.T @ wide
 
 
 class STFLinear(nn.Module):
@@ -218,7 +218,9 @@ class STFLinear(nn.Module):
                     f"STFLinear.from_linear: expected calibration of shape [..., in_features = {linear.in_features}],"
                     f" got {list(calibration.shape)}"
                 )
-            gram = gram_matrix(calibration.to(linear.weight.device))
+            if sparse_side is None:
+                sparse_side = "output" if linear.out_features >= linear.in_features else "input"
+            gram = gram_matrix(calibration.to(linear.weight.device), diagonal=sparse_side == "input")
         return cls._from_gram(linear, compression, gram, sparse_side, num_iterations)
 
     @classmethod
@@ -230,7 +232,8 @@ class STFLinear(nn.Module):
         sparse_side: Optional[str],
         num_iterations: int,
     ) -> "STFLinear":
-        """from_linear with X^T X of the inputs instead of these."""
+        """from_linear with X^T X of the inputs instead of these, or its diagonal where the sparse factor is on their
+        side."""
         if gram is not None and not gram.isfinite().all():
             raise ValueError("STFLinear.from_linear: expected calibration of finite numbers, got NaN or infinity")
         rows, cols = linear.out_features, linear.in_features
@@ -256,7 +259,7 @@ class STFLinear(nn.Module):
         matrix = (weight.T if layer.transpose else weight).to(wide)
         if gram is not None and layer.transpose:
             # Scaled rows have the same nonzeros. The ridge is that of stf_factorize.
-            squares = gram.diagonal()
+            squares = gram
             scale = (squares + 1e-3 * squares.mean() + 1e-12).sqrt().to(wide)[:, None]
             basis, values, indices = stf_factorize(matrix * scale, basis_size, nnz, 1, num_iterations)
             values = values / scale[..., None]

@@ -1,0 +1,121 @@
+"""What the conversion of a model did to each of its layers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, List, Sequence, Tuple
+
+__all__ = ["FactorizationReport", "FactorizedLayer"]
+
+
+@dataclass(frozen=True)
+class FactorizedLayer:
+    """What became of a linear layer, without its bias: names, bytes and error.
+
+    ``indexed_bytes`` are those of the form that trains, with 8 or 16 bits for the position of a nonzero;
+    ``packed_bytes`` those of the form that infers, with a bit for every possible position. ``norm`` is that of the
+    dense weight and ``error`` that of its difference to the factored one (Frobenius); ``output_norm`` and
+    ``output_error`` are the same of what the layer computed in the calibration, NaN without one.
+    """
+
+    name: str
+    sparse_side: str
+    basis_size: int
+    nnz: int
+    dense_bytes: int
+    indexed_bytes: int
+    packed_bytes: int
+    dense_numbers: int
+    stored_numbers: int
+    norm: float
+    error: float
+    output_norm: float = math.nan
+    output_error: float = math.nan
+
+
+@dataclass(frozen=True)
+class FactorizationReport:
+    """What :func:`factorize_` did: a row for every layer, and one for all of them. Print it for a table.
+
+    ``left`` are linear layers that stay dense without being named in skip, each by its name and the reason.
+    """
+
+    COLUMNS: ClassVar[Tuple[str, ...]] = (
+        "layer",
+        "sparse",
+        "K",
+        "nnz",
+        "dense kB",
+        "with indices",
+        "packed",
+        "smaller",
+        "values only",
+        "error",
+        "of outputs",
+    )
+
+    layers: Sequence[FactorizedLayer]
+    left: Sequence[Tuple[str, str]] = ()
+
+    def total(self) -> FactorizedLayer:
+        """All layers as if they were one."""
+        sums = [
+            sum(getattr(layer, name) for layer in self.layers)
+            for name in ("dense_bytes", "indexed_bytes", "packed_bytes", "dense_numbers", "stored_numbers")
+        ]
+        norms = [
+            math.hypot(*(getattr(layer, name) for layer in self.layers))
+            for name in ("norm", "error", "output_norm", "output_error")
+        ]
+        return FactorizedLayer(f"{len(self.layers)} layers", "", 0, 0, *sums, *norms)
+
+    def rows(self) -> List[List[str]]:
+        """The table's cells, sizes in kilobytes. ``smaller`` is what the packed bytes are to the dense ones, and
+        ``values only`` what it would be if positions were free; ``error`` is relative to the norm of the weight,
+        ``of outputs`` to that of what the layer computed in the calibration. The last row is the total."""
+        return [
+            [
+                layer.name,
+                layer.sparse_side,
+                f"{layer.basis_size or ''}",
+                f"{layer.nnz or ''}",
+                f"{layer.dense_bytes / 1000:,.1f}",
+                f"{layer.indexed_bytes / 1000:,.1f}",
+                f"{layer.packed_bytes / 1000:,.1f}",
+                f"{layer.dense_bytes / layer.packed_bytes:.2f} x",
+                f"{layer.dense_numbers / layer.stored_numbers:.2f} x",
+                f"{layer.error / layer.norm if layer.norm else 0.0:.3f}",
+                "" if math.isnan(layer.output_norm) else f"{layer.output_error / (layer.output_norm or 1.0):.3f}",
+            ]
+            for layer in (*self.layers, self.total())
+        ]
+
+    def remarks(self) -> List[str]:
+        """A line for every layer that stays dense."""
+        return [f"left dense: {name} ({reason})" for name, reason in self.left]
+
+    def __str__(self) -> str:
+        rows = [list(self.COLUMNS), *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(self.COLUMNS))]
+        lines = []
+        for row in rows:
+            text = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+            numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+            lines.append("  ".join(text + numbers))
+        lines += self.remarks()
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(box=SIMPLE_HEAD)
+        for index, column in enumerate(self.COLUMNS):
+            table.add_column(column, justify="left" if index < 2 else "right")
+        *rows, total = self.rows()
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+        table.add_row(*total, style="bold")
+        return Group(table, *(escape(line) for line in self.remarks()))
