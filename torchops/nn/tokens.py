@@ -4,6 +4,7 @@ import math
 from typing import List, Optional, Tuple, Union
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..ops.tokens import (
@@ -20,10 +21,20 @@ __all__ = [
     "PyraModulation",
     "TokenMerger",
     "TokenPruner",
+    "group_padding_mask",
     "merge_schedule",
     "mixture_of_depths_schedule",
     "proportional_attention_bias",
 ]
+
+# torch.fx traces with proxies, of which Python can tell neither a number nor whether an optional tensor is
+# there. So what depends on those is a function, and a call of it in the graph.
+torch.fx.wrap("num_groups")
+
+
+def check_not_negative(module: str, name: str, value: int) -> None:
+    if value < 0:
+        raise ValueError(f"{module}: expected {name} >= 0, got {value}")
 
 
 def proportional_attention_bias(size: Tensor) -> Tensor:
@@ -44,6 +55,41 @@ def proportional_attention_bias(size: Tensor) -> Tensor:
     return size.log()
 
 
+def group_padding_mask(assign: Tensor, num_groups: int, padding_mask: Tensor) -> Tensor:
+    """Which groups no token went to but padding: the padding mask behind :func:`torchops.merge_tokens`.
+
+    Args:
+        assign: int64 [B, N], values in -1..M-1.
+        num_groups: M.
+        padding_mask: bool [B, N], True for padding.
+
+    Returns:
+        bool [B, M], True for groups of padding and for empty ones.
+
+    Raises:
+        ValueError: as :func:`torchops.merge_tokens`.
+
+    >>> padding = torch.tensor([[False, False, True, True]])
+    >>> assign = torchops.topk_assignment(torch.rand(1, 4), k=3, padding_mask=padding)
+    >>> torchops.nn.group_padding_mask(assign, 3, padding)
+    tensor([[False, False,  True]])
+    """
+    weight = padding_mask.logical_not().to(torch.float32)
+    return merge_tokens(weight.unsqueeze(-1)[:, :, :0], assign, num_groups, weight)[1] == 0
+
+
+@torch.fx.wrap
+def metric_and_size(
+    input: Tensor, metric: Optional[Tensor], size: Optional[Tensor], padding_mask: Optional[Tensor]
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """What stands where a merger is given none."""
+    if metric is None:
+        metric = input
+    if size is None and padding_mask is not None:
+        size = padding_mask.logical_not().to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+    return metric.detach(), size
+
+
 class TokenMerger(nn.Module):
     """Removes r tokens by merging each into its most similar counterpart (ToMe).
 
@@ -51,6 +97,9 @@ class TokenMerger(nn.Module):
         r: number of tokens to remove per call; clamped to half of the unprotected tokens, 0 for none.
         num_protected: the first tokens of every row that never merge (class and register tokens).
         modulation: PYRA's modulation of the sources before they merge, or None.
+
+    Raises:
+        ValueError: a negative number.
 
     Shapes: forward(input [B, N, C], metric [B, N, K], size [B, N], padding_mask [B, N]) returns merged
     [B, M, C], size [B, M] in float32 (float64 for float64 input) and assign [B, N], with
@@ -66,6 +115,8 @@ class TokenMerger(nn.Module):
 
     def __init__(self, r: int, num_protected: int = 0, modulation: Optional["PyraModulation"] = None) -> None:
         super().__init__()
+        check_not_negative("TokenMerger", "r", r)
+        check_not_negative("TokenMerger", "num_protected", num_protected)
         self.r = r
         self.num_protected = num_protected
         self.modulation = modulation
@@ -85,12 +136,11 @@ class TokenMerger(nn.Module):
             size: how many tokens each one stands for, from the merger before; None for 1 each, and 0
                 for padding.
             padding_mask: bool [B, N], True for padding. Behind the first merger it is ``size == 0``.
+
+        Raises:
+            ValueError: as :func:`torchops.bipartite_assignment` and :func:`torchops.merge_tokens`.
         """
-        if metric is None:
-            metric = input
-        metric = metric.detach()
-        if size is None and padding_mask is not None:
-            size = padding_mask.logical_not().to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+        metric, size = metric_and_size(input, metric, size, padding_mask)
         if self.modulation is not None:
             sources, destinations = bipartite_pairs(metric, self.r, self.num_protected, padding_mask)
             input = self.modulation(input, sources, destinations)
@@ -103,6 +153,15 @@ class TokenMerger(nn.Module):
         return f"r={self.r}, num_protected={self.num_protected}"
 
 
+@torch.fx.wrap
+def first_entries(a: Tensor, num_pairs: int) -> Tensor:
+    if num_pairs > a.shape[0]:
+        raise ValueError(
+            f"PyraModulation: expected sources of shape [B, R] with R <= r = {a.shape[0]}, got R = {num_pairs}"
+        )
+    return a[:num_pairs]
+
+
 class PyraModulation(nn.Module):
     """PYRA's parallel yielding re-activation: sources learn what to bring along before they merge.
 
@@ -113,11 +172,14 @@ class PyraModulation(nn.Module):
         src' = src + (src * w1) * w2
 
     b starts at zero, so the module starts as the identity. Pairs without a destination (dropped
-    padding) stay as they are.
+    padding) stay as they are, and what is in them reaches no other token.
 
     Args:
         dim: C.
         r: number of pairs that a is made for; calls with fewer pairs use its first entries.
+
+    Raises:
+        ValueError: a negative r; in the forward pass, more than r pairs.
 
     Source: Xiong et al., PYRA: Parallel Yielding Re-Activation for Training-Inference Efficient Task
     Adaptation, 2024.
@@ -125,6 +187,7 @@ class PyraModulation(nn.Module):
 
     def __init__(self, dim: int, r: int) -> None:
         super().__init__()
+        check_not_negative("PyraModulation", "r", r)
         self.norm = nn.LayerNorm(dim)
         self.a = nn.Parameter(torch.empty(r))
         self.b = nn.Parameter(torch.zeros(dim))
@@ -136,13 +199,30 @@ class PyraModulation(nn.Module):
         index = sources.unsqueeze(-1).expand(-1, -1, input.shape[2])
         source = input.gather(1, index)
         destination = input.gather(1, destinations.clamp(min=0).unsqueeze(-1).expand_as(index))
-        pairs = self.norm(source + destination)
         has_pair = (destinations >= 0).unsqueeze(-1)
-        pairs = pairs * has_pair
-        w1 = 2 * torch.sigmoid(torch.einsum("r,brc->bc", self.a[: sources.shape[1]], pairs)).unsqueeze(1)
+        # Chosen, not multiplied by 0, and before the norm: padding may hold NaN, forward and backward.
+        nothing = torch.zeros_like(source)
+        pairs = self.norm(torch.where(has_pair, source + destination, nothing))
+        pairs = torch.where(has_pair, pairs, torch.zeros_like(pairs))
+        w1 = 2 * torch.sigmoid(torch.einsum("r,brc->bc", first_entries(self.a, sources.shape[1]), pairs)).unsqueeze(1)
         w2 = 2 * torch.sigmoid(torch.einsum("brc,c->br", pairs, self.b)).unsqueeze(-1) - 1
-        modulated = torch.where(has_pair, source + source * w1 * w2, source)
+        modulated = source + torch.where(has_pair, source, nothing) * w1 * w2
         return input.scatter(1, index, modulated.to(input.dtype))
+
+
+@torch.fx.wrap
+def num_kept(num_tokens: int, num_protected: int, keep_share: float, keep_count: int) -> int:
+    """k of a pruner. With num_protected over N the operator, which is given 0, says so."""
+    unprotected = max(num_tokens - num_protected, 0)
+    if keep_count >= 0:
+        return min(keep_count, unprotected)
+    return math.ceil(keep_share * unprotected - 1e-6)
+
+
+@torch.fx.wrap
+def with_fused_group(num_groups: int, num_tokens: int) -> int:
+    """One more than num_groups, each of one token, unless that leaves no token to fuse."""
+    return min(num_groups + 1, num_tokens)
 
 
 class TokenPruner(nn.Module):
@@ -150,15 +230,22 @@ class TokenPruner(nn.Module):
     one token that is their average weighted by score (EViT).
 
     Args:
-        keep: how many tokens to keep besides the protected ones: a number, or a share of them between
-            0 and 1 (rounded up).
+        keep: how many tokens to keep besides the protected ones: a number, all of them if there are
+            fewer; or a share of them between 0 and 1, rounded up. A product less than 1e-6 above a whole
+            number is that number: 0.07 of 100 are 7, although 0.07 * 100 is 7.000000000000001.
         fuse: fuse the others into one last token instead of dropping them. Scores are its weights, so
-            they should not be negative.
+            they should not be negative. Where all tokens are kept there is no such token.
         num_protected: the first tokens of every row, always kept.
         normalize: whether the fused token is the weighted mean; False gives the weighted sum.
 
+    Raises:
+        ValueError: a negative number or a share outside of 0..1; in the forward pass, as
+            :func:`torchops.topk_assignment` and :func:`torchops.merge_tokens`.
+
     Shapes: forward(input [B, N, C], scores [B, N], padding_mask [B, N]) returns the kept tokens
-    [B, M, C] and assign [B, N], with M = num_protected + k (+ 1 with fuse).
+    [B, M, C] and assign [B, N], with M = num_protected + k (+ 1 with fuse, where k tokens are not all).
+    Padding is kept where a row has fewer than k tokens, and the last token of a row that had nothing
+    but padding to fuse is zeros: ``group_padding_mask(assign, M, padding_mask)`` is True for both.
 
     Source: Liang et al., EViT: Expediting Vision Transformers via Token Reorganizations, 2022.
 
@@ -172,8 +259,9 @@ class TokenPruner(nn.Module):
         self, keep: Union[int, float], fuse: bool = False, num_protected: int = 0, normalize: bool = True
     ) -> None:
         super().__init__()
-        if isinstance(keep, float) and not 0 <= keep <= 1:
+        if not keep >= 0 or (isinstance(keep, float) and keep > 1):
             raise ValueError(f"TokenPruner: expected keep to be a number of tokens or a share in 0..1, got {keep}")
+        check_not_negative("TokenPruner", "num_protected", num_protected)
         self.keep_share = float(keep) if isinstance(keep, float) else -1.0
         self.keep_count = -1 if isinstance(keep, float) else int(keep)
         self.fuse = fuse
@@ -181,19 +269,24 @@ class TokenPruner(nn.Module):
         self.normalize = normalize
 
     def forward(self, input: Tensor, scores: Tensor, padding_mask: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
-        unprotected = input.shape[1] - self.num_protected
-        k = self.keep_count if self.keep_count >= 0 else int(math.ceil(self.keep_share * unprotected))
-        k = min(k, unprotected)
+        k = num_kept(input.shape[1], self.num_protected, self.keep_share, self.keep_count)
         assign = topk_assignment(scores, k, self.num_protected, self.fuse, padding_mask)
         groups = self.num_protected + k
         if not self.fuse:
             return merge_tokens(input, assign, groups)[0], assign
         weight = torch.where(assign == groups, scores, torch.ones_like(scores))
-        return merge_tokens(input, assign, groups + 1, weight, self.normalize)[0], assign
+        groups = with_fused_group(groups, input.shape[1])
+        return merge_tokens(input, assign, groups, weight, self.normalize)[0], assign
 
     def extra_repr(self) -> str:
         keep = self.keep_count if self.keep_count >= 0 else self.keep_share
         return f"keep={keep}, fuse={self.fuse}, num_protected={self.num_protected}, normalize={self.normalize}"
+
+
+@torch.fx.wrap
+def num_selected(num_tokens: int, num_protected: int, ratio: float) -> int:
+    """k of a mixture of depths. With num_protected over N the operator, which is given 0, says so."""
+    return math.floor(ratio * max(num_tokens - num_protected, 0) + 1e-6)
 
 
 class MixtureOfDepths(nn.Module):
@@ -206,9 +299,13 @@ class MixtureOfDepths(nn.Module):
     Args:
         block: module from [B, M, C] to [B, M, C].
         dim: C.
-        ratio: share of the tokens to run, of those that are not protected; 1 or more runs the block on all
-            of them without a router.
+        ratio: share of the tokens to run, of those that are not protected, rounded down; a product less than
+            1e-6 below a whole number is that number (0.29 of 100 are 29). 1 or more runs the block on all of
+            them without a router.
         num_protected: the first tokens of every row, which always run (class and register tokens).
+
+    Raises:
+        ValueError: a negative number; in the forward pass, as :func:`torchops.topk_assignment`.
 
     Shapes: forward(input [B, N, C], padding_mask [B, N]) returns [B, N, C]. Padding is selected last.
 
@@ -221,8 +318,11 @@ class MixtureOfDepths(nn.Module):
 
     def __init__(self, block: nn.Module, dim: int, ratio: float, num_protected: int = 0) -> None:
         super().__init__()
+        if not ratio >= 0:
+            raise ValueError(f"MixtureOfDepths: expected ratio to be a share of 0 or more, got {ratio}")
+        check_not_negative("MixtureOfDepths", "num_protected", num_protected)
         self.block = block
-        self.ratio = ratio
+        self.ratio = float(ratio)
         self.num_protected = num_protected
         self.router = nn.Linear(dim, 1) if ratio < 1 else None
 
@@ -230,7 +330,7 @@ class MixtureOfDepths(nn.Module):
         if self.router is None:
             return input + self.block(input)
         scores = self.router(input)
-        k = int(self.ratio * (input.shape[1] - self.num_protected))
+        k = num_selected(input.shape[1], self.num_protected, self.ratio)
         assign = topk_assignment(scores.squeeze(-1), k, self.num_protected, False, padding_mask)
         selected = merge_tokens(input, assign, self.num_protected + k)[0]
         weight = merge_tokens(0.2 * torch.tanh(scores) + 1, assign, self.num_protected + k)[0]
