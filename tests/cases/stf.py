@@ -507,7 +507,7 @@ CASES = [
         backward="_stf_linear_backward",
         unbatched=("basis", "latent", "bias"),
         autocast=straight_through_autocast,
-        launches=3,
+        launches=2,
         large=straight_through_large,
     ),
     OpCase(

@@ -61,7 +61,8 @@ def stf_factorize(
             is then that of the layer's outputs.
 
     Returns:
-        basis [blocks, K, cols / blocks] of vectors of length 1, values and indices [rows, blocks, nnz], as
+        basis [blocks, K, cols / blocks] of vectors of length 1 (a power of 2 where a row of the weight is longer
+        than the dtype's largest number), values and indices [rows, blocks, nnz], as
         :func:`stf_linear` takes them; indices increase.
 
     Raises:
@@ -217,7 +218,9 @@ def stf_linear_packed(
     bias: Optional[Tensor] = None,
     transpose: bool = False,
 ) -> Tensor:
-    """:func:`stf_linear` with a sparse factor from :func:`stf_pack`, for inference. No gradient.
+    """:func:`stf_linear` with a sparse factor from :func:`stf_pack`, for inference.
+
+    Gradients to input and bias, so that what stands before the layer can be trained; basis and packed_values have none.
 
     Args:
         input, basis, bias, transpose: as in :func:`stf_linear`.
@@ -245,7 +248,8 @@ def stf_project(weight: Tensor, basis: Tensor, nnz: int, num_iterations: int = 1
 
     The Straight-Through Factorizer: the forward is the factorization's value, and the gradient to it is taken for
     that to the weight. The basis has none: it follows the weight, by what is returned here.
-    :class:`torchops.nn.STFProjectedLinear` keeps it. On CUDA it waits for the device. Deterministic as
+    Without an iteration it is returned as it is, else of vectors of length 1, where those that are zero give way to
+    what rows lack. :class:`torchops.nn.STFProjectedLinear` keeps it. On CUDA it waits for the device. Deterministic as
     :func:`stf_factorize` is.
 
     Args:
