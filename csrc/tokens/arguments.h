@@ -55,26 +55,27 @@ kernels::tokens::GatherRows<T> gather_rows_arguments(const at::Tensor& source,  
 }
 
 template <typename T>
-kernels::tokens::WeightGradient<T> weight_gradient_arguments(const at::Tensor& input,        // [B, N, C]
-                                                             const at::Tensor& merged,       // [B, M, C]
-                                                             const at::Tensor& grad_merged,  // [B, M, C]
-                                                             const at::Tensor& grad_total,   // [B, M]
-                                                             const at::Tensor& total,        // [B, M]
-                                                             const at::Tensor& assign,       // [B, N]
-                                                             const at::Tensor& grad_weight,  // [B, N]
-                                                             bool normalize) {
+kernels::tokens::WeightGradient<T> weight_gradient_arguments(const at::Tensor& input,          // [B, N, C]
+                                                             const at::Tensor& grad_merged,    // [B, M, C]
+                                                             const at::Tensor& grad_total,     // [B, M]
+                                                             const at::Tensor& weight,         // [B, N]
+                                                             const at::Tensor& total,          // [B, M]
+                                                             const at::Tensor& offsets,        // [B, M + 1]
+                                                             const at::Tensor& members,        // [B, N]
+                                                             const at::Tensor& grad_weight) {  // [B, N]
   using A = kernels::accumulate_t<T>;
-  return {rows<T>(input),
-          rows<T>(merged),
-          rows<T>(grad_merged),
-          grad_total.const_data_ptr<A>(),
-          total.const_data_ptr<A>(),
-          assign.const_data_ptr<int64_t>(),
+  const bool of_rows = grad_merged.defined();
+  return {of_rows ? rows<T>(input) : kernels::Rows<const T>{},
+          of_rows ? rows<T>(grad_merged) : kernels::Rows<const T>{},
+          data_or_null<A>(grad_total),
+          data_or_null<A>(weight),
+          of_rows ? data_or_null<A>(total) : nullptr,
+          offsets.const_data_ptr<int64_t>(),
+          members.const_data_ptr<int64_t>(),
           grad_weight.mutable_data_ptr<A>(),
-          input.size(1),
-          merged.size(1),
-          input.size(2),
-          normalize};
+          members.size(1),
+          offsets.size(1) - 1,
+          of_rows ? grad_merged.size(2) : 0};
 }
 
 // A side input as kernels take it: contiguous, of the accumulation dtype; undefined where absent.

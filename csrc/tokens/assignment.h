@@ -7,8 +7,9 @@
 
 namespace torchops {
 
-// Bound on the number of groups, so that sizes computed from it cannot overflow. The number of tokens
-// is no bound: groups may be empty.
+// Bounds on the tokens of a row, which kernels count in 32 bits, and on the groups, so that sizes computed from
+// their number cannot overflow. There may be more groups than tokens: groups may be empty.
+inline constexpr int64_t largest_num_tokens = std::numeric_limits<int32_t>::max();
 inline constexpr int64_t largest_num_groups = std::numeric_limits<int32_t>::max();
 
 // The tokens of each group: group m of row b has members[b, offsets[b, m]] ... members[b, offsets[b, m + 1] - 1],

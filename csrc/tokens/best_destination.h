@@ -5,8 +5,33 @@
 
 namespace torchops::kernels::tokens {
 
-// Cosine similarities are compared after rounding to multiples of 1 / similarity_steps, so that tokens
-// that are equal up to rounding noise tie, and position decides.
+// Cosine similarities are those of rows of integers, so that sums of products are exact in any order and every level
+// and device finds the same. A row x becomes integers like this:
+//   y = x * 2^s as float, with the even s that brings the largest magnitude to at most 2^8 and more than 2^6,
+//   q = y * 2^e rounded, with the largest e that keeps the length of q below 2^15 (integer_scale).
+// The similarity of rows q and p is float(<q, p>) * inverse_length(q) * inverse_length(p), the source's first.
+// Rows with a NaN or an infinity are zeros with the inverse length NaN, rows of zeros have 0.
+inline constexpr int scaled_exponent = 8;
+
+// s / 2 for a row whose largest magnitude is in [2^(exponent - 1), 2^exponent). Applied twice, for 2^s itself can be
+// out of range.
+constexpr int half_shift(int exponent) {
+  const int shift = scaled_exponent - exponent;
+  return (shift - (shift & 1)) / 2;
+}
+
+// 2^e. `bound` is 4 * sum of t (t + 1) + K with t = |y| rounded: at least four times y's squared length, and exact.
+constexpr double integer_scale(double bound) {
+  constexpr double limit = 65534.0 * 65534.0;
+  double scale = 512;
+  while (bound * scale * scale > limit) {
+    scale /= 2;
+  }
+  return scale;
+}
+
+// Similarities are compared after rounding to multiples of 1 / similarity_steps, so that tokens
+// that are equal up to noise tie, and position decides.
 inline constexpr float similarity_steps = 65536;
 // Below every similarity: that of a row with a NaN or an infinity in it.
 inline constexpr int32_t nan_similarity = -131072;

@@ -1,6 +1,7 @@
 #include "tokens/bipartite_matching.h"
 
 #include "core/checks.h"
+#include "tokens/assignment.h"
 #include "tokens/tokens.h"
 
 namespace torchops {
@@ -23,6 +24,7 @@ void check_bipartite_matching(const char* op, const at::Tensor& metric, const c1
   check.rank("metric", metric, "[B, N, K]");
   check.floating("metric", metric);
   check.at_least("r", r, 0);
+  check.at_most("N", metric.sym_size(1), "the largest 32-bit integer", largest_num_tokens);
   check.at_most("num_protected", num_protected, "N", metric.sym_size(1));
   if (padding_mask) {
     check.shape("padding_mask", *padding_mask, "[B, N]", {metric.sym_size(0), metric.sym_size(1)});

@@ -16,10 +16,10 @@ TORCH_LIBRARY_FRAGMENT(torchops, m) {
   m.def(
       "merge_tokens(Tensor input, Tensor assign, SymInt num_groups, *, Tensor? weight=None, bool normalize=True)"
       " -> (Tensor merged, Tensor total)");
+  // The gradients that come in may be absent. The one to the weights has the accumulation dtype.
   m.def(
-      "_merge_tokens_backward(Tensor grad_merged, Tensor grad_total, Tensor? input, Tensor assign, Tensor? weight,"
-      " Tensor? merged, Tensor total, *, bool normalize, bool[2] output_mask)"
-      " -> (Tensor grad_input, Tensor grad_weight)");
+      "_merge_tokens_backward(Tensor? grad_merged, Tensor? grad_total, Tensor? input, Tensor assign, Tensor? weight,"
+      " Tensor? total, *, bool normalize, bool[2] output_mask) -> (Tensor grad_input, Tensor grad_weight)");
 }
 
 // ---- checks -----------------------------------------------------------------------------------
@@ -33,6 +33,7 @@ void check_merge_tokens(const at::Tensor& input, const at::Tensor& assign, const
   check.shape("assign", assign, "[B, N]", tokens);
   check.dtype("assign", assign, at::kLong);
   check.same_device("assign", assign, "input", input);
+  check.at_most("N", input.sym_size(1), "the largest 32-bit integer", largest_num_tokens);
   check.at_most("num_groups", num_groups, "the largest 32-bit integer", largest_num_groups);
   if (weight) {
     check.shape("weight", *weight, "[B, N]", tokens);
@@ -41,40 +42,48 @@ void check_merge_tokens(const at::Tensor& input, const at::Tensor& assign, const
   }
 }
 
-void check_merge_tokens_backward(const at::Tensor& grad_merged, const at::Tensor& grad_total,
-                                 const std::optional<at::Tensor>& input, const at::Tensor& assign,
-                                 const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& merged,
-                                 const at::Tensor& total, std::array<bool, 2> output_mask) {
+void check_merge_tokens_backward(const std::optional<at::Tensor>& grad_merged,
+                                 const std::optional<at::Tensor>& grad_total, const std::optional<at::Tensor>& input,
+                                 const at::Tensor& assign, const std::optional<at::Tensor>& weight,
+                                 const std::optional<at::Tensor>& total, bool normalize,
+                                 std::array<bool, 2> output_mask) {
   const Checks check("_merge_tokens_backward");
-  check.rank("grad_merged", grad_merged, "[B, M, C]");
-  check.floating("grad_merged", grad_merged);
+  if (!grad_merged) {
+    check.given("grad_total", grad_total, "grad_merged is None");
+  }
+  const char* const known_name = grad_merged ? "grad_merged" : "grad_total";
+  const at::Tensor& known = grad_merged ? *grad_merged : *grad_total;
+  check.rank(known_name, known, grad_merged ? "[B, M, C]" : "[B, M]");
+  check.floating(known_name, known);
   check.rank("assign", assign, "[B, N]");
   check.dtype("assign", assign, at::kLong);
-  check.same_device("assign", assign, "grad_merged", grad_merged);
-  const auto batch = grad_merged.sym_size(0), channels = grad_merged.sym_size(2);
-  const auto num_tokens = assign.sym_size(1);
+  check.same_device("assign", assign, known_name, known);
+  const auto batch = known.sym_size(0), num_tokens = assign.sym_size(1);
   const c10::SymInt tokens[] = {batch, num_tokens};
   check.shape("assign", assign, "[B, N]", tokens);
+  check.at_most("N", num_tokens, "the largest 32-bit integer", largest_num_tokens);
   for (const auto& [name, per_group] : {std::pair{"grad_total", &grad_total}, std::pair{"total", &total}}) {
-    check.shape(name, *per_group, "[B, M]", {{batch, grad_merged.sym_size(1)}});
-    check.dtype(name, *per_group, at::toOpMathType(grad_merged.scalar_type()));
-    check.same_device(name, *per_group, "grad_merged", grad_merged);
+    if (*per_group) {
+      check.shape(name, **per_group, "[B, M]", {{batch, known.sym_size(1)}});
+      check.dtype(name, **per_group, at::toOpMathType(known.scalar_type()));
+      check.same_device(name, **per_group, known_name, known);
+    }
   }
   if (weight) {
     check.shape("weight", *weight, "[B, N]", tokens);
     check.floating("weight", *weight);
-    check.same_device("weight", *weight, "grad_merged", grad_merged);
+    check.same_device("weight", *weight, known_name, known);
   }
-  if (output_mask[1]) {
-    check.given("weight", weight, "its gradient is asked for");
+  if (grad_merged && normalize) {
+    check.given("total", total, "rows were normalised");
+  }
+  if (grad_merged && output_mask[1]) {
     check.given("input", input, "the gradient to weight is asked for");
-    check.given("merged", merged, "the gradient to weight is asked for");
-    check.shape("input", *input, "[B, N, C]", {{batch, num_tokens, channels}});
-    check.shape("merged", *merged, "[B, M, C]", grad_merged.sym_sizes());
-    for (const auto& [name, saved] : {std::pair{"input", &*input}, std::pair{"merged", &*merged}}) {
-      check.same_dtype(name, *saved, "grad_merged", grad_merged);
-      check.same_device(name, *saved, "grad_merged", grad_merged);
-    }
+  }
+  if (grad_merged && input) {
+    check.shape("input", *input, "[B, N, C]", {{batch, num_tokens, grad_merged->sym_size(2)}});
+    check.same_dtype("input", *input, "grad_merged", *grad_merged);
+    check.same_device("input", *input, "grad_merged", *grad_merged);
   }
 }
 
@@ -92,17 +101,18 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_meta(const at::Tensor& input, co
 }
 
 std::tuple<at::Tensor, at::Tensor> merge_tokens_backward_meta(
-    const at::Tensor& grad_merged, const at::Tensor& grad_total, const std::optional<at::Tensor>& input,
-    const at::Tensor& assign, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& merged,
-    const at::Tensor& total, bool /*normalize*/, std::array<bool, 2> output_mask) {
-  check_merge_tokens_backward(grad_merged, grad_total, input, assign, weight, merged, total, output_mask);
+    const std::optional<at::Tensor>& grad_merged, const std::optional<at::Tensor>& grad_total,
+    const std::optional<at::Tensor>& input, const at::Tensor& assign, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& total, bool normalize, std::array<bool, 2> output_mask) {
+  check_merge_tokens_backward(grad_merged, grad_total, input, assign, weight, total, normalize, output_mask);
   at::Tensor grad_input, grad_weight;
-  if (output_mask[0]) {
+  if (output_mask[0] && grad_merged) {
     grad_input =
-        at::empty_symint({assign.sym_size(0), assign.sym_size(1), grad_merged.sym_size(2)}, grad_merged.options());
+        at::empty_symint({assign.sym_size(0), assign.sym_size(1), grad_merged->sym_size(2)}, grad_merged->options());
   }
   if (output_mask[1]) {
-    grad_weight = at::empty_symint(weight->sym_sizes(), weight->options());
+    const at::Tensor& known = grad_merged ? *grad_merged : *grad_total;
+    grad_weight = at::empty_symint(assign.sym_sizes(), known.options().dtype(at::toOpMathType(known.scalar_type())));
   }
   return {grad_input, grad_weight};
 }
@@ -115,31 +125,44 @@ struct MergeTokens : torch::autograd::Function<MergeTokens> {
                                                 const std::optional<at::Tensor>& weight, bool normalize) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [merged, total] = torchops::merge_tokens(input, assign, std::move(num_groups), weight, normalize);
-    // The rows themselves are needed for the gradient to the weights only.
+    // The rows themselves are needed for the gradient to the weights only, and a sum's gradient to its weights does
+    // without these.
     const bool for_weight = weight && weight->requires_grad();
-    ctx->save_for_backward({for_weight ? input : at::Tensor(), assign, value_or_undefined(weight),
-                            for_weight ? merged : at::Tensor(), total});
-    if (!for_weight) {
+    const bool weight_counts = weight && (input.requires_grad() || normalize);
+    ctx->save_for_backward({for_weight ? input : at::Tensor(), assign, weight_counts ? *weight : at::Tensor(),
+                            normalize ? total : at::Tensor()});
+    if (for_weight) {
+      ctx->saved_data["weight_dtype"] = weight->scalar_type();
+    } else {
       ctx->mark_non_differentiable({total});
     }
     ctx->saved_data["normalize"] = normalize;
     TensorArguments::save(ctx, {input, assign, value_or_undefined(weight)});
+    // What nobody's loss depends on is absent rather than zeros, which times an infinity are NaN.
+    ctx->set_materialize_grads(false);
     return {merged, total};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("torchops::_merge_tokens_backward", "")
-                               .typed<std::tuple<at::Tensor, at::Tensor>(
-                                   const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                                   const at::Tensor&, const std::optional<at::Tensor>&,
-                                   const std::optional<at::Tensor>&, const at::Tensor&, bool, std::array<bool, 2>)>();
-    const auto saved = ctx->get_saved_variables();
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("torchops::_merge_tokens_backward", "")
+            .typed<std::tuple<at::Tensor, at::Tensor>(
+                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, bool,
+                std::array<bool, 2>)>();
     const std::array<bool, 2> output_mask{TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 2)};
-    const auto [grad_input, grad_weight] =
-        op.call(grads[0], grads[1], optional_tensor(saved[0]), saved[1], optional_tensor(saved[2]),
-                optional_tensor(saved[3]), saved[4], ctx->saved_data["normalize"].toBool(), output_mask);
+    if (!grads[0].defined() && !(grads[1].defined() && output_mask[1])) {
+      return torch::autograd::variable_list(5);
+    }
+    const auto saved = ctx->get_saved_variables();
+    auto [grad_input, grad_weight] = op.call(
+        optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), saved[1],
+        optional_tensor(saved[2]), optional_tensor(saved[3]), ctx->saved_data["normalize"].toBool(), output_mask);
+    if (output_mask[1]) {
+      grad_weight = grad_weight.to(ctx->saved_data["weight_dtype"].toScalarType());
+    }
     return {grad_input, {}, {}, grad_weight, {}};
   }
 };

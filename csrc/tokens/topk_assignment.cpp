@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "core/checks.h"
+#include "tokens/assignment.h"
 #include "tokens/tokens.h"
 
 namespace torchops {
@@ -21,6 +22,7 @@ void check_topk_assignment(const at::Tensor& scores, const c10::SymInt& k, const
   check.rank("scores", scores, "[B, N]");
   check.floating("scores", scores);
   check.at_least("k", k, 0);
+  check.at_most("N", scores.sym_size(1), "the largest 32-bit integer", largest_num_tokens);
   check.at_most("num_protected", num_protected, "N", scores.sym_size(1));
   if (padding_mask) {
     check.shape("padding_mask", *padding_mask, "[B, N]", scores.sym_sizes());

@@ -28,6 +28,8 @@ void check_unmerge_tokens(const at::Tensor& merged, const at::Tensor& assign,
   check.shape("assign", assign, "[B, N]", {merged.sym_size(0), assign.sym_size(1)});
   check.dtype("assign", assign, at::kLong);
   check.same_device("assign", assign, "merged", merged);
+  check.at_most("N", assign.sym_size(1), "the largest 32-bit integer", largest_num_tokens);
+  check.at_most("M", merged.sym_size(1), "the largest 32-bit integer", largest_num_groups);
   if (residual) {
     check.shape("residual", *residual, "[B, N, C]", {merged.sym_size(0), assign.sym_size(1), merged.sym_size(2)});
     check.same_dtype("residual", *residual, "merged", merged);
@@ -42,6 +44,7 @@ void check_unmerge_tokens_backward(const at::Tensor& grad, const at::Tensor& ass
   check.shape("assign", assign, "[B, N]", {grad.sym_size(0), grad.sym_size(1)});
   check.dtype("assign", assign, at::kLong);
   check.same_device("assign", assign, "grad", grad);
+  check.at_most("N", assign.sym_size(1), "the largest 32-bit integer", largest_num_tokens);
   check.at_most("num_groups", num_groups, "the largest 32-bit integer", largest_num_groups);
 }
 
@@ -51,6 +54,13 @@ namespace {
 
 at::Tensor unmerge_tokens_meta(const at::Tensor& merged, const at::Tensor& assign,
                                const std::optional<at::Tensor>& residual) {
+  // Tensors of the device meta have no autocast key, so what unmerge_tokens_autocast does happens here.
+  const bool autocast = at::autocast::is_autocast_enabled(at::kCPU) || at::autocast::is_autocast_enabled(at::kCUDA);
+  if (autocast && residual && merged.is_floating_point() && residual->is_floating_point() &&
+      merged.scalar_type() != residual->scalar_type()) {
+    const auto dtype = at::promote_types(merged.scalar_type(), residual->scalar_type());
+    return unmerge_tokens_meta(merged.to(dtype), assign, residual->to(dtype));
+  }
   check_unmerge_tokens(merged, assign, residual);
   return at::empty_symint({merged.sym_size(0), assign.sym_size(1), merged.sym_size(2)}, merged.options());
 }
@@ -66,7 +76,8 @@ struct UnmergeTokens : torch::autograd::Function<UnmergeTokens> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& merged, const at::Tensor& assign,
                             const std::optional<at::Tensor>& residual) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({assign});
+    ctx->save_for_backward({merged.requires_grad() ? assign : at::Tensor()});
+    ctx->set_materialize_grads(false);
     ctx->saved_data["num_groups"] = merged.sym_size(1);
     TensorArguments::save(ctx, {merged, assign, value_or_undefined(residual)});
     return torchops::unmerge_tokens(merged, assign, residual);
@@ -78,7 +89,7 @@ struct UnmergeTokens : torch::autograd::Function<UnmergeTokens> {
                                .findSchemaOrThrow("torchops::_unmerge_tokens_backward", "")
                                .typed<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymInt)>();
     at::Tensor grad_merged, grad_residual;
-    if (TensorArguments::needs_grad(ctx, 0)) {
+    if (TensorArguments::needs_grad(ctx, 0) && grads[0].defined()) {
       grad_merged = op.call(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["num_groups"].toSymInt());
     }
     if (TensorArguments::needs_grad(ctx, 2)) {

@@ -25,6 +25,17 @@ def large_rows(*shape: int, device: str) -> Tensor:
     return torch.empty(LARGE_BATCH, *shape, dtype=torch.bfloat16, device=device).normal_()
 
 
+def near_equal(*shape: int, noise: float, dtype: torch.dtype, device: str) -> Tensor:
+    """Tokens as merging finds them: alike, so that what matters is a difference of similar numbers."""
+    base = random(1, 1, shape[-1], dtype=torch.float64, device=device)
+    return (base + noise * random(*shape, dtype=torch.float64, device=device)).to(dtype)
+
+
+# One more token, or group, than kernels count. Rows of no channels, or no rows at all, take no memory.
+TOO_MANY = 2**31
+BOUND = f"the largest 32-bit integer = {TOO_MANY - 1}, got {TOO_MANY}"
+
+
 # ---- bipartite_assignment, bipartite_pairs ------------------------------------------------------
 
 
@@ -35,6 +46,8 @@ def bipartite_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         (1, 33, 70, 7, 2),  # odd N, an even prefix, more features than one chain
         (2, 9, 3, 100, 3),  # r clamped
         (2, 300, 7, 60, 1),  # several panels of destinations
+        (1, 24, 1, 5, 0),
+        (1, 12, 3001, 3, 0),  # many features
         (2, 8, 4, 0, 1),
         (2, 1, 4, 3, 0),
         (2, 2, 4, 3, 1),
@@ -65,6 +78,18 @@ def bipartite_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     # A flat background: all tokens equal, so position decides everything.
     flat = random(1, 1, 48, dtype=dtype, device=device).expand(2, 30, 48).clone()
     yield Sample("flat", {"metric": flat, "r": 6, "num_protected": 1})
+    # Dense similarities: many are as far apart as the step they are rounded to.
+    for features in (64, 99):
+        metric = near_equal(4, 120, features, noise=0.03, dtype=dtype, device=device)
+        yield Sample(f"near-equal-K{features}", {"metric": metric, "r": 16, "num_protected": 1})
+    # Rows of one large feature among small ones, of both signs, and magnitudes of any kind side by side.
+    peaks = 1e-3 * random(2, 40, 9, dtype=torch.float64, device=device)
+    peaks[:, ::3, 4] = 1
+    peaks[:, 1::3, 4] = -1
+    yield Sample("peaks", {"metric": peaks.to(dtype), "r": 12})
+    spread = random(2, 40, 9, dtype=torch.float64, device=device)
+    spread *= torch.exp2(4 * random(2, 40, 9, dtype=torch.float64, device=device, seed=1))
+    yield Sample("spread", {"metric": spread.to(dtype), "r": 12})
     odd_rows = random(2, 16, 8, dtype=dtype, device=device)
     odd_rows[:, 3] = 0
     odd_rows[:, 6] = 0
@@ -78,6 +103,10 @@ def bipartite_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     rows = random(2, 16, 8, dtype=torch.float64, device=device).sign()
     yield Sample("huge", {"metric": (rows * extreme).to(dtype), "r": 5})
     yield Sample("tiny", {"metric": (rows * torch.finfo(dtype).tiny).to(dtype), "r": 5})
+    # The same similarities whatever the magnitude, the largest and the smallest included.
+    scales = torch.tensor([torch.finfo(dtype).max / 8, 1, torch.finfo(dtype).tiny * 4], dtype=torch.float64)
+    rows = random(3, 30, 8, dtype=torch.float64, device=device).clamp(-4, 4) * scales.to(device)[:, None, None]
+    yield Sample("scales", {"metric": rows.to(dtype), "r": 9})
 
 
 def bipartite_invalid(device: str) -> Iterator[Invalid]:
@@ -90,6 +119,9 @@ def bipartite_invalid(device: str) -> Iterator[Invalid]:
         "expected metric of dtype Double, Float, BFloat16 or Half, got Long",
     )
     yield Invalid("negative-r", {"metric": metric, "r": -1}, "expected r >= 0, got -1")
+    yield Invalid(
+        "too-many-tokens", {"metric": torch.empty(0, TOO_MANY, 1, device=device), "r": 1}, f"expected N <= {BOUND}"
+    )
     yield Invalid(
         "negative-prefix", {"metric": metric, "r": 1, "num_protected": -2}, "expected num_protected >= 0, got -2"
     )
@@ -153,6 +185,14 @@ def topk_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     ties[2, 4] = -math.inf
     for k in (7, 28):
         yield Sample(f"ties-nan-inf-k{k}", {"scores": ties, "k": k, "fuse": True})
+    # Of either zero the first is kept.
+    zeros = torch.tensor([[0.0, -0.0, 0.0, -0.0], [-0.0, 0.0, -0.0, 0.0]], dtype=dtype, device=device)
+    for k in (1, 2):
+        yield Sample(f"zeros-k{k}", {"scores": zeros, "k": k})
+    # Neighbouring numbers of the dtype are not equal.
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0)).to(device)
+    neighbours = (1 + torch.finfo(dtype).eps * order.to(torch.float64)).to(dtype)
+    yield Sample("neighbours", {"scores": neighbours[None], "k": 20})
     # A NaN still ranks above padding, wherever the two stand.
     nan_behind_padding = torch.full((1, 6), math.nan, dtype=dtype, device=device)
     padding = torch.tensor([[True, True, False, False, True, False]], device=device)
@@ -167,6 +207,9 @@ def topk_invalid(device: str) -> Iterator[Invalid]:
         "dtype", {"scores": scores.int(), "k": 1}, "expected scores of dtype Double, Float, BFloat16 or Half, got Int"
     )
     yield Invalid("negative-k", {"scores": scores, "k": -3}, "expected k >= 0, got -3")
+    yield Invalid(
+        "too-many-tokens", {"scores": torch.empty(0, TOO_MANY, device=device), "k": 1}, f"expected N <= {BOUND}"
+    )
     yield Invalid(
         "prefix-over-N", {"scores": scores, "k": 1, "num_protected": 9}, "expected num_protected <= N = 8, got 9"
     )
@@ -236,6 +279,16 @@ def merge_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     zero_total["assign"] = torch.tensor([[0, 0, 1, 1, 2, -1]] * 2, device=device)
     weight = torch.tensor([[1, -1, 0, 0, 0, 1], [2, -2, 0, 3, 3, 1]], dtype=dtype, device=device)
     yield Sample("zero-total", zero_total | {"weight": weight})
+    # What merges is alike: gradients to the weights are differences of similar numbers.
+    for noise in (0.02, 0.005):
+        similar = merge_inputs(2, 9, 40, 3, dtype, device)
+        similar["input"] = near_equal(2, 9, 40, noise=noise, dtype=dtype, device=device)
+        weight = random(2, 9, dtype=torch.float64, device=device).abs() + 0.5
+        yield Sample(f"near-equal-{noise}", similar | {"weight": weight})
+    # More members than one chain of additions has, all alike: roundings add up.
+    long_group = {"input": torch.full((1, 5000, 3), 1.1, dtype=dtype, device=device), "num_groups": 1}
+    long_group["assign"] = torch.zeros(1, 5000, dtype=torch.int64, device=device)
+    yield Sample("long-group", long_group)
 
 
 def merge_invalid(device: str) -> Iterator[Invalid]:
@@ -255,6 +308,8 @@ def merge_invalid(device: str) -> Iterator[Invalid]:
     yield Invalid("assign-rank", good | {"assign": assign[0]}, "expected assign of shape [B, N], got [5]")
     yield Invalid("assign-dtype", good | {"assign": assign.int()}, "expected assign of dtype Long, got Int")
     yield Invalid("negative-groups", good | {"num_groups": -1}, "expected num_groups >= 0, got -1")
+    too_many = {"input": torch.empty(2, TOO_MANY, 0, device=device), "assign": assign[:, :1].expand(2, TOO_MANY)}
+    yield Invalid("too-many-tokens", good | too_many, f"expected N <= {BOUND}")
     yield Invalid(
         "huge-groups",
         good | {"num_groups": 2**62},
@@ -305,7 +360,6 @@ def merge_backward_inputs(inputs: Inputs) -> Inputs:
         "input": inputs["input"],
         "assign": inputs["assign"],
         "weight": inputs.get("weight"),
-        "merged": merged,
         "total": total,
         "normalize": inputs.get("normalize", True),
         "output_mask": [True, inputs.get("weight") is not None],
@@ -318,8 +372,12 @@ def merge_backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         yield Sample(sample.id, inputs)
         if inputs["weight"] is not None:
             yield Sample(f"{sample.id}-to-weight", inputs | {"output_mask": [False, True]})
-            without_rows = {"input": None, "merged": None, "output_mask": [True, False]}
+            without_rows = {"input": None, "output_mask": [True, False]}
             yield Sample(f"{sample.id}-to-input", inputs | without_rows)
+            yield Sample(f"{sample.id}-of-merged", inputs | {"grad_total": None})
+            of_total = {"grad_merged": None, "input": None, "total": None, "output_mask": [False, True]}
+            yield Sample(f"{sample.id}-of-total", inputs | of_total)
+            yield Sample(f"{sample.id}-to-ones", inputs | {"weight": None})
 
 
 def merge_backward_invalid(device: str) -> Iterator[Invalid]:
@@ -342,9 +400,17 @@ def merge_backward_invalid(device: str) -> Iterator[Invalid]:
         "expected input to be a tensor because the gradient to weight is asked for, got None",
     )
     yield Invalid(
-        "no-weight",
-        good | {"weight": None},
-        "expected weight to be a tensor because its gradient is asked for, got None",
+        "no-total", good | {"total": None}, "expected total to be a tensor because rows were normalised, got None"
+    )
+    yield Invalid(
+        "no-gradient",
+        good | {"grad_merged": None, "grad_total": None},
+        "expected grad_total to be a tensor because grad_merged is None, got None",
+    )
+    yield Invalid(
+        "total-alone",
+        good | {"grad_merged": None, "grad_total": good["grad_total"][0]},
+        "expected grad_total of shape [B, M], got [3]",
     )
     yield Invalid(
         "input-dtype",
@@ -399,6 +465,12 @@ def unmerge_invalid(device: str) -> Iterator[Invalid]:
     )
     yield Invalid("assign-rank", good | {"assign": good["assign"][0]}, "expected assign of shape [B, N], got [5]")
     yield Invalid("assign-dtype", good | {"assign": good["assign"].bool()}, "expected assign of dtype Long, got Bool")
+    yield Invalid(
+        "too-many-groups", good | {"merged": torch.empty(2, TOO_MANY, 0, device=device)}, f"expected M <= {BOUND}"
+    )
+    yield Invalid(
+        "too-many-tokens", good | {"assign": good["assign"][:, :1].expand(2, TOO_MANY)}, f"expected N <= {BOUND}"
+    )
     yield Invalid(
         "residual-shape",
         good | {"residual": residual[:, :3]},
@@ -522,7 +594,7 @@ CASES = [
         merge_backward_samples,
         merge_backward_invalid,
         merge_backward_sized,
-        launches=2,
+        launches=3,
         large=merge_backward_large,
     ),
     OpCase(

@@ -29,7 +29,18 @@ def num_groups(num_tokens: int, r: int, num_protected: int = 0) -> int:
     181
     >>> torchops.num_groups(5, 100, 1)
     3
+
+    Raises:
+        ValueError: a negative number, or num_protected over num_tokens.
     """
+    if num_tokens < 0:
+        raise ValueError(f"num_groups: expected num_tokens >= 0, got {num_tokens}")
+    if r < 0:
+        raise ValueError(f"num_groups: expected r >= 0, got {r}")
+    if num_protected < 0:
+        raise ValueError(f"num_groups: expected num_protected >= 0, got {num_protected}")
+    if num_protected > num_tokens:
+        raise ValueError(f"num_groups: expected num_protected <= num_tokens = {num_tokens}, got {num_protected}")
     return num_tokens - min(r, (num_tokens - num_protected) // 2)
 
 
@@ -45,9 +56,9 @@ def bipartite_assignment(
     destination is the one of highest cosine similarity, and the r sources of highest such similarity
     join the group of their destination. Groups are numbered in sequence order.
 
-    Similarities are computed in float32 and rounded to multiples of 2**-16 before they are compared,
-    so that tokens equal up to rounding noise tie; among equals the lower source position wins, then
-    the lower destination position. A row of zeros has similarity 0 with everything; a row with a NaN
+    Similarities are those of the rows as 16-bit integers, which makes the matching the same on every
+    level and device, and rounded to multiples of 2**-16 before they are compared, so that tokens equal
+    up to noise tie; among equals the lower source position wins, then the lower destination position. A row of zeros has similarity 0 with everything; a row with a NaN
     or an infinity is less similar than any other.
 
     Args:
@@ -154,8 +165,8 @@ def merge_tokens(
         merged[b, m] = sum of weight[b, i] * input[b, i] over assign[b, i] = m,   / S_m if normalize
 
     An empty group gives zeros and total 0; a group whose total is 0 is not divided. A normalised group
-    of one member is a copy of it, bit for bit. Sums are taken in float32 (float64 for float64).
-    Differentiable in input and weight, through both outputs.
+    of one member, of a finite weight, is a copy of it, bit for bit. Sums are taken in float32 (float64
+    for float64), those of weights in float64. Differentiable in input and weight, through both outputs.
 
     Args:
         input: [B, N, C], float64, float32, bfloat16 or float16.

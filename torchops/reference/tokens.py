@@ -8,17 +8,40 @@ from torch import Tensor
 SIMILARITY_STEPS = 2**16
 
 
+def integer_rows(metric: Tensor) -> Tuple[Tensor, Tensor]:
+    """[B, N, K] -> integers [B, N, K] in float64, whose sums of products are exact in any order, and the inverse of
+    each row's length [B, N] in float32: 0 for a row of zeros, NaN for one with a NaN or an infinity in it.
+
+    Rows are scaled by a power of two, so that their length is just below 2**15, and rounded.
+    """
+    metric = metric.double()
+    # The column of zeros is for K = 0, which has no largest magnitude.
+    largest = torch.nn.functional.pad(metric.abs(), (0, 1)).amax(-1, keepdim=True)
+    finite = largest.isfinite()
+    metric = torch.where(finite, metric, 0.0)
+    _, exponent = torch.frexp(torch.where(finite & (largest > 0), largest, 1.0))
+    # An even power of two brings the largest magnitude to 2**8 or a little less; in two steps, for it can be out of
+    # range. The length that the rounded numbers are sure to stay below, times 2, decides on the rest.
+    shift = 8 - exponent
+    factor = torch.ldexp(torch.ones_like(largest), (shift - shift % 2) // 2)
+    scaled = (metric * factor * factor).float().double()
+    rounded = scaled.abs().round()
+    bound = 4 * (rounded * (rounded + 1)).sum(-1, keepdim=True) + metric.shape[-1]
+    scale = torch.full_like(bound, 2.0**9)
+    while (too_long := bound * scale**2 > (2.0**16 - 2) ** 2).any():
+        scale = torch.where(too_long, scale / 2, scale)
+    integers = (scaled * scale).round()
+    squares = integers.square().sum(-1)
+    inverse = torch.where(squares == 0, 0.0, 1 / squares.clamp(min=1).sqrt())
+    return integers, torch.where(finite.squeeze(-1), inverse, torch.nan).float()
+
+
 def cosine_similarity(metric: Tensor) -> Tensor:
     """[B, N, K] -> [B, N, N], rounded to multiples of 2**-16; a NaN becomes -inf."""
-    metric = metric.double()
-    # Squares of the largest or smallest numbers leave float64's range: scale before taking the norm.
-    # The column of zeros is for K = 0, which has no largest magnitude.
-    magnitude = torch.nn.functional.pad(metric.abs(), (0, 1)).amax(-1, keepdim=True)
-    metric = metric / torch.where(magnitude == 0, 1.0, magnitude)
-    norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
-    unit = metric / torch.where(norm == 0, 1.0, norm)
-    similarity = (unit @ unit.transpose(-1, -2) * SIMILARITY_STEPS).round() / SIMILARITY_STEPS
-    return similarity.nan_to_num(nan=-torch.inf)
+    integers, inverse = integer_rows(metric)
+    product = (integers @ integers.transpose(-1, -2)).float()
+    similarity = product * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    return ((similarity * SIMILARITY_STEPS).round() / SIMILARITY_STEPS).nan_to_num(nan=-torch.inf)
 
 
 def bipartite_pairs(
@@ -80,21 +103,24 @@ def merge_tokens(
     input: Tensor, assign: Tensor, num_groups: int, weight: Optional[Tensor] = None, normalize: bool = True
 ) -> Tuple[Tensor, Tensor]:
     accumulation_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    member = membership(assign, num_groups).to(accumulation_dtype)
-    if weight is not None:
-        member = member * weight.to(accumulation_dtype).unsqueeze(-1)
-    total = member.sum(1)
-    merged = member.transpose(1, 2) @ input.to(accumulation_dtype)
+    batch, _, channels = input.shape
+    weight = torch.ones_like(assign, dtype=accumulation_dtype) if weight is None else weight.to(accumulation_dtype)
+    # Dropped tokens take no part, whatever is in them.
+    kept = assign >= 0
+    group = assign.clamp(min=0)
+    weight = torch.where(kept, weight, 0.0)
+    rows = torch.where(kept.unsqueeze(-1), input.to(accumulation_dtype), 0.0)
+    total = weight.new_zeros(batch, max(num_groups, 1)).scatter_add(1, group, weight)
+    merged = rows.new_zeros(batch, max(num_groups, 1), channels)
+    merged = merged.scatter_add(1, group.unsqueeze(-1).expand_as(rows), weight.unsqueeze(-1) * rows)
     if normalize:
         merged = merged / torch.where(total == 0, 1.0, total).unsqueeze(-1)
-    return merged.to(input.dtype), total
+    return merged[:, :num_groups].to(input.dtype), total[:, :num_groups]
 
 
 def unmerge_tokens(merged: Tensor, assign: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-    output = membership(assign, merged.shape[1]).to(merged.dtype) @ merged
+    dropped = merged.new_zeros(merged.shape[0], 1, merged.shape[2])
+    group = torch.where(assign < 0, merged.shape[1], assign)
+    rows = group.unsqueeze(-1).expand(-1, -1, merged.shape[2])
+    output = torch.cat([merged, dropped], 1).gather(1, rows)
     return output if residual is None else output + residual
-
-
-def membership(assign: Tensor, num_groups: int) -> Tensor:
-    """bool [B, N, M]: whether token i belongs to group m."""
-    return assign.unsqueeze(-1) == torch.arange(num_groups, device=assign.device)

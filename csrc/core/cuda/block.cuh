@@ -40,6 +40,15 @@ __device__ inline int32_t inclusive_sum_of_warp(int32_t value) {
   return value;
 }
 
+// The sum of `value` over the lanes of a warp, in every lane.
+template <typename T>
+__device__ inline T sum_of_warp(T value) {
+  for (int bits = warp_size / 2; bits > 0; bits /= 2) {
+    value += shuffle_xor(value, bits);
+  }
+  return value;
+}
+
 // The sum of `value` over the threads before this one; `total` gets the sum over all of them.
 __device__ inline int32_t exclusive_sum(int32_t value, int32_t* shared /* [max_warps] */, int32_t& total) {
   const int warp = warp_index(), lane = lane_index();

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <string_view>
 
 namespace torchops::device {
 
@@ -15,6 +17,16 @@ struct Grid {
 
   bool empty() const { return x == 0 || y == 0 || z == 0; }
   bool allowed() const { return 0 <= x && x <= max_x && 0 <= y && y <= max_yz && 0 <= z && z <= max_yz; }
+
+  // What to say where it is not allowed. The file that launches is named after its operator.
+  std::string error(std::string_view file) const {
+    const auto shape = [](int64_t a, int64_t b, int64_t c) {
+      return "[" + std::to_string(a) + ", " + std::to_string(b) + ", " + std::to_string(c) + "]";
+    };
+    const auto name = file.substr(file.rfind('/') + 1);
+    return std::string(name.substr(0, name.rfind('.'))) + ": expected a grid of at most " +
+           shape(max_x, max_yz, max_yz) + " blocks, got " + shape(x, y, z);
+  }
 };
 
 }  // namespace torchops::device

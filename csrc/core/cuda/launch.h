@@ -18,6 +18,7 @@ struct LaunchShape {
   dim3 block;  // a multiple of 32 threads
   size_t shared_bytes = 0;
   cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const char* file = __builtin_FILE();  // where the launch is written
 };
 
 // Starts a kernel on the current device: launch({grid, block, shared_bytes}, kernel, arguments...).
@@ -25,8 +26,7 @@ struct LaunchShape {
 template <typename... Parameters, typename... Arguments>
 void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const Grid& grid = shape.grid;
-  TORCH_CHECK(grid.allowed(), "launch: expected a grid of at most [", Grid::max_x, ", ", Grid::max_yz, ", ",
-              Grid::max_yz, "] blocks, got [", grid.x, ", ", grid.y, ", ", grid.z, "]");
+  TORCH_CHECK_VALUE(grid.allowed(), grid.error(shape.file));
   if (grid.empty()) {
     return;
   }

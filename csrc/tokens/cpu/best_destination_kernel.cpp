@@ -1,74 +1,16 @@
 #include "tokens/cpu/best_destination_kernel.h"
 
-#include "core/cpu/matrix_product.h"
+#include "core/cpu/integer_product.h"
 #include "core/cpu/simd.h"
+#include "tokens/cpu/integer_row.h"
 
 namespace torchops::kernels::tokens::TORCHOPS_LEVEL {
 namespace {
 
-static_assert(panel_columns<float> <= 64, "best_destination_scratch counts on it");
+static_assert(panel_columns<int32_t> <= 64, "best_destination_columns counts on it");
 static_assert(source_block % tile_rows == 0);
 
-// Features summed in one chain. Short chains keep the error below half a similarity step.
-constexpr int64_t chain_length = 64;
 constexpr int32_t no_similarity = nan_similarity - 1;
-// Adding it to a float of magnitude below 2^22 rounds that to an integer, ties to even.
-constexpr float rounding = 0x1.8p23f;
-
-template <typename T>
-vec<accumulate_t<T>> squares(const T* row, int64_t size) {
-  vec<accumulate_t<T>> sum = {};
-  for_each_vector<T>(size, [&](int64_t k, int count) {
-    const auto value = load_piece(row + k, count);
-    sum += value * value;
-  });
-  return sum;
-}
-
-template <typename T>
-accumulate_t<T> largest_magnitude(const T* row, int64_t size) {
-  vec<accumulate_t<T>> largest = {};
-  for_each_vector<T>(size, [&](int64_t k, int count) {
-    const auto value = load_piece(row + k, count);
-    const auto magnitude = value < 0 ? -value : value;
-    largest = magnitude > largest ? magnitude : largest;
-  });
-  return largest_lane<accumulate_t<T>>(largest);
-}
-
-// output = row / divisor as float.
-template <typename T>
-void divide(const T* row, int64_t size, accumulate_t<T> divisor, float* output) {
-  for_each_vector<T>(size, [&](int64_t k, int count) {
-    const auto value = load_piece(row + k, count) / divisor;
-    if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
-      store_piece(output + k, value, count);
-    } else {
-      const auto narrowed = __builtin_convertvector(value, typename vector_of<float, vector_bytes / 2>::type);
-      __builtin_memcpy(output + k, &narrowed, static_cast<size_t>(count) * sizeof(float));
-    }
-  });
-}
-
-// output = row / its Euclidean norm as float: zeros for a row of zeros, NaNs for one with a NaN or an
-// infinity in it.
-template <typename T>
-void normalize(const T* row, int64_t size, float* output) {
-  using A = accumulate_t<T>;
-  constexpr A too_small = sizeof(A) == sizeof(float) ? A(1e-30) : A(1e-250);
-  constexpr A too_large = sizeof(A) == sizeof(float) ? A(1e+30) : A(1e+250);
-  const A sum = sum_lanes<A>(squares(row, size));
-  if (!(sum < too_small || sum > too_large)) {
-    divide(row, size, A(__builtin_sqrt(sum)), output);
-    return;
-  }
-  // Squares have vanished or overflowed, or lost accuracy: bring the largest magnitude to 1 first.
-  const A largest = largest_magnitude(row, size);
-  divide(row, size, largest == 0 ? A(1) : largest, output);
-  if (largest != 0) {
-    normalize(output, size, output);
-  }
-}
 
 // Best destination so far of each of a tile's rows, lane by lane.
 struct Best {
@@ -79,13 +21,22 @@ struct Best {
 }  // namespace
 
 template <typename T>
-void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end, float* scratch, int64_t* positions) {
-  constexpr int columns = panel_columns<float>;
-  const int64_t depth = args.num_features;
-  float* const sources = scratch;
-  float* const panels = scratch + source_block * depth;
+void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end, int16_t* integers,
+                      float* inverse_lengths, int64_t* positions) {
+  constexpr int columns = panel_columns<int32_t>;
+  const int64_t depth = integer_pairs(args.num_features);
+  auto* const sources = reinterpret_cast<int16_pair*>(integers);
+  int16_pair* const panels = sources + source_block * depth;
+  float* const source_inverse = inverse_lengths;
+  float* const destination_inverse = inverse_lengths + source_block;
   const auto is_padding = [&](int64_t batch, int64_t position) {
     return args.padding != nullptr && args.padding[batch * args.num_tokens + position];
+  };
+  const auto load_row = [&](int64_t batch, int64_t position, int16_pair* to) {
+    if (depth > 0) {
+      to[depth - 1] = {};  // an odd number of features leaves a half
+    }
+    return integer_row(args.metric.row(batch, position), args.num_features, reinterpret_cast<int16_t*>(to));
   };
 
   const vfloat none = broadcast(rounding + no_similarity);
@@ -109,22 +60,21 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
       }
       num_panels = (num_destinations + columns - 1) / columns;
       for (int64_t column = 0; column < num_panels * columns; ++column) {
-        float* panel = panels + column / columns * columns * depth + column % columns;
+        int16_pair* panel = panels + column / columns * columns * depth + column % columns;
         if (column < num_destinations) {
-          normalize(args.metric.row(batch, positions[column]), depth, sources);
-          for (int64_t d = 0; d < depth; ++d) {
-            panel[d * columns] = sources[d];
-          }
+          destination_inverse[column] = load_row(batch, positions[column], sources);
         } else {
           // Similar to nothing: a NaN never displaces a destination of the same lane.
-          for (int64_t d = 0; d < depth; ++d) {
-            panel[d * columns] = __builtin_nanf("");
-          }
+          destination_inverse[column] = __builtin_nanf("");
+          __builtin_memset(sources, 0, static_cast<size_t>(depth) * sizeof(int16_pair));
+        }
+        for (int64_t d = 0; d < depth; ++d) {
+          panel[d * columns] = sources[d];
         }
       }
     }
     for (int64_t s = 0; s < count; ++s) {
-      normalize(args.metric.row(batch, args.first_source() + 2 * (first + s)), depth, sources + s * depth);
+      source_inverse[s] = load_row(batch, args.first_source() + 2 * (first + s), sources + s * depth);
     }
 
     for (int64_t tile = 0; tile < count; tile += tile_rows) {
@@ -140,20 +90,13 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
             columns_left < columns ? (columns_left + lanes<float> - 1) / lanes<float> : int64_t{tile_vectors};
         with_vectors(vectors, [&](auto vector_count) {
           constexpr int count_of_vectors = decltype(vector_count)::value;
-          vfloat cosine[tile_rows][count_of_vectors] = {};
-          for (int64_t d = 0; d < depth; d += chain_length) {
-            vfloat part[tile_rows][count_of_vectors];
-            product_tile({sources + tile * depth + d, depth, 1}, panels + (p * depth + d) * columns, columns,
-                         depth - d < chain_length ? depth - d : chain_length, part);
-            for (int row = 0; row < tile_rows; ++row) {
-              for (int v = 0; v < count_of_vectors; ++v) {
-                cosine[row][v] += part[row][v];
-              }
-            }
-          }
+          vint product[tile_rows][count_of_vectors];
+          product_tile({sources + tile * depth, depth, 1}, panels + p * depth * columns, columns, depth, product);
           for (int row = 0; row < tile_rows; ++row) {
             for (int v = 0; v < count_of_vectors; ++v) {
-              const vfloat value = cosine[row][v] * similarity_steps + rounding;
+              const vfloat cosine = __builtin_convertvector(product[row][v], vfloat) * source_inverse[tile + row] *
+                                    load(destination_inverse + p * columns + v * lanes<float>);
+              const vfloat value = cosine * similarity_steps + rounding;
               const vfloat candidate = value == value ? value : vfloat{} + (rounding + nan_similarity);
               const auto better = candidate > best.similarity[row];
               const vint here = vint{} + static_cast<int32_t>(p * tile_vectors + v);
@@ -177,9 +120,9 @@ void best_destination(const BestDestination<T>& args, int64_t begin, int64_t end
   }
 }
 
-template void best_destination(const BestDestination<double>&, int64_t, int64_t, float*, int64_t*);
-template void best_destination(const BestDestination<float>&, int64_t, int64_t, float*, int64_t*);
-template void best_destination(const BestDestination<bfloat16>&, int64_t, int64_t, float*, int64_t*);
-template void best_destination(const BestDestination<float16>&, int64_t, int64_t, float*, int64_t*);
+template void best_destination(const BestDestination<double>&, int64_t, int64_t, int16_t*, float*, int64_t*);
+template void best_destination(const BestDestination<float>&, int64_t, int64_t, int16_t*, float*, int64_t*);
+template void best_destination(const BestDestination<bfloat16>&, int64_t, int64_t, int16_t*, float*, int64_t*);
+template void best_destination(const BestDestination<float16>&, int64_t, int64_t, int16_t*, float*, int64_t*);
 
 }  // namespace torchops::kernels::tokens::TORCHOPS_LEVEL

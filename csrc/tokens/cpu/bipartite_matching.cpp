@@ -39,10 +39,13 @@ MatchedPairs matched_pairs(const char* op, const at::Tensor& metric, int64_t r, 
                                                    num_protected,      num_sources};
     const int64_t products = kernels::tokens::source_block * num_tokens / 2 * num_features;
     parallel_units(batch * args.blocks_per_row(), products / 32, [&](int64_t begin, int64_t end) {
-      const auto size = kernels::tokens::best_destination_scratch(num_tokens, num_features);
-      AlignedBuffer<float> scratch(static_cast<size_t>(size));
+      const auto columns = static_cast<size_t>(kernels::tokens::best_destination_columns(num_tokens));
+      const auto pairs_per_row = static_cast<size_t>(kernels::tokens::integer_pairs(num_features));
+      AlignedBuffer<int16_t> integers(2 * columns * pairs_per_row);
+      AlignedBuffer<float> inverse_lengths(columns);
       AlignedBuffer<int64_t> positions(static_cast<size_t>(num_tokens));
-      TORCHOPS_KERNEL(tokens, best_destination<T>)(args, begin, end, scratch.data(), positions.data());
+      TORCHOPS_KERNEL(tokens, best_destination<T>)
+      (args, begin, end, integers.data(), inverse_lengths.data(), positions.data());
     });
   });
 

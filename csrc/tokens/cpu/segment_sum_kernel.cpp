@@ -18,18 +18,33 @@ struct Group {
   accumulate_t<T> weight(int64_t token) const { return weights == nullptr ? accumulate_t<T>(1) : weights[token]; }
 };
 
+// The sums of weight * row over the members, where load_row(row, v) gives vector v of a row.
+template <int vectors, typename T, typename Load>
+inline __attribute__((always_inline)) void sum_rows(const Group<T>& group, const Load& load_row,
+                                                    vec<accumulate_t<T>> (&sum)[vectors]) {
+  for (const int64_t* token = group.begin; token != group.end;) {
+    const int64_t* const first = token;
+    const int64_t* const last = group.end - first < members_per_chain ? group.end : first + members_per_chain;
+    vec<accumulate_t<T>> chain[vectors] = {};
+    for (; token != last; ++token) {
+      const T* row = group.input.row(group.batch, *token);
+      const auto weight = group.weight(*token);
+      for (int v = 0; v < vectors; ++v) {
+        const auto product = weight * load_row(row, v);
+        chain[v] = token == first ? product : chain[v] + product;  // 0 + -0 is 0
+      }
+    }
+    for (int v = 0; v < vectors; ++v) {
+      sum[v] = first == group.begin ? chain[v] : sum[v] + chain[v];
+    }
+  }
+}
+
 // output[c] = sum of weight * input[c] / divisor for `vectors` vectors of channels from c = first_channel.
 template <int vectors, typename T>
 void sum_vectors(const Group<T>& group, accumulate_t<T> divisor, int64_t first_channel, T* output) {
   vec<accumulate_t<T>> sum[vectors] = {};
-  for (const int64_t* token = group.begin; token != group.end; ++token) {
-    const T* row = group.input.row(group.batch, *token) + first_channel;
-    const auto weight = group.weight(*token);
-    for (int v = 0; v < vectors; ++v) {
-      const auto product = weight * load(row + v * lanes<T>);
-      sum[v] = token == group.begin ? product : sum[v] + product;
-    }
-  }
+  sum_rows(group, [&](const T* row, int v) { return load(row + first_channel + v * lanes<T>); }, sum);
   for (int v = 0; v < vectors; ++v) {
     store(output + first_channel + v * lanes<T>, sum[v] / divisor);
   }
@@ -37,13 +52,9 @@ void sum_vectors(const Group<T>& group, accumulate_t<T> divisor, int64_t first_c
 
 template <typename T>
 void sum_partial_vector(const Group<T>& group, accumulate_t<T> divisor, int64_t first_channel, int count, T* output) {
-  vec<accumulate_t<T>> sum = {};
-  for (const int64_t* token = group.begin; token != group.end; ++token) {
-    const auto row = load_partial(group.input.row(group.batch, *token) + first_channel, count);
-    const auto product = group.weight(*token) * row;
-    sum = token == group.begin ? product : sum + product;
-  }
-  store_partial(output + first_channel, sum / divisor, count);
+  vec<accumulate_t<T>> sum[1] = {};
+  sum_rows(group, [&](const T* row, int) { return load_partial(row + first_channel, count); }, sum);
+  store_partial(output + first_channel, sum[0] / divisor, count);
 }
 
 // Where tokens merge, rows are read out of order, and the processor's own prefetching loses the thread.
@@ -64,10 +75,11 @@ void sum_group(const SegmentSum<T>& args, const Group<T>& group, int64_t unit) {
   using A = accumulate_t<T>;
   const int64_t channels = args.num_channels;
   T* output = args.output + unit * channels;
-  A total = 0;
+  double sum_of_weights = 0;
   for (const int64_t* token = group.begin; token != group.end; ++token) {
-    total += group.weight(*token);
+    sum_of_weights += static_cast<double>(group.weight(*token));
   }
+  const auto total = static_cast<A>(sum_of_weights);
   if (args.total != nullptr) {
     args.total[unit] = total;
   }
@@ -77,7 +89,7 @@ void sum_group(const SegmentSum<T>& args, const Group<T>& group, int64_t unit) {
   }
   if (group.begin == group.end) {
     __builtin_memset(output, 0, static_cast<size_t>(channels) * sizeof(T));
-  } else if (single && (args.normalize ? total != 0 : total == 1)) {
+  } else if (single && args.is_copy(total)) {
     copy_row(output, args.input.row(group.batch, *group.begin), channels);
   } else {
     const A divisor = args.normalize && total != 0 ? total : A(1);

@@ -5,7 +5,7 @@
 
 namespace torchops::kernels::tokens {
 
-// Units are tokens, b * N + i.
+// Units are groups, b * M + m.
 #define TORCHOPS_DECLARE(level)                                                    \
   namespace level {                                                                \
   template <typename T>                                                            \

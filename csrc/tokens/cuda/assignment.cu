@@ -2,8 +2,6 @@
 
 #include <ATen/ops/empty.h>
 
-#include <limits>
-
 #include "core/cuda/launch.h"
 #include "tokens/cuda/group_members.cuh"
 
@@ -12,8 +10,6 @@ namespace torchops {
 GroupMembers group_members_cuda(const at::Tensor& assign, int64_t num_groups) {
   const auto groups = assign.contiguous();
   const auto batch = groups.size(0), num_tokens = groups.size(1);
-  TORCH_CHECK_VALUE(num_tokens <= std::numeric_limits<int32_t>::max(), "expected assign of at most ",
-                    std::numeric_limits<int32_t>::max(), " tokens a row on CUDA, got ", num_tokens);
   const GroupMembers result{at::empty({batch, num_groups + 1}, groups.options()),
                             at::empty({batch, num_tokens}, groups.options())};
   constexpr int64_t warps = kernels::tokens::group_members_warps;

@@ -12,55 +12,66 @@ inline constexpr int match_threads = 256;
 inline constexpr int match_tile = 64;
 inline constexpr int match_side = 16;
 inline constexpr int match_per_thread = match_tile / match_side;
-// Features in shared memory at a time, which is also the longest chain of additions.
+// Features in shared memory at a time.
 inline constexpr int match_depth = 32;
 // A stride that spreads neighbouring features of a column over the banks.
 inline constexpr int match_stride = match_tile + 1;
 inline constexpr int32_t no_similarity = nan_similarity - 1;
 
-// A row divided by `largest` and then by `norm` has length 1.
+// How a row becomes integers: q = x * factor * factor as float, times scale, rounded.
 template <typename A>
-struct RowScale {
-  A largest;
-  A norm;
+struct IntegerRow {
+  A factor;
+  float scale;  // 0 for a row of zeros, and one with a NaN or an infinity in it
+  float inverse_length;
+
+  __device__ float scaled(A value) const { return static_cast<float>(value * factor * factor); }
+  __device__ int32_t integer(A value) const {
+    return scale == 0.0F ? 0 : static_cast<int32_t>(rintf(scaled(value) * scale));
+  }
 };
 
-// Computed by a warp. Only a row whose squares leave the safe range is scaled by its largest magnitude;
-// a row of zeros stays as it is.
+// Computed by a warp.
 template <typename T, typename A = accumulate_t<T>>
-__device__ RowScale<A> row_scale(const T* row, int64_t size) {
-  constexpr A too_small = sizeof(A) == sizeof(float) ? A(1e-30) : A(1e-250);
-  constexpr A too_large = sizeof(A) == sizeof(float) ? A(1e+30) : A(1e+250);
-  const auto sum_of_squares = [&](A divisor) {
-    A sum = 0;
-    for (int64_t k = device::lane_index(); k < size; k += device::warp_size) {
-      const A value = device::widen(row[k]) / divisor;
-      sum += value * value;
-    }
-    for (int bits = device::warp_size / 2; bits > 0; bits /= 2) {
-      sum += device::shuffle_xor(sum, bits);
-    }
-    return sum;
-  };
-  const A plain = sum_of_squares(A(1));
-  if (!(plain < too_small || plain > too_large)) {
-    return {A(1), std::sqrt(plain)};
-  }
+__device__ IntegerRow<A> integer_row(const T* row, int64_t size) {
   A largest = 0;
+  bool finite = true;
   for (int64_t k = device::lane_index(); k < size; k += device::warp_size) {
     const A value = device::widen(row[k]);
     const A magnitude = value < A(0) ? -value : value;
     largest = magnitude > largest ? magnitude : largest;
+    finite = finite && value - value == A(0);
   }
   for (int bits = device::warp_size / 2; bits > 0; bits /= 2) {
     const A other = device::shuffle_xor(largest, bits);
     largest = other > largest ? other : largest;
   }
-  return largest == A(0) ? RowScale<A>{A(1), A(1)} : RowScale<A>{largest, std::sqrt(sum_of_squares(largest))};
+  if (!device::all(finite)) {
+    return {A(1), 0.0F, NAN};
+  }
+  if (largest == A(0)) {
+    return {A(1), 0.0F, 0.0F};
+  }
+  int exponent;
+  std::frexp(largest, &exponent);
+  IntegerRow<A> result{static_cast<A>(std::ldexp(1.0, half_shift(exponent))), 0.0F, 0.0F};
+  int64_t bound = 0;
+  for (int64_t k = device::lane_index(); k < size; k += device::warp_size) {
+    const auto t = static_cast<int64_t>(rintf(fabsf(result.scaled(device::widen(row[k])))));
+    bound += t * (t + 1);
+  }
+  result.scale = static_cast<float>(integer_scale(static_cast<double>(4 * device::sum_of_warp(bound) + size)));
+  int64_t squares = 0;
+  for (int64_t k = device::lane_index(); k < size; k += device::warp_size) {
+    const int64_t q = result.integer(device::widen(row[k]));
+    squares += q * q;
+  }
+  result.inverse_length = static_cast<float>(1.0 / std::sqrt(static_cast<double>(device::sum_of_warp(squares))));
+  return result;
 }
 
-// Rows of the metric at positions first, first + 2, ... as a tile: their scales, and a part of their
-// features, normalised.
+// Rows of the metric at positions first, first + 2, ... as a tile: how they become integers, and a part
+// of these.
 template <typename T>
 struct MatchRows {
   using A = accumulate_t<T>;
@@ -69,15 +80,15 @@ struct MatchRows {
   int64_t num_features;
   int64_t batch;
   int64_t first;
-  int64_t count;       // of the tile, at most match_tile
-  RowScale<A>* scale;  // [match_tile], shared
-  float* features;     // [match_depth, match_stride], shared
+  int64_t count;         // of the tile, at most match_tile
+  IntegerRow<A>* scale;  // [match_tile], shared
+  int32_t* features;     // [match_depth, match_stride], shared
 
   __device__ const T* row(int64_t index) const { return metric.row(batch, first + 2 * index); }
 
   __device__ void load_scales() const {
     for (int index = device::warp_index(); index < count; index += match_threads / device::warp_size) {
-      const auto result = row_scale(row(index), num_features);
+      const auto result = integer_row(row(index), num_features);
       if (device::lane_index() == 0) {
         scale[index] = result;
       }
@@ -87,9 +98,9 @@ struct MatchRows {
   __device__ void load_features(int64_t first_feature) const {
     const int64_t feature = first_feature + device::lane_index();
     for (int index = device::warp_index(); index < match_tile; index += match_threads / device::warp_size) {
-      float value = 0;
+      int32_t value = 0;
       if (index < count && feature < num_features) {
-        value = static_cast<float>(device::widen(row(index)[feature]) / scale[index].largest / scale[index].norm);
+        value = scale[index].integer(device::widen(row(index)[feature]));
       }
       features[device::lane_index() * match_stride + index] = value;
     }
@@ -97,18 +108,18 @@ struct MatchRows {
 };
 
 template <typename T>
-inline constexpr size_t match_shared_bytes = 2 * device::shared_size<RowScale<accumulate_t<T>>>(match_tile) +
-                                             2 * device::shared_size<float>(match_depth * match_stride);
+inline constexpr size_t match_shared_bytes = 2 * device::shared_size<IntegerRow<accumulate_t<T>>>(match_tile) +
+                                             2 * device::shared_size<int32_t>(match_depth * match_stride);
 
 // A block of match_threads per row of the batch and tile of sources, grid [B * ceil(S / match_tile)].
 template <typename T>
 __global__ void best_destination(BestDestination<T> args) {
   using A = accumulate_t<T>;
   device::SharedMemory memory;
-  auto* source_scale = memory.take<RowScale<A>>(match_tile);
-  auto* destination_scale = memory.take<RowScale<A>>(match_tile);
-  auto* source_features = memory.take<float>(match_depth * match_stride);
-  auto* destination_features = memory.take<float>(match_depth * match_stride);
+  auto* source_scale = memory.take<IntegerRow<A>>(match_tile);
+  auto* destination_scale = memory.take<IntegerRow<A>>(match_tile);
+  auto* source_features = memory.take<int32_t>(match_depth * match_stride);
+  auto* destination_features = memory.take<int32_t>(match_depth * match_stride);
 
   const int64_t tiles = (args.num_sources + match_tile - 1) / match_tile;
   const int64_t batch = blockIdx.x / tiles;
@@ -144,23 +155,17 @@ __global__ void best_destination(BestDestination<T> args) {
                                     destination_features};
     destinations.load_scales();
     device::syncthreads();
-    float cosine[match_per_thread][match_per_thread] = {};
+    int32_t product[match_per_thread][match_per_thread] = {};
     for (int64_t feature = 0; feature < args.num_features; feature += match_depth) {
       sources.load_features(feature);
       destinations.load_features(feature);
       device::syncthreads();
-      float part[match_per_thread][match_per_thread] = {};
       for (int d = 0; d < match_depth; ++d) {
         for (int i = 0; i < match_per_thread; ++i) {
-          const float a = source_features[d * match_stride + row_lane + match_side * i];
+          const int32_t a = source_features[d * match_stride + row_lane + match_side * i];
           for (int j = 0; j < match_per_thread; ++j) {
-            part[i][j] += a * destination_features[d * match_stride + column_lane + match_side * j];
+            product[i][j] += a * destination_features[d * match_stride + column_lane + match_side * j];
           }
-        }
-      }
-      for (int i = 0; i < match_per_thread; ++i) {
-        for (int j = 0; j < match_per_thread; ++j) {
-          cosine[i][j] += part[i][j];
         }
       }
       device::syncthreads();
@@ -171,9 +176,11 @@ __global__ void best_destination(BestDestination<T> args) {
         continue;
       }
       for (int i = 0; i < match_per_thread; ++i) {
-        const bool is_nan = cosine[i][j] != cosine[i][j];
+        const float cosine = static_cast<float>(product[i][j]) *
+                             source_scale[row_lane + match_side * i].inverse_length *
+                             destination_scale[column_lane + match_side * j].inverse_length;
         const int32_t similarity =
-            is_nan ? nan_similarity : static_cast<int32_t>(rintf(cosine[i][j] * similarity_steps));
+            cosine != cosine ? nan_similarity : static_cast<int32_t>(rintf(cosine * similarity_steps));
         // Columns come in ascending order, so that the lowest of equals stays.
         if (similarity > best_similarity[i]) {
           best_similarity[i] = similarity;
@@ -181,6 +188,7 @@ __global__ void best_destination(BestDestination<T> args) {
         }
       }
     }
+    device::syncthreads();
   }
 
   for (int i = 0; i < match_per_thread; ++i) {

@@ -19,6 +19,9 @@ std::tuple<at::Tensor, at::Tensor> bipartite_pairs_cuda(const at::Tensor& metric
   const auto best = best_destinations_cuda(metric, r, num_protected, padding_mask);
   auto sources = at::empty({metric.size(0), best.args.num_removed}, metric.options().dtype(at::kLong));
   auto destinations = at::empty_like(sources);
+  if (best.args.num_removed == 0) {
+    return {sources, destinations};
+  }
   auto unordered = at::empty_like(sources);
   device::launch({metric.size(0), kernels::tokens::matched_tokens_threads, device::BlockMemory::bytes},
                  kernels::tokens::pair_matched_tokens, best.args, unordered.mutable_data_ptr<int64_t>(),

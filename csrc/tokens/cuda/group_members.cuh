@@ -25,10 +25,11 @@ static __global__ void group_members(GroupMembers args) {
   auto* shared = memory.take<int32_t>(device::max_warps);
   const int warp = device::warp_index(), lane = device::lane_index();
   const int64_t groups = args.num_groups;
-  const int64_t* assign = args.assign + blockIdx.x * args.num_tokens;
-  int64_t* offsets = args.offsets + blockIdx.x * (groups + 1);
-  int64_t* members = args.members + blockIdx.x * args.num_tokens;
-  int32_t* counts = args.counts + blockIdx.x * group_members_warps * groups;
+  const int64_t batch = blockIdx.x;
+  const int64_t* assign = args.assign + batch * args.num_tokens;
+  int64_t* offsets = args.offsets + batch * (groups + 1);
+  int64_t* members = args.members + batch * args.num_tokens;
+  int32_t* counts = args.counts + batch * group_members_warps * groups;
   int32_t* own_counts = counts + warp * groups;
 
   constexpr int64_t round = group_members_warps * device::warp_size;

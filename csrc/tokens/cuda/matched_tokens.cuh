@@ -18,7 +18,8 @@ __device__ void for_removed_tokens(const MatchedTokens& args, const device::Bloc
   const int32_t* similarity = args.similarity + batch * args.num_sources;
   const int64_t* destination = args.destination + batch * args.num_sources;
   const bool* padding = args.padding == nullptr ? nullptr : args.padding + batch * args.num_tokens;
-  const auto num_sources = static_cast<int32_t>(args.num_sources);
+  // Where nothing is removed nobody has looked for similarities.
+  const auto num_sources = args.num_removed == 0 ? 0 : static_cast<int32_t>(args.num_sources);
   const auto num_tokens = static_cast<int32_t>(args.num_tokens);
   const auto threads = static_cast<int32_t>(blockDim.x);
   const auto thread = static_cast<int32_t>(threadIdx.x);

@@ -2,6 +2,7 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "core/cuda/launch.h"
@@ -40,37 +41,39 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_cuda(const at::Tensor& input, co
 }
 
 std::tuple<at::Tensor, at::Tensor> merge_tokens_backward_cuda(
-    const at::Tensor& grad_merged, const at::Tensor& grad_total, const std::optional<at::Tensor>& input,
-    const at::Tensor& assign, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& merged,
-    const at::Tensor& total, bool normalize, std::array<bool, 2> output_mask) {
-  check_merge_tokens_backward(grad_merged, grad_total, input, assign, weight, merged, total, output_mask);
-  const c10::cuda::CUDAGuard guard(grad_merged.device());
-  const auto groups = assign.contiguous();
-  const auto grad = with_contiguous_rows(grad_merged);
-  const auto totals = total.contiguous();
-  const auto channels = grad.size(2);
+    const std::optional<at::Tensor>& grad_merged, const std::optional<at::Tensor>& grad_total,
+    const std::optional<at::Tensor>& input, const at::Tensor& assign, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& total, bool normalize, std::array<bool, 2> output_mask) {
+  check_merge_tokens_backward(grad_merged, grad_total, input, assign, weight, total, normalize, output_mask);
+  const at::Tensor& known = grad_merged ? *grad_merged : *grad_total;
+  const c10::cuda::CUDAGuard guard(known.device());
+  const auto num_groups = known.size(1);
+  const auto grad = grad_merged ? with_contiguous_rows(*grad_merged) : at::Tensor();
+  const auto accumulation_dtype = at::toOpMathType(known.scalar_type());
+  const auto w = side_input(weight, accumulation_dtype);
+  const auto totals = normalize && total ? total->contiguous() : at::Tensor();
 
   at::Tensor grad_input, grad_weight;
-  for_dtype(grad.scalar_type(), [&](auto tag) {
+  for_dtype(known.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (output_mask[0]) {
+    if (output_mask[0] && grad_merged) {
+      const auto channels = grad.size(2);
+      const auto groups = assign.contiguous();
       grad_input = at::empty({assign.size(0), assign.size(1), channels}, grad.options());
-      const auto w = side_input(weight, total.scalar_type());
-      const auto args = gather_rows_arguments<T>(grad, groups, w, normalize ? totals : at::Tensor(), {}, grad_input);
+      const auto args = gather_rows_arguments<T>(grad, groups, w, totals, {}, grad_input);
       for_row_width<T>(channels, {grad, grad_input}, [&](auto width) {
         device::launch({groups.numel(), threads_for_row(channels, width)},
                        kernels::tokens::gather_rows<decltype(width)::value, T>, args);
       });
     }
     if (output_mask[1]) {
-      auto wide = at::empty(assign.sizes(), totals.options());
-      const auto x = with_contiguous_rows(*input), y = with_contiguous_rows(*merged);
-      const auto grad_of_total = grad_total.contiguous();
-      const auto args = weight_gradient_arguments<T>(x, y, grad, grad_of_total, totals, groups, wide, normalize);
-      constexpr int64_t warps = 4;
-      device::launch({(groups.numel() + warps - 1) / warps, warps * device::warp_size},
-                     kernels::tokens::weight_gradient<T>, args, groups.numel());
-      grad_weight = wide.to(weight->scalar_type());
+      grad_weight = at::zeros(assign.sizes(), known.options().dtype(accumulation_dtype));
+      const auto [offsets, members] = group_members_cuda(assign, num_groups);
+      const auto x = grad_merged ? with_contiguous_rows(*input) : at::Tensor();
+      const auto grad_of_total = side_input(grad_total, accumulation_dtype);
+      const auto args = weight_gradient_arguments<T>(x, grad, grad_of_total, w, totals, offsets, members, grad_weight);
+      device::launch({known.size(0) * num_groups, kernels::tokens::weight_gradient_threads},
+                     kernels::tokens::weight_gradient<T>, args);
     }
   });
   return {grad_input, grad_weight};

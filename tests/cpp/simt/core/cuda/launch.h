@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstddef>
-#include <string>
 #include <tuple>
 
 #include "core/cuda/grid.h"
@@ -27,14 +26,14 @@ struct LaunchShape {
   dim3 block;
   size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
+  const char* file = __builtin_FILE();
 };
 
 template <typename... Parameters, typename... Arguments>
 void launch(const LaunchShape& shape, void (*kernel)(Parameters...), Arguments&&... arguments) {
   const Grid& grid = shape.grid;
   if (!grid.allowed()) {
-    throw simt::Error("launch: expected a grid of at most [2147483647, 65535, 65535] blocks, got [" +
-                      std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) + "]");
+    throw simt::Error(grid.error(shape.file));
   }
   if (grid.empty()) {
     return;
