@@ -1,10 +1,12 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/forward_mode.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
 
@@ -268,9 +270,30 @@ struct StfLinearFunction : torch::autograd::Function<StfLinearFunction> {
   }
 };
 
+// Linear in the input, the basis and the values, each by itself, and in the bias.
+at::Tensor stf_linear_forward_mode(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
+                                   const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
+  const auto x = without_tangent(input), vectors = without_tangent(basis), numbers = without_tangent(values);
+  const auto output = stf_linear(x, vectors, numbers, indices, without_tangent(bias), transpose);
+  auto tangent = bias && has_tangent(*bias) ? tangent_or_zeros(*bias).expand_as(output) : at::zeros_like(output);
+  if (has_tangent(input)) {
+    tangent = tangent + stf_linear(tangent_or_zeros(input), vectors, numbers, indices, std::nullopt, transpose);
+  }
+  if (has_tangent(basis)) {
+    tangent = tangent + stf_linear(x, tangent_or_zeros(basis), numbers, indices, std::nullopt, transpose);
+  }
+  if (has_tangent(values)) {
+    tangent = tangent + stf_linear(x, vectors, tangent_or_zeros(values), indices, std::nullopt, transpose);
+  }
+  return with_tangent(output, tangent);
+}
+
 // The check comes first, for errors name the operator.
 at::Tensor stf_linear_autograd(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
                                const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
+  if (any_has_tangent({input, basis, values, value_or_undefined(bias)})) {
+    return stf_linear_forward_mode(input, basis, values, indices, bias, transpose);
+  }
   if (any_requires_grad({input, basis, values, value_or_undefined(bias)})) {
     check_stf_linear("stf_linear", input, basis, values, indices, bias, transpose);
     return StfLinearFunction::apply(input, basis, values, indices, bias, transpose);

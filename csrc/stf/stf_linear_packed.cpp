@@ -5,6 +5,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/forward_mode.h"
 #include "stf/linear.h"
 #include "stf/packed_factor.h"
 #include "stf/stf.h"
@@ -95,6 +96,13 @@ struct StfLinearPacked : torch::autograd::Function<StfLinearPacked> {
 at::Tensor stf_linear_packed_autograd(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& packed_values,
                                       const at::Tensor& mask, c10::SymInt rows, const std::optional<at::Tensor>& bias,
                                       bool transpose) {
+  refuse_tangents("stf_linear_packed", {basis, packed_values});
+  if (any_has_tangent({input, value_or_undefined(bias)})) {  // linear in both together
+    const auto bias_tangent = bias ? std::optional(tangent_or_zeros(*bias)) : std::nullopt;
+    return with_tangent(
+        stf_linear_packed(without_tangent(input), basis, packed_values, mask, rows, without_tangent(bias), transpose),
+        stf_linear_packed(tangent_or_zeros(input), basis, packed_values, mask, rows, bias_tangent, transpose));
+  }
   if (any_requires_grad({input, basis, packed_values, value_or_undefined(bias)})) {
     return StfLinearPacked::apply(input, basis, packed_values, mask, std::move(rows), bias, transpose);
   }

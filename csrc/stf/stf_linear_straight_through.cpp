@@ -5,6 +5,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/forward_mode.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
 
@@ -69,6 +70,7 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
 at::Tensor stf_linear_straight_through_autograd(const at::Tensor& input, const at::Tensor& basis,
                                                 const at::Tensor& latent, c10::SymInt nnz,
                                                 const std::optional<at::Tensor>& bias, bool transpose) {
+  refuse_tangents("stf_linear_straight_through", {input, basis, latent, value_or_undefined(bias)});
   if (any_requires_grad({input, basis, latent, value_or_undefined(bias)})) {
     check_stf_linear_straight_through(input, basis, latent, nnz, bias, transpose);
     return StraightThrough::apply(input, basis, latent, std::move(nnz), bias, transpose);

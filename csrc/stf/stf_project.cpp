@@ -4,6 +4,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/forward_mode.h"
 #include "stf/factorization.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
@@ -77,6 +78,7 @@ struct StfProject : torch::autograd::Function<StfProject> {
 
 std::tuple<at::Tensor, at::Tensor> stf_project_autograd(const at::Tensor& weight, const at::Tensor& basis,
                                                         c10::SymInt nnz, c10::SymInt num_iterations) {
+  refuse_tangents("stf_project", {weight, basis});
   const auto outputs = StfProject::apply(weight, basis, std::move(nnz), std::move(num_iterations));
   return {outputs[0], outputs[1]};
 }

@@ -1,9 +1,11 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gather.h>
 #include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/forward_mode.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
 
@@ -80,8 +82,16 @@ struct StfSelect : torch::autograd::Function<StfSelect> {
 };
 
 std::tuple<at::Tensor, at::Tensor> stf_select_autograd(const at::Tensor& latent, c10::SymInt nnz) {
-  const auto outputs = StfSelect::apply(latent, std::move(nnz));
-  return {outputs[0], outputs[1]};
+  if (has_tangent(latent)) {  // what is selected is a matter of the latent alone
+    const auto [values, indices] = stf_select(without_tangent(latent), std::move(nnz));
+    return {with_tangent(values, tangent_or_zeros(latent).gather(2, indices.to(at::kLong))), indices};
+  }
+  if (any_requires_grad({latent})) {
+    const auto outputs = StfSelect::apply(latent, std::move(nnz));
+    return {outputs[0], outputs[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return stf_select(latent, std::move(nnz));
 }
 
 }  // namespace

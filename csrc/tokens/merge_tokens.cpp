@@ -7,6 +7,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/forward_mode.h"
 #include "tokens/assignment.h"
 #include "tokens/tokens.h"
 
@@ -170,8 +171,18 @@ struct MergeTokens : torch::autograd::Function<MergeTokens> {
 std::tuple<at::Tensor, at::Tensor> merge_tokens_autograd(const at::Tensor& input, const at::Tensor& assign,
                                                          c10::SymInt num_groups,
                                                          const std::optional<at::Tensor>& weight, bool normalize) {
-  const auto outputs = MergeTokens::apply(input, assign, std::move(num_groups), weight, normalize);
-  return {outputs[0], outputs[1]};
+  refuse_tangents("merge_tokens", {value_or_undefined(weight)});
+  if (has_tangent(input)) {  // linear in the input
+    auto [merged, total] = torchops::merge_tokens(without_tangent(input), assign, num_groups, weight, normalize);
+    const auto [tangent, same] = torchops::merge_tokens(tangent_or_zeros(input), assign, num_groups, weight, normalize);
+    return {with_tangent(merged, tangent), total};
+  }
+  if (any_requires_grad({input, value_or_undefined(weight)})) {
+    const auto outputs = MergeTokens::apply(input, assign, std::move(num_groups), weight, normalize);
+    return {outputs[0], outputs[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return torchops::merge_tokens(input, assign, std::move(num_groups), weight, normalize);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/forward_mode.h"
 #include "tokens/assignment.h"
 #include "tokens/tokens.h"
 
@@ -101,7 +102,16 @@ struct UnmergeTokens : torch::autograd::Function<UnmergeTokens> {
 
 at::Tensor unmerge_tokens_autograd(const at::Tensor& merged, const at::Tensor& assign,
                                    const std::optional<at::Tensor>& residual) {
-  return UnmergeTokens::apply(merged, assign, residual);
+  if (any_has_tangent({merged, value_or_undefined(residual)})) {  // linear in both together
+    const auto residual_tangent = residual ? std::optional(tangent_or_zeros(*residual)) : std::nullopt;
+    return with_tangent(torchops::unmerge_tokens(without_tangent(merged), assign, without_tangent(residual)),
+                        torchops::unmerge_tokens(tangent_or_zeros(merged), assign, residual_tangent));
+  }
+  if (any_requires_grad({merged, value_or_undefined(residual)})) {
+    return UnmergeTokens::apply(merged, assign, residual);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return torchops::unmerge_tokens(merged, assign, residual);
 }
 
 // ---- autocast ---------------------------------------------------------------------------------
