@@ -22,7 +22,6 @@ transformers = pytest.importorskip(
 from transformers import DynamicCache, StaticCache, masking_utils  # noqa: E402
 
 from torchops.integrations.transformers import (  # noqa: E402
-    VISIBLE,
     apply_span_attention,
     register_span_attention,
     span_mask,
@@ -73,6 +72,9 @@ EAGER = {"Gemma2", "GptOss"}
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 EVERY_DECODER = pytest.mark.parametrize("name", DECODERS)
 
+DROPOUTS = ["attention_probs_dropout_prob", "hidden_dropout_prob"]
+
+NEO = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}
 TOKENS = 13
 PADDINGS = {
     "none": None,
@@ -222,6 +224,13 @@ def test_a_cache_that_grows_by_several_tokens(name: str, make_cache: Callable[..
     [
         ("Bert", "BertModel", SIZE),
         ("ModernBert", "ModernBertModel", SIZE | {"local_attention": 8, "pad_token_id": 0, "cls_token_id": 1}),
+        (
+            "Gemma3Text",  # as EmbeddingGemma has it
+            "Gemma3TextModel",
+            GROUPED | {"sliding_window": 6, "layer_types": SLIDING, "use_bidirectional_attention": True},
+        ),
+        ("DistilBert", "DistilBertModel", {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 32, "n_heads": 4}),
+        ("Esm", "EsmModel", SIZE | {"pad_token_id": 0, "position_embedding_type": "rotary"}),
     ],
 )
 def test_encoders(config_name: str, model_name: str, options: dict[str, Any], padding: str) -> None:
@@ -296,7 +305,7 @@ def test_mixed_spans(span: str) -> None:
     actual = ours(tokens(), attention_mask=attention_mask).logits[attention_mask]
     torch.testing.assert_close(actual, expected, **TOLERANCE)
     assert (full - expected).abs().max() > 0.1, "the spans matter"
-    apply_span_attention(ours)
+    apply_span_attention(ours, False)
     torch.testing.assert_close(ours(tokens(), attention_mask=attention_mask).logits[attention_mask], full)
 
 
@@ -322,15 +331,46 @@ def test_mixed_spans_generate_what_they_see_in_one_pass(span: str, cache: str) -
     torch.testing.assert_close(torch.stack(output.logits, 1), whole[:, TOKENS - 1 : -1].float(), **TOLERANCE)
 
 
-def test_spans_are_saved_with_the_model(tmp_path: Path) -> None:
+def test_spans_are_saved_with_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = apply_span_attention(pair("Llama")[0], mixed_span(3, [0], left=2, is_causal=True))
+    line = "from_pretrained(..., attn_implementation=register_span_attention())"
+    assert capsys.readouterr().out == f"span attention: a saved copy loads with {line}\n"
     expected = model(tokens()).logits
-    model.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation=register_span_attention(), dtype=torch.float64
+    model.save_pretrained(tmp_path / "0")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    for generation in range(3):
+        loaded = load(tmp_path / str(generation), attn_implementation=register_span_attention(), dtype=torch.float64)
+        torch.testing.assert_close(loaded(tokens()).logits, expected)
+        loaded.save_pretrained(tmp_path / str(generation + 1))
+    # The config names the implementation, and another one has to be asked for.
+    torch.testing.assert_close(load(tmp_path / "3", dtype=torch.float64)(tokens()).logits, expected)
+    full = load(tmp_path / "3", dtype=torch.float64, attn_implementation="eager")
+    assert (full(tokens()).logits - expected).abs().max() > 0.1
+    torch.testing.assert_close(apply_span_attention(full)(tokens()).logits, expected)
+    assert not {"span_attention", "attn_implementation"} & apply_span_attention(full, False).config.to_dict().keys()
+
+
+def test_a_config_with_spans_does_not_run_as_full_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply_span_attention(pair("Llama")[0], mixed_span(3, [0], left=2, is_causal=True)).save_pretrained(tmp_path)
+    monkeypatch.delitem(transformers.AttentionInterface._global_mapping, "span_attention")
+    with pytest.raises(ValueError, match='attn_implementation="span_attention"` is not supported'):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_spans_of_the_text_part_of_a_model(tmp_path: Path) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**GROUPED).to_dict(),
+        vision_config=vision | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4},
     )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    full = model(tokens()).logits
+    expected = apply_span_attention(model, mixed_span(3, [0], left=2, is_causal=True))(tokens()).logits
+    assert not torch.allclose(expected, full)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(tokens()).logits, expected)
-    assert "span_attention" not in apply_span_attention(loaded).config.to_dict()
 
 
 # ---- training and compilers -------------------------------------------------------------------------
@@ -355,6 +395,25 @@ def test_training_with_checkpoints() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Bert"])
+def test_checkpoints_that_enter_autograd_again(name: str) -> None:
+    """use_reentrant=True detaches the mask."""
+    model = (
+        pair("GPT2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)[1]
+        if name == "GPT2"
+        else apply_span_attention(make("Bert", "BertModel", SIZE | dict.fromkeys(DROPOUTS, 0.0), "sdpa"))
+    ).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        model.zero_grad()
+        model(tokens(), attention_mask=PADDINGS["left"])[0].sin().sum().backward()
+        gradients.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def test_half_precision() -> None:
@@ -388,42 +447,6 @@ def test_compile_and_export(name: str) -> None:
     torch._dynamo.reset()
 
 
-# ---- masks ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "mask_function",
-    [
-        masking_utils.causal_mask_function,
-        masking_utils.bidirectional_mask_function,
-        *(masking_utils.sliding_window_causal_mask_function(window) for window in (1, 2, 5, 50)),
-        *(masking_utils.sliding_window_bidirectional_mask_function(window) for window in (0, 3, 50)),
-        *(masking_utils.chunked_causal_mask_function(size, torch.tensor([0, 6])) for size in (1, 4, 50)),
-    ],
-)
-@pytest.mark.parametrize(("queries", "keys", "q_offset", "kv_offset"), [(13, 13, 0, 0), (2, 9, 11, 4), (3, 20, 10, 0)])
-def test_masks_say_what_torch_is_told(
-    mask_function: Callable, queries: int, keys: int, q_offset: int, kv_offset: int
-) -> None:
-    sizes = {"q_length": queries, "kv_length": keys, "q_offset": q_offset, "kv_offset": kv_offset}
-    arguments = {**sizes, "batch_size": 2, "mask_function": mask_function, "attention_mask": PADDINGS["left"]}
-    expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)[:, 0]
-    mask = span_mask(**arguments)
-    assert mask.shape == (2, 1, 1, keys), "nothing is made of queries times keys"
-    visible = getattr(mask, VISIBLE)
-    zeros = torch.zeros(2, 1, 20, 1)
-    seen = torchops.span_attention(
-        zeros[:, :, :queries],
-        zeros[:, :, :keys],
-        torch.eye(keys).expand(2, 1, keys, keys),
-        *visible.span,
-        key_bias=visible.key_bias,
-        query_start=visible.query_start,
-        key_start=visible.key_start,
-    )
-    assert torch.equal(seen[:, 0] > 0, expected)
-
-
 # ---- what cannot be ---------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
@@ -442,6 +465,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
     "softcap": ("Gemma2", {"attn_logit_softcapping": 50.0}, {}, "no soft-capped scores"),
     "output_attentions": ("Llama", {}, {"output_attentions": True}, "no output_attentions"),
+    "empty window": ("Mistral", {"sliding_window": 0}, {}, "no masks but full, sliding and chunked attention"),
     "cumulative lengths": ("Llama", {}, {"cu_seq_lens_q": torch.tensor([0, 7, 13])}, "no packed sequences"),
 }
 
@@ -454,33 +478,44 @@ def test_calls_that_are_refused(case: str) -> None:
         model(tokens(), **inputs)
 
 
+def test_attentions_that_a_model_collects_itself_are_refused() -> None:
+    model = apply_span_attention(make("Bert", "BertModel", SIZE, "sdpa"))
+    with pytest.raises(ValueError, match="no output_attentions"):
+        model(tokens(), output_attentions=True)
+    with pytest.raises(ValueError, match=r"no masks but those of padding, \[B, L\]; this one has 3 dimensions"):
+        model(tokens(), attention_mask=torch.ones(2, TOKENS, TOKENS))
+    eager = make("Bert", "BertModel", SIZE | {"output_attentions": True}, "eager")
+    with pytest.raises(ValueError, match="no output_attentions"):
+        apply_span_attention(eager)
+
+
+def test_a_mask_that_no_layer_uses_is_not_refused() -> None:
+    """Qwen2-MoE as it is configured by default has a window of 0, for no layer."""
+    options = GROUPED | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    options |= {"num_experts": 2, "num_experts_per_tok": 1}
+    del options["head_dim"]
+    model = make("Qwen2Moe", "Qwen2MoeForCausalLM", options, "eager")  # has no float64
+    assert model.config.sliding_window == 0
+    expected = model(tokens()).logits
+    torch.testing.assert_close(apply_span_attention(model)(tokens()).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "GptOss", "Llama"])
+def test_the_way_back_that_errors_name(name: str) -> None:
+    model, ours = pair(name)
+    with pytest.raises(ValueError, match=r'model.set_attn_implementation\("eager"\) goes back') as error:
+        ours(tokens(), attention_mask=torch.ones(2, 1, TOKENS, TOKENS))
+    exec(str(error.value).split("; ")[-1].split(" goes back")[0], {"model": ours})
+    # "eager" computes masks in float32
+    ours, model = ours.float(), model.float()
+    torch.testing.assert_close(ours(tokens()).logits, model(tokens()).logits, **TOLERANCE)
+
+
 def test_a_mask_of_another_cache_is_refused() -> None:
     model = pair("Llama")[1]
     mask = span_mask(2, TOKENS, TOKENS + 1)
     with pytest.raises(ValueError, match="expected as many keys as the mask has, 14, got 13"):
         model(tokens(), attention_mask=mask)
-
-
-def test_mask_functions_of_ones_own_are_refused() -> None:
-    def own(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        return (query - key) % 2 == 0
-
-    causal = masking_utils.causal_mask_function
-    window = masking_utils.sliding_window_overlay(3)
-    chunks = masking_utils.chunked_overlay(3, torch.zeros(2))
-    for function in (
-        own,
-        masking_utils.and_masks(causal, own),
-        masking_utils.or_masks(causal, window),
-        masking_utils.and_masks(window, chunks),
-        masking_utils.sliding_window_overlay(0),
-        masking_utils.padding_mask_function(torch.ones(2, 5, dtype=torch.bool)),
-        lambda batch, head, query, key: query <= key,
-        lambda batch, head, query, key: key // 4 == query // 4,
-        lambda batch, head, query, key: key <= query + 1,
-    ):
-        with pytest.raises(ValueError, match="span attention: no masks but full, sliding and chunked attention"):
-            span_mask(2, 5, 5, mask_function=function)
 
 
 @pytest.mark.parametrize(
@@ -492,6 +527,11 @@ def test_mask_functions_of_ones_own_are_refused() -> None:
             ValueError,
             r"expected spans of block_size, is_causal, left, right, got \['block'\]",
         ),
+        ([None, {"left": 2.0}, None], ValueError, "expected left of type int of at least -1, got 2.0"),
+        ([None, {"right": -2}, None], ValueError, "expected right of type int of at least -1, got -2"),
+        ([None, {"block_size": 0}, None], ValueError, "expected block_size of type int of at least 1, got 0"),
+        ([None, {"left": True}, None], ValueError, "expected left of type int of at least -1, got True"),
+        ([None, {"is_causal": 1}, None], ValueError, "expected is_causal of type bool, got 1"),
     ],
 )
 def test_spans_that_are_refused(spans: Any, error: type[Exception], message: str) -> None:
@@ -518,12 +558,37 @@ def test_spans_that_do_not_fit_the_model_are_refused(name: str, spans: Any, mess
         model(tokens())
 
 
-def test_other_models_are_refused() -> None:
-    config = transformers.GPTNeoConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]
-    )
-    with pytest.raises(TypeError, match="GPTNeoForCausalLM does not take attention implementations from outside"):
-        apply_span_attention(transformers.GPTNeoForCausalLM(config))
+@pytest.mark.parametrize(
+    ("config_name", "model_name", "options"),
+    [
+        ("GPTNeo", "GPTNeoForCausalLM", NEO),
+        # Its encoder adds the mask to scores of its own, and its decoder is inside the interface.
+        ("BigBirdPegasus", "BigBirdPegasusModel", {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}),
+        ("Bloom", "BloomModel", {"hidden_size": 32, "n_layer": 1, "n_head": 4}),
+        ("MaskFormerSwin", "MaskFormerSwinModel", {"embed_dim": 8, "depths": [1], "num_heads": [1]}),
+    ],
+)
+def test_other_models_are_refused(config_name: str, model_name: str, options: dict[str, Any]) -> None:
+    model = getattr(transformers, model_name)(getattr(transformers, f"{config_name}Config")(**options))
+    for spans in (None, [None]):
+        with pytest.raises(TypeError, match=f"{model_name} does not take attention implementations from outside"):
+            apply_span_attention(model, spans)
+
+
+@pytest.mark.parametrize(
+    ("config_name", "model_name", "options"),
+    [
+        ("ViT", "ViTModel", {"hidden_size": 32, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}),
+        ("Albert", "AlbertModel", {"hidden_size": 32, "num_attention_heads": 4, "embedding_size": 8}),
+        ("DistilBert", "DistilBertModel", {"dim": 32, "hidden_dim": 32, "n_heads": 4}),
+    ],
+)
+def test_spans_need_layers_that_know_themselves(config_name: str, model_name: str, options: dict[str, Any]) -> None:
+    model = getattr(transformers, model_name)(getattr(transformers, f"{config_name}Config")(**options))
+    layers = model.config.num_hidden_layers
+    with pytest.raises(TypeError, match=f"no span of one's own for layer 1 of {model_name}, whose attention does not"):
+        apply_span_attention(model, [None, {"left": 2}] + [None] * (layers - 2))
+    apply_span_attention(model, [None] * layers)
     bart = transformers.BartModel(transformers.BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1))
     with pytest.raises(TypeError, match="without cross-attention"):
         apply_span_attention(bart, [None])

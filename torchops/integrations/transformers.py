@@ -4,11 +4,11 @@ transformers asks a registered implementation twice. For each kind of attention 
 chunked; causal or not) it describes once a pass which keys a query may see, as a function, with the
 offsets of the cache and the padding; :func:`span_mask` turns that into a span and positions. Then every
 layer calls :func:`span_attention_forward` with what the first one returned. No mask of queries times keys
-is ever made.
+is ever made. How the function is read is in ``_mask_functions.py``, how the span travels in ``_mask_carrier.py``.
 """
 
 import inspect
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, NoReturn, Optional, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterable, List, Literal, NoReturn, Optional, Tuple, TypeVar, Union
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+    from transformers.utils.output_capturing import _active_collector
 
     if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
         raise ImportError("the installed transformers is too old")
@@ -25,6 +26,8 @@ except ImportError as error:
     ) from error
 
 from ..ops.span_attention import span_attention
+from ._mask_carrier import Visible, pack, unpack
+from ._mask_functions import Span, read
 
 __all__ = ["apply_span_attention", "register_span_attention"]
 
@@ -38,13 +41,15 @@ def register_span_attention() -> str:
 
     From then on ``attn_implementation="span_attention"`` is understood by ``from_pretrained`` and
     ``from_config``, and ``model.set_attn_implementation("span_attention")`` switches a model. A model then
-    computes what it computes with ``"sdpa"``: causal and bidirectional attention, sliding windows,
-    attention chunks, grouped heads, attention sinks, padding on either side, dynamic, sliding and static
-    caches, ``generate``.
+    computes what it computes with ``"eager"``: causal and bidirectional attention, sliding windows to one or
+    both sides, attention chunks, grouped heads, attention sinks, padding on either side, dynamic, sliding and
+    static caches, ``generate``.
 
-    What the operator does not offer raises, in the forward pass: attention dropout (in training mode),
-    masks of four dimensions and mask functions of a user's or model's own, packed sequences, soft-capped
-    scores, position biases, ``output_attentions``, paged caches.
+    What the operator does not offer raises, in the forward pass: attention dropout (in training mode), masks of
+    three or four dimensions, mask functions that are not understood as a span, packed sequences, soft-capped
+    scores, position biases, ``output_attentions``, paged caches. :func:`apply_span_attention` also refuses
+    models that compute attention, or parts of it, by themselves; switched by name such a model fails or gives
+    NaN where it uses a mask.
 
     Returns:
         The name.
@@ -61,29 +66,36 @@ def register_span_attention() -> str:
     return IMPLEMENTATION
 
 
-def apply_span_attention(model: Model, spans: Optional[Iterable[Optional[Dict[str, Any]]]] = None) -> Model:
+def apply_span_attention(
+    model: Model, spans: Union[Iterable[Optional[Dict[str, Any]]], Literal[False], None] = None
+) -> Model:
     """Switches a model to span attention, and if asked layers with full attention to spans of their own:
     MASFormer's mixture of full and local layers, on a model that was trained without it.
 
     Blocks are counted from the first token that is not padding. Caches stay as they are: a layer with a
     local span keeps the keys it does not see any more.
 
+    The spans are saved with the model, in its config, together with the name of the implementation. Where that
+    is not registered, transformers refuses to load the model. This loads it::
+
+        AutoModelForCausalLM.from_pretrained(directory, attn_implementation=register_span_attention())
+
     Args:
-        model: changed in place; its ``config`` remembers the spans, so they are saved with it.
-            ``model.set_attn_implementation("sdpa")`` is the way back.
+        model: changed in place. ``model.set_attn_implementation("eager")`` is the way back to its own attention.
         spans: for each layer block_size, left and right as in :func:`torchops.span_attention`, or None to
             leave the layer as it is. :func:`torchops.nn.mixed_span` makes such a list. is_causal may be
-            given, and must be what the model does. None for the model's own attention in all layers.
+            given, and must be what the model does. None for the spans in the config of the model, if it has
+            any. False takes them out: all layers as the model has them.
 
     Returns:
         model.
 
     Raises:
-        TypeError: the model does not take attention implementations from outside, or with spans: it has
-            cross-attention.
-        ValueError: a list of another length than the model has layers, or an unknown key; in the forward
-            pass, a span for a layer that has a window or chunks already or differs in causality, and
-            everything that :func:`register_span_attention` lists.
+        TypeError: the model, or a part of it, does not take attention implementations from outside. With spans:
+            it has cross-attention, or a layer with a span whose attention does not say which layer it is.
+        ValueError: a list of another length than the model has layers, an unknown key, or something else than
+            integers; in the forward pass, a span for a layer that has a window or chunks already or differs in
+            causality, and everything that :func:`register_span_attention` lists.
 
     Source: Zhang et al., MASFormer: Robust Hybrid Attention for Long Sequences, 2023.
 
@@ -93,22 +105,53 @@ def apply_span_attention(model: Model, spans: Optional[Iterable[Optional[Dict[st
     >>> model = LlamaModel(LlamaConfig(**size))
     >>> spans = torchops.nn.mixed_span(4, full_layers=[0, 3], block_size=4, is_causal=True)
     >>> apply_span_attention(model, spans)(torch.arange(10)[None]).last_hidden_state.shape
+    span attention: a saved copy loads with from_pretrained(..., attn_implementation=register_span_attention())
     torch.Size([1, 10, 32])
     """
+    check_model(model)
     config: Any = model.config.get_text_config()
-    if spans is not None:
-        spans = checked_spans(config, list(spans))
+    if spans is None:
+        spans = getattr(config, "span_attention", None)
+    new = checked_spans(model, config, list(spans)) if spans else None
     register_span_attention()
     model.set_attn_implementation(IMPLEMENTATION)
-    if config._attn_implementation != IMPLEMENTATION:
-        raise TypeError(f"span attention: {type(model).__name__} does not take attention implementations from outside")
-    vars(config).pop("span_attention", None)
-    if spans is not None:
-        config.span_attention = spans
+    for part in (model.config, config):
+        for key in ("span_attention", "attn_implementation"):
+            vars(part).pop(key, None)
+    if new is not None:
+        config.span_attention = new
+        remember(config)
+        remember(model.config)
+        print(f"span attention: a saved copy loads with {RESTORE}")
     return model
 
 
-def checked_spans(config: Any, spans: List[Optional[Dict[str, Any]]]) -> List[Optional[Dict[str, Any]]]:
+RESTORE = "from_pretrained(..., attn_implementation=register_span_attention())"
+
+
+def remember(config: Any) -> None:
+    """In the file of a config this is what loads it, and it is taken out then."""
+    config.attn_implementation = IMPLEMENTATION
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Every part of it takes attention implementations from outside."""
+    for name, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel):
+            continue
+        known = part._supports_sdpa or part._supports_flex_attn or part._supports_attention_backend
+        if not (known and part._can_set_attn_implementation()):
+            where = f" ({name})" if name else ""
+            raise TypeError(
+                f"span attention: {type(part).__name__}{where} does not take attention implementations from outside"
+            )
+        if part.config.output_attentions:
+            raise ValueError(f"span attention: no {NOT_OFFERED['output_attentions']}")
+
+
+def checked_spans(
+    model: nn.Module, config: Any, spans: List[Optional[Dict[str, Any]]]
+) -> List[Optional[Dict[str, Any]]]:
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise TypeError("span attention: spans of one's own are for models without cross-attention")
     if len(spans) != config.num_hidden_layers:
@@ -116,32 +159,38 @@ def checked_spans(config: Any, spans: List[Optional[Dict[str, Any]]]) -> List[Op
             f"span attention: expected spans for {config.num_hidden_layers} layers or None, got {len(spans)}"
         )
     known = {"block_size", "left", "right", "is_causal"}
-    for span in spans:
-        if span is not None and not known.issuperset(span):
+    layers = {module.layer_idx for module in model.modules() if knows_its_layer(module, config)}
+    for layer, span in enumerate(spans):
+        if span is None:
+            continue
+        if not known.issuperset(span):
             raise ValueError(f"span attention: expected spans of {', '.join(sorted(known))}, got {sorted(span)}")
+        for key, value in span.items():
+            kind = bool if key == "is_causal" else int
+            if type(value) is not kind or (kind is int and value < (1 if key == "block_size" else -1)):
+                least = "" if kind is bool else f" of at least {1 if key == 'block_size' else -1}"
+                raise ValueError(f"span attention: expected {key} of type {kind.__name__}{least}, got {value!r}")
+        if layer not in layers:
+            raise TypeError(
+                f"span attention: no span of one's own for layer {layer} of {type(model).__name__}, whose attention "
+                "does not say which layer it is"
+            )
     return [None if span is None else dict(span) for span in spans]
 
 
-# ---- what a layer sees ----------------------------------------------------------------------------
+def knows_its_layer(module: nn.Module, config: Any) -> bool:
+    """Whether own_span finds the spans of config for this module."""
+    if not isinstance(getattr(module, "layer_idx", None), int) or getattr(module, "config", None) is not config:
+        return False
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(inspect.unwrap(type(module).forward))
 
 
-class Span(NamedTuple):
-    block_size: int = 1
-    left: int = -1
-    right: int = -1
-    is_causal: bool = False
+# ---- a mask ---------------------------------------------------------------------------------------
 
-
-class Visible(NamedTuple):
-    """What a mask of transformers says."""
-
-    span: Span
-    key_bias: Optional[Tensor] = None  # [B, Lk]
-    query_start: Optional[Tensor] = None  # [B]
-    key_start: Optional[Tensor] = None  # [B]
-
-
-VISIBLE = "_torchops_visible"
+NOT_READ = (
+    "masks but full, sliding and chunked attention: no packed sequences (position_ids that start anew, which "
+    "models compiled without an attention_mask always allow for), no image tokens that see each other"
+)
 
 
 def span_mask(
@@ -153,134 +202,34 @@ def span_mask(
     mask_function: Callable = masking_utils.causal_mask_function,
     attention_mask: Optional[Tensor] = None,
     device: Any = "cpu",
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    """bool [B, 1, 1, Lk], True for keys that are no padding, with a Visible in an attribute: models and
-    ``generate`` pass a tensor of four dimensions on as it is."""
-    span = span_of(mask_function)
-    keep = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    key_bias = None
-    left_padding = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    """What :func:`span_attention_forward` unpacks. A mask that is no span is refused there: models make masks
+    that none of their layers uses."""
+    hidden = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
+    start = zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        what = f"masks but those of padding, [B, L]; this one has {attention_mask.dim()} dimensions"
+        return pack(what, hidden, zeros, zeros)
+    found = read(mask_function, batch_size, kv_offset + kv_length)
+    if found is None:
+        return pack(NOT_READ, hidden, zeros, zeros)
+    if getattr(config, "span_attention", None) is not None and not torch.compiler.is_compiling():
+        remember(config)
     if attention_mask is not None:
-        left_padding = left_padding + (attention_mask.cumsum(-1) == 0).sum(-1)
+        start = (attention_mask.cumsum(-1) == 0).sum(-1)
         # A static cache is longer than what has been seen.
         unseen = max(kv_offset + kv_length - attention_mask.shape[-1], 0)
-        keep = keep & F.pad(attention_mask, (0, unseen))[:, kv_offset : kv_offset + kv_length]
-        key_bias = torch.zeros_like(keep, dtype=torch.float32).masked_fill(~keep, -torch.inf)
-    mask = keep[:, None, None]
-    setattr(mask, VISIBLE, Visible(span, key_bias, q_offset - left_padding, kv_offset - left_padding))
-    return mask
-
-
-def span_of(mask_function: Callable) -> Span:
-    """The span that a mask function describes, read by calling it with symbols: functions of
-    transformers.masking_utils compare positions, and everything else in them fails here."""
-    try:
-        return mask_function(Row(), 0, Position("query"), Position("key")).span
-    except (AttributeError, IndexError, TypeError, NotImplementedError):
-        refuse(
-            "masks but full, sliding and chunked attention: no packed sequences (position_ids that start anew, which "
-            "models compiled without an attention_mask always allow for), no image tokens that see each other"
-        )
-
-
-class Row:
-    """A row of the batch. The one thing that a mask function looks up for it is the padding on its left."""
-
-    @classmethod
-    def __torch_function__(cls, *args: Any) -> "LeftPadding":
-        return LeftPadding()
-
-
-class LeftPadding:
-    """Of a row."""
-
-
-class Position:
-    """The position of a query or a key; after_padding if it is counted from the first token."""
-
-    def __init__(self, of: str, shift: int = 0, after_padding: bool = False) -> None:
-        self.of = of
-        self.shift = shift
-        self.after_padding = after_padding
-
-    def new_ones(self, *args: Any, **kwargs: Any) -> "Rule":
-        return Rule(Span())
-
-    def __sub__(self, other: Any) -> Any:
-        if isinstance(other, Position):
-            expect(self.of != other.of and self.shift == other.shift == 0)
-            return Distance()
-        if isinstance(other, LeftPadding):
-            return Position(self.of, self.shift, True)
-        return Position(self.of, self.shift - other, self.after_padding)
-
-    def __floordiv__(self, size: int) -> "Block":
-        expect(self.after_padding and self.shift == 0)
-        return Block(self.of, size)
-
-    def __ge__(self, least: int) -> "Rule":
-        expect(least == 0)
-        return Rule(Span())
-
-    def __le__(self, query: "Position") -> "Rule":
-        expect((self.of, query.of, query.shift) == ("key", "query", 0))
-        return Rule(Span(is_causal=True))
-
-    def __gt__(self, query: "Position") -> "Rule":
-        expect((self.of, query.of) == ("key", "query") and query.shift < 0)
-        return Rule(Span(left=-query.shift - 1))
-
-
-class Distance:
-    """Between a query and a key."""
-
-    def __abs__(self) -> "Distance":
-        return self
-
-    def __le__(self, reach: int) -> "Rule":
-        return Rule(Span(left=reach, right=reach))
-
-
-class Block:
-    """The block that a query or a key lies in."""
-
-    def __init__(self, of: str, size: int) -> None:
-        self.of = of
-        self.size = size
-
-    def __eq__(self, other: Any) -> Any:
-        expect(self.of != other.of and self.size == other.size)
-        return Rule(Span(block_size=self.size, left=0, right=0))
-
-
-class Rule:
-    """Which keys a query sees. Both sides of ``&`` have to hold."""
-
-    device = None
-
-    def __init__(self, span: Span) -> None:
-        self.span = span
-
-    def to(self, device: None) -> "Rule":
-        return self
-
-    def __and__(self, other: "Rule") -> "Rule":
-        one, two = self.span, other.span
-        everywhere = (-1, -1)
-        expect(everywhere in (one[1:3], two[1:3]))
-        local = two if one[1:3] == everywhere else one
-        return Rule(local._replace(is_causal=one.is_causal or two.is_causal))
-
-
-def expect(known: bool) -> None:
-    if not known:
-        raise NotImplementedError
+        hidden = ~F.pad(attention_mask, (0, unseen))[:, kv_offset : kv_offset + kv_length]
+    if found.span.block_size != 1:  # the model says where its blocks start
+        start = zeros if found.start is None else found.start
+    return pack((*found.span, attention_mask is not None), hidden, q_offset - start, kv_offset - start)
 
 
 def refuse(what: str) -> NoReturn:
     raise ValueError(
-        f'span attention: no {what}; model.set_attn_implementation("sdpa") goes back to torch\'s attention'
+        f'span attention: no {what}; model.set_attn_implementation("eager") goes back to the model\'s own attention'
     )
 
 
@@ -324,18 +273,22 @@ def span_attention_forward(
     for name, what in NOT_OFFERED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             refuse(what)
+    if not torch.compiler.is_compiling() and any("attentions" in name for name in _active_collector.get() or ()):
+        refuse(NOT_OFFERED["output_attentions"])
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    visible: Optional[Visible]
     if attention_mask is None:  # models that hide nothing, vision towers for example
         if is_causal and query.shape[2] != key.shape[2]:
             refuse("causal attention over a cache without a mask that tells the position")
         visible = Visible(Span(is_causal=is_causal))
     else:
-        visible = getattr(attention_mask, VISIBLE, None)
-        if visible is None:
+        unpacked = unpack(attention_mask, query)
+        if unpacked is None:
             refuse(
                 f"masks but those of padding, [B, L]; this one of shape {list(attention_mask.shape)} was made elsewhere"
             )
+        if isinstance(unpacked, str):
+            refuse(unpacked)
+        visible = unpacked
         if attention_mask.shape[-1] != key.shape[2]:
             raise ValueError(
                 f"span attention: expected as many keys as the mask has, {attention_mask.shape[-1]}, got {key.shape[2]}"
