@@ -234,6 +234,22 @@ def test_what_to_install(installed: str, monkeypatch: pytest.MonkeyPatch) -> Non
         importlib.import_module("torchops.integrations.timm")
 
 
+def test_what_timm_itself_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithoutPillow:
+        def find_spec(self, name: str, *args: Any) -> None:
+            if name == "timm.layers.attention":
+                raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
+
+    monkeypatch.setattr(sys, "meta_path", [WithoutPillow(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "timm.layers.attention")
+    monkeypatch.delitem(sys.modules, "torchops.integrations.timm")
+    with pytest.raises(
+        ImportError, match=r"torchops\.integrations\.timm cannot import timm: No module named 'PIL'"
+    ) as raised:
+        importlib.import_module("torchops.integrations.timm")
+    assert raised.value.name == "PIL"
+
+
 def test_examples() -> None:
     module = importlib.import_module("torchops.integrations.timm")
     assert module.__all__ == ["apply_token_merging", "remove_token_merging"]

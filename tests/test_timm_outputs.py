@@ -343,27 +343,3 @@ def test_half_precision() -> None:
     assert converted.dtype == torch.bfloat16
     for output in (lowered, converted):
         assert F.cosine_similarity(output.float(), expected).min() > 0.98
-
-
-# ---- compilers -----------------------------------------------------------------------------------------
-
-
-def test_compile() -> None:
-    torch._dynamo.reset()
-    model = apply_token_merging(make(depth=2, global_pool="avg"), 8)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    gradients = []
-    for run in (model, compiled):
-        model.zero_grad()
-        output = run(images())
-        output.square().sum().backward()
-        gradients.append([output.detach(), *(parameter.grad for parameter in model.parameters())])
-    torch.testing.assert_close(gradients[1], gradients[0])
-    torch._dynamo.reset()
-
-
-def test_export() -> None:
-    model = apply_token_merging(make(depth=2), 8)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},)).module()
-    torch.testing.assert_close(program(images(3)), model(images(3)))

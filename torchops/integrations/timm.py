@@ -4,15 +4,17 @@ The classes of a model's blocks are switched to the ones here and back again; mo
 the state dict stay as they are. What the tokens between two blocks stand for travels with the tokens
 themselves and not with the model, so nothing has to be reset: passes can overlap (several before one
 backward, several threads), and a block that gradient checkpointing runs again finds what it found
-the first time.
+the first time. TorchScript has no attributes of tensors; there the blocks' container hands it on.
 """
 
 import functools
 import inspect
 import operator
-from typing import Any, List, NamedTuple, Optional, Tuple, TypeVar, Union
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Tuple, TypeVar, Union
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,9 +23,12 @@ try:
     from timm.models.vision_transformer import Block, VisionTransformer
 
     if "is_causal" not in inspect.signature(Attention.forward).parameters:
-        raise ImportError("the installed timm is too old")
+        raise ImportError("the installed timm is too old", name="timm")
 except ImportError as error:
-    raise ImportError("torchops.integrations.timm needs timm 1.0.26 or newer: pip install timm") from error
+    # timm's own imports fail too, for example of Pillow: then theirs is the reason.
+    if (error.name or "").partition(".")[0] != "timm":
+        raise ImportError(f"torchops.integrations.timm cannot import timm: {error}", name=error.name) from error
+    raise ImportError("torchops.integrations.timm needs timm 1.0.26 or newer: pip install timm", name="timm") from error
 
 from ..nn.tokens import TokenMerger, merge_schedule, proportional_attention_bias
 from ..ops.span_attention import span_attention
@@ -50,7 +55,7 @@ def apply_token_merging(
     Args:
         model: a ``timm.models.vision_transformer.VisionTransformer`` or subclass (ViT, DeiT, CLIP,
             DINOv2, SigLIP and others) whose blocks are timm's ``Block`` with ``Attention``; changed in
-            place. Apply before wrapping it (torch.compile, DDP, FSDP).
+            place. Apply before wrapping it (torch.compile, DDP, FSDP) and before torch.jit.script.
         r: how many tokens each block removes: one number, a list with a number per block, or a tuple
             (r, inflection) for :func:`torchops.nn.merge_schedule`. Half of the unprotected tokens is the
             most a block removes. Blocks before the first that removes any run timm's own forward; 0 in
@@ -72,8 +77,9 @@ def apply_token_merging(
             replaced by a hook: what they stand for is unknown.
         ImportError: on import, when timm is not installed.
 
-    Gradient checkpointing, deepcopy, pickling, torch.compile, torch.export and torch.jit.trace work;
-    torch.jit.script does not, nor does compiling ``forward_intermediates``.
+    Gradient checkpointing, deepcopy, pickling, torch.compile, torch.export, torch.jit.script,
+    torch.jit.trace and torch.fx (timm's feature extraction) work; compiling or scripting
+    ``forward_intermediates`` does not. In a scripted model ``model.blocks`` returns unmerged tokens.
 
     Source: Bolya et al., Token Merging: Your ViT But Faster, 2023.
 
@@ -95,6 +101,8 @@ def apply_token_merging(
     # norm is where all of timm's paths through the blocks come together again.
     remove_hook(model.norm)
     model.norm.register_forward_pre_hook(unmerge_input)
+    if type(model.blocks) is nn.Sequential:
+        switch_class(model.blocks, TokenMergingBlocks)
     for index, block in enumerate(blocks):
         switch_class(block, TokenMergingBlock)
         switch_class(block.attn, TokenMergingAttention)
@@ -127,6 +135,8 @@ def remove_token_merging(model: Model) -> Model:
     if isinstance(model, TokenMergingModel):
         switch_class(model, original_class(model))
         remove_hook(model.norm)
+        if isinstance(model.blocks, TokenMergingBlocks):
+            switch_class(model.blocks, nn.Sequential)
         for block in blocks:
             if isinstance(block, TokenMergingBlock):
                 switch_class(block, Block)
@@ -194,11 +204,14 @@ MERGED = "_torchops_merged"
 
 def set_merged(tokens: Tensor, merged: Optional[Merged]) -> None:
     # The storage, since a checkpointed block is run again on another tensor over the same one.
-    setattr(tokens if torch.compiler.is_compiling() else tokens.untyped_storage(), MERGED, merged)
+    has_storage = not torch.compiler.is_compiling() and not isinstance(tokens, torch.fx.Proxy)
+    setattr(tokens.untyped_storage() if has_storage else tokens, MERGED, merged)
 
 
 def get_merged(tokens: Tensor, num_skipped: int = 0) -> Optional[Merged]:
     """For tokens that a block returned, or a view of them without the first num_skipped."""
+    if isinstance(tokens, torch.fx.Proxy):  # has every attribute that it is asked for
+        return vars(tokens).get(MERGED)
     merged = getattr(tokens, MERGED, None)
     if merged is None and not torch.compiler.is_compiling():
         merged = getattr(tokens.untyped_storage(), MERGED, None)
@@ -207,8 +220,28 @@ def get_merged(tokens: Tensor, num_skipped: int = 0) -> Optional[Merged]:
     return merged
 
 
+@torch.fx.wrap
+def without_mask(x: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
+    """x, where there is no mask. A function, since a torch.fx trace does not know yet whether there is one."""
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "token merging: attn_mask and is_causal cannot be followed where tokens are merged; "
+            "call remove_token_merging(model) before passes with a mask"
+        )
+    return x
+
+
+def renamed(method: Any, name: str) -> Any:
+    """A class's own method for classes that override it: TorchScript has no super(), and of every name one method."""
+    copy = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
+    copy.__annotations__ = method.__annotations__
+    return copy
+
+
 class TokenMergingAttention(Attention):
     """timm's attention; given a list for its keys [B, H, N, D], with a bias [B, N] to the scores of each key."""
+
+    timm_forward = renamed(Attention.forward, "timm_forward")
 
     def forward(
         self,
@@ -219,65 +252,121 @@ class TokenMergingAttention(Attention):
         key_bias: Optional[Tensor] = None,
     ) -> Tensor:
         if keys is None:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        gate = getattr(self, "gate", None)  # timm 1.0.26 has none
-        gate = None if gate is None else gate(x).sigmoid()
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.timm_forward(x, attn_mask, is_causal)
+        gate: Optional[Tensor] = None
+        if hasattr(self, "gate"):  # noqa: SIM102 - timm 1.0.26 has none, and TorchScript compiles the right side of an `and`
+            if self.gate is not None:
+                gate = self.gate(x).sigmoid()
+        query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
         keys.append(key)
         dropout = self.attn_drop.p if self.training else 0.0
         if dropout > 0:  # span_attention has none
-            bias = None if key_bias is None else key_bias[:, None, None].to(query.dtype)
+            bias: Optional[Tensor] = None
+            if key_bias is not None:
+                bias = key_bias[:, None, None].to(query.dtype)
             x = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         else:
             x = span_attention(query, key, value, key_bias=key_bias)
         x = self.norm(x.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.proj(x if gate is None else x * gate))
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))
 
 
 class TokenMergingBlock(Block):
     """timm's block, with token merging between attention and MLP."""
 
-    token_merger: TokenMerger
-    follows_merging: bool  # whether a block before removes tokens
-    proportional_attention: bool
+    if TYPE_CHECKING:  # at run time TorchScript would take annotations of a class for types of its own
+        token_merger: TokenMerger
+        follows_merging: bool  # whether a block before removes tokens
+        proportional_attention: bool
+
+    timm_forward = renamed(Block.forward, "timm_forward")
 
     def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
         if self.token_merger.r == 0 and not self.follows_merging:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        if attn_mask is not None or is_causal:
-            raise ValueError(
-                "token merging: attn_mask and is_causal cannot be followed where tokens are merged; "
-                "call remove_token_merging(model) before passes with a mask"
-            )
-        merged = None
+            return self.timm_forward(x, attn_mask, is_causal)
+        if not torch.jit.is_scripting():
+            return self.merge_marked(x, attn_mask, is_causal)
         if self.follows_merging:
-            merged = get_merged(x)
-            if merged is None:
-                raise RuntimeError(
-                    f"token merging: the tokens {list(x.shape)} that enter this block are not what the block "
-                    "before it returned (replaced by a hook, moved, or the block was called by itself), so how "
-                    "many patches each of them stands for is unknown"
-                )
-        bias = None
-        if merged is not None and self.proportional_attention:
-            bias = proportional_attention_bias(merged.size)
+            raise RuntimeError(
+                "token merging: in TorchScript a block cannot be called by itself; call model.blocks, which "
+                "returns unmerged tokens"
+            )
+        return self.merge(without_mask(x, attn_mask, is_causal), None, None)[0]
 
+    def merge(
+        self, x: Tensor, size: Optional[Tensor], assign: Optional[Tensor]
+    ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """From tokens [B, N', C] and what they stand for (None: themselves), as in :class:`Merged`, to those behind."""
+        if self.token_merger.r == 0 and size is None:
+            return self.timm_forward(x), size, assign
+        bias: Optional[Tensor] = None
+        if size is not None and self.proportional_attention:
+            bias = proportional_attention_bias(size)
         keys: List[Tensor] = []
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), keys=keys, key_bias=bias)))
         if self.token_merger.r > 0:
             metric = keys[0].detach().mean(1)
-            x, size, assign = self.token_merger(x, metric, None if merged is None else merged.size)
-            merged = Merged(size, assign if merged is None else assign.gather(1, merged.assign))
+            x, size, merged_assign = self.token_merger(x, metric, size)
+            assign = merged_assign if assign is None else merged_assign.gather(1, assign)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        set_merged(x, merged)
+        return x, size, assign
+
+    def merge_marked(self, x: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
+        """Tokens that bring along what they stand for."""
+        merged = get_merged(x) if self.follows_merging else None
+        x = without_mask(x, attn_mask, is_causal)
+        if self.follows_merging and merged is None:
+            raise RuntimeError(
+                f"token merging: the tokens {x.shape} that enter this block are not what the block before it "
+                "returned (replaced by a hook, moved, or the block was called by itself), so how many patches "
+                "each of them stands for is unknown"
+            )
+        size, assign = (None, None) if merged is None else merged
+        x, size, assign = self.merge(x, size, assign)
+        set_merged(x, None if size is None or assign is None else Merged(size, assign))
         return x
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise NotImplementedError("token merging: hooks of a block cannot be scripted")
+        return self
 
-def unmerge_input(module: nn.Module, args: Tuple[Any, ...]) -> Optional[Tuple[Any, ...]]:
+
+class TokenMergingBlocks(nn.Sequential):
+    """The blocks of a model; in TorchScript, and traced by torch.fx, from tokens to tokens unmerged again."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return unmerge_traced(super().forward(input))
+        size: Optional[Tensor] = None
+        assign: Optional[Tensor] = None
+        for block in self:
+            input, size, assign = block.merge(input, size, assign)  # type: ignore[operator]
+        return input if assign is None else unmerge_tokens(input, assign)
+
+
+def unmerge_traced(tokens: Tensor) -> Tensor:
+    # Marks of proxies are gone when the graph runs.
+    merged = get_merged(tokens) if isinstance(tokens, torch.fx.Proxy) else None
+    return tokens if merged is None else unmerge_tokens(tokens, merged.assign)
+
+
+@torch.fx.wrap
+def unmerge_marked(tokens: Tensor) -> Tensor:
+    if not torch.jit.is_scripting():
+        merged = get_merged(tokens)
+        return tokens if merged is None else unmerge_tokens(tokens, merged.assign)
+    return tokens
+
+
+def unmerge_input(module: nn.Module, args: Tuple[Tensor]) -> Tuple[Tensor]:
     """Forward pre-hook: merged tokens go in unmerged."""
-    merged = get_merged(args[0]) if args else None
-    return None if merged is None else (unmerge_tokens(args[0], merged.assign), *args[1:])
+    if not torch.jit.is_scripting():
+        return (unmerge_marked(args[0]), *args[1:]) if args else args
+    return args
 
 
 def remove_hook(module: nn.Module) -> None:
@@ -288,7 +377,13 @@ def remove_hook(module: nn.Module) -> None:
 class TokenMergingModel(VisionTransformer):
     """What :func:`merging_class` puts before a Vision Transformer class."""
 
-    original_class: type
+    if TYPE_CHECKING:
+        original_class: type
+
+        def timm_forward_features(self, x: Tensor) -> Tensor: ...
+
+    def forward_features(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:
+        return self.timm_forward_features(without_mask(x, attn_mask, is_causal))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """timm's, with unmerged intermediates."""
@@ -327,7 +422,12 @@ class TokenMergingModel(VisionTransformer):
 
 @functools.cache
 def merging_class(cls: Any) -> Any:
-    members = {"__module__": __name__, "__doc__": cls.__doc__, "original_class": cls}
+    members = {
+        "__module__": __name__,
+        "__doc__": cls.__doc__,
+        "original_class": cls,
+        "timm_forward_features": renamed(cls.forward_features, "timm_forward_features"),
+    }
     return type(f"TokenMerging{cls.__name__}", (TokenMergingModel, cls), members)
 
 
