@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import Inputs, gradients, random, to_double
+from contract import FLOATS, Inputs, gradients, random, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from own_process import unpoisoned
@@ -331,6 +331,131 @@ def test_a_nan_reaches_the_queries_that_see_it() -> None:
     bias = torch.zeros(1, 600)
     bias[0, 5] = math.nan
     assert torchops.span_attention(query, key, value, key_bias=bias).isnan().all()
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_a_sink_that_is_no_number_makes_its_head_nan(dtype: torch.dtype, number: float, queries: int) -> None:
+    query, key, value = qkv(1, 2, 7, 8, dtype=dtype)
+    query = query[:, :, :queries]
+    for keys in (7, 0):
+        results = torchops.span_attention_lse(
+            query, key[:, :, :keys], value[:, :, :keys], sink=torch.tensor([number, 0.5])
+        )
+        for result in results:
+            assert result[:, 0].isnan().all() or (keys == 0 and result is results[0])
+            assert not result[:, 1].isnan().any()
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e4, -1e7, 1e9])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 70)], ids=str)
+def test_a_single_visible_key_is_exact_at_any_score(
+    dtype: torch.dtype, scale: float, shape: tuple[int, int, int]
+) -> None:
+    """Its value is the output, the gradient that comes back is the value's, and there is none to query and key."""
+    heads, kv_heads, length = shape
+    query = random(1, heads, length, 20, dtype=dtype, device="cpu").requires_grad_()
+    key, value = (random(1, kv_heads, length, size, dtype=dtype, device="cpu").requires_grad_() for size in (20, 37))
+    output = torchops.span_attention(query, key, value, left=0, right=0, scale=scale)
+    assert torch.equal(output, value.repeat_interleave(heads // kv_heads, dim=1))
+    grad = random(*output.shape, dtype=dtype, device="cpu", seed=9)
+    grads = torch.autograd.grad(output, (query, key, value), grad)
+    assert not grads[0].any() and not grads[1].any()
+    expected = grad.double().unflatten(1, (kv_heads, -1)).sum(2)
+    torch.testing.assert_close(grads[2], expected.to(dtype))
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("size", [1e4, 1e7, 1e9])
+def test_gradients_of_equal_keys_with_large_scores(size: float) -> None:
+    """Three keys share a score that dwarfs the logarithm of their sum."""
+    query = torch.full((1, 1, 2, 1), size, requires_grad=True)
+    key, value = torch.ones(1, 1, 3, 1, requires_grad=True), torch.tensor([3.0, 6.0, 9.0]).view(1, 1, 3, 1)
+    value.requires_grad_()
+    output, logsumexp = torchops.span_attention_lse(query, key, value, scale=1.0)
+    torch.testing.assert_close(output, torch.full_like(output, 6))
+    grads = torch.autograd.grad((output.sum(), logsumexp.sum()), (query, key, value))
+    torch.testing.assert_close(grads[0], torch.ones_like(query))
+    torch.testing.assert_close(grads[2], torch.full_like(value, 2 / 3))
+    torch.testing.assert_close(grads[1].flatten(), 2 * size * torch.tensor([-2 / 3, 1 / 3, 4 / 3]))
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_gradient_to_what_sees_nothing_is_none(dtype: torch.dtype) -> None:
+    """-inf less -inf makes one, where parts are merged."""
+    inputs: Inputs = dict(zip(("query", "key", "value"), qkv(1, 2, 70, 8, dtype=dtype), strict=True))
+    inputs |= {"key_bias": torch.zeros(1, 70).masked_fill(torch.arange(70) < 3, -math.inf), "is_causal": True}
+    leaves = [inputs[name].requires_grad_() for name in ("query", "key", "value", "key_bias")]
+    results = torchops.span_attention_lse(**inputs)
+    grads = [torch.ones_like(result) for result in results]
+    expected = torch.autograd.grad(results, leaves, grads, retain_graph=True)
+    grads[1][..., :3] = math.nan
+    for one, other in zip(torch.autograd.grad(results, leaves, grads), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_loss_on_logsumexp_alone_knows_no_values() -> None:
+    inputs = span_inputs(torch.float64)
+    inputs["value"] = torch.full_like(inputs["value"], math.inf).requires_grad_()
+    names = ["query", "key", "key_bias", "sink"]
+
+    def loss(attention: Any) -> list[Tensor | None]:
+        leaves = [inputs[name].requires_grad_() for name in [*names, "value"]]
+        logsumexp = attention(**inputs)[1]
+        return list(torch.autograd.grad(logsumexp.sin().sum(), leaves, allow_unused=True))
+
+    actual, expected = loss(torchops.span_attention_lse), loss(reference.span_attention_lse)
+    assert actual.pop() is None and expected.pop() is None
+    torch.testing.assert_close(actual, expected)
+
+
+def span_inputs(dtype: torch.dtype) -> Inputs:
+    inputs: Inputs = dict(zip(("query", "key", "value"), qkv(2, 2, 40, 16, dtype=dtype), strict=True))
+    inputs["value"] = inputs["value"][..., :9]
+    inputs |= {"key_bias": torch.randn(2, 40, dtype=dtype), "sink": torch.randn(2, dtype=dtype)}
+    return inputs | {"query_start": torch.tensor([0, 1]), "key_start": torch.tensor([0, 2]), "left": 7}
+
+
+# What a gradient is made of, beside the two numbers a query that probabilities are normalized with.
+SCORE_PARTS = {"query", "key", "key_bias", "query_start", "key_start"}
+SAVED = {
+    "query": SCORE_PARTS | {"value", "output"},
+    "key": SCORE_PARTS | {"value", "output"},
+    "value": SCORE_PARTS,
+    "key_bias": SCORE_PARTS | {"value", "output"},
+    "sink": {"sink", "output"},
+}
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in SAVED), ("value", "sink"), tuple(SAVED)], ids=str)
+def test_saves_for_the_backward_what_its_gradients_are_made_of(names: tuple[str, ...]) -> None:
+    inputs = span_inputs(torch.float32)
+    saved: list[Tensor] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    for name in names:
+        inputs[name].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        output = torchops.span_attention(**inputs)
+    needed = set().union(*(SAVED[name] for name in names))
+    tensors = inputs | {"output": output}
+    expected = sum(tensors[name].nbytes for name in needed) + 2 * output[..., 0].nbytes
+    assert sum(tensor.nbytes for tensor in saved) == expected
+    grads = torch.autograd.grad(output.sin().sum(), [inputs[name] for name in names])
+    exact = to_double(inputs)
+    leaves = [exact[name].requires_grad_() for name in names]
+    for one, other in zip(
+        grads, torch.autograd.grad(reference.span_attention(**exact).sin().sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=2e-5)
 
 
 def test_logsumexp_counts_the_visible_keys() -> None:

@@ -48,13 +48,15 @@ kernels::Rows<T> mutable_rows(const at::Tensor& tensor) {
   return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.stride(0), tensor.stride(1)};
 }
 
-// [B, H, L, D] with contiguous rows.
+// [B, H, L, D] with contiguous rows; no data where the tensor is undefined.
 template <typename T>
 kernels::Heads<const T> heads(const at::Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return tensor.defined() ? kernels::Heads<const T>{static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0),
+                                                    tensor.stride(1), tensor.stride(2)}
+                          : kernels::Heads<const T>{};
 }
 
-// The same to write to; no data where the tensor is undefined.
+// The same to write to.
 template <typename T>
 kernels::Heads<T> mutable_heads(const at::Tensor& tensor) {
   return tensor.defined() ? kernels::Heads<T>{static_cast<T*>(tensor.mutable_data_ptr()), tensor.stride(0),

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <limits>
+
 #include "core/heads.h"
 #include "core/scalar.h"
 #include "span_attention/span.h"
@@ -42,30 +44,48 @@ struct Attention {
   }
 };
 
+// What makes a probability of a query's score: exp(score - largest) * inverse_sum. The backward computes scores as the
+// forward did, to the last bit, so that a distance from the largest is right whatever their magnitude; a logsumexp has
+// lost the logarithm of the sum where scores are large.
+template <typename A>
+struct alignas(2 * sizeof(A)) Normalizer {
+  A largest;
+  A inverse_sum;
+};
+
+// From the largest score and the sum of exp(score - largest), which is 0 where all scores are -inf: then every
+// probability is 0.
+template <typename A>
+TORCHOPS_INLINE Normalizer<A> make_normalizer(A largest, A sum) {
+  return sum == 0 ? Normalizer<A>{std::numeric_limits<A>::infinity(), 0} : Normalizer<A>{largest, 1 / sum};
+}
+
 // logsumexp = log(sum over keys of exp(score) + exp(sink)), output = sum of exp(score - logsumexp) value.
 // A query that sees no key gets zeros, and logsumexp = sink, or -inf without one.
 template <typename T>
 struct AttentionForward {
   Attention<T> inputs;
-  Heads<T> output;             // [B, Hq, Lq, Dv]
-  accumulate_t<T>* logsumexp;  // [B, Hq, Lq], or null
+  Heads<T> output;                          // [B, Hq, Lq, Dv]
+  accumulate_t<T>* logsumexp;               // [B, Hq, Lq], or null
+  Normalizer<accumulate_t<T>>* normalizer;  // [B, Hq, Lq], or null where no backward follows
 };
 
-// With P = exp(score - logsumexp) and dP = grad_output . value, the gradient to a score is P (dP - delta),
-// where delta = (grad_output . output) - grad_logsumexp of its query.
+// With the probability P and dP = grad_output . value, the gradient to a score is P (dP - delta), where
+// delta = (grad_output . output) - grad_logsumexp of its query; it is 0 where P is 0, whatever the others are.
 template <typename T>
 struct AttentionBackward {
-  Attention<T> inputs;
-  Heads<const T> grad_output;        // [B, Hq, Lq, Dv]
-  const accumulate_t<T>* logsumexp;  // [B, Hq, Lq]
-  const accumulate_t<T>* delta;      // [B, Hq, Lq]
-  Heads<T> grad_query;               // [B, Hq, Lq, D], or null data when nobody asks for it
-  Heads<T> grad_key;                 // [B, Hkv, Lk, D], or null data
-  Heads<T> grad_value;               // [B, Hkv, Lk, Dv], or null data
-  accumulate_t<T>* grad_key_bias;    // [B, Hkv, Lk]: each key-value head's share, or null
+  Attention<T> inputs;                            // value has null data when it only would get a gradient
+  Heads<const T> grad_output;                     // [B, Hq, Lq, Dv], null data with Dv = 0 for none
+  const Normalizer<accumulate_t<T>>* normalizer;  // [B, Hq, Lq]
+  const accumulate_t<T>* delta;                   // [B, Hq, Lq], or null where no gradient to scores is wanted
+  Heads<T> grad_query;                            // [B, Hq, Lq, D], or null data when nobody asks for it
+  Heads<T> grad_key;                              // [B, Hkv, Lk, D], or null data
+  Heads<T> grad_value;                            // [B, Hkv, Lk, Dv], or null data
+  accumulate_t<T>* grad_key_bias;                 // [B, Hkv, Lk]: each key-value head's share, or null
 };
 
-// delta[b, h, i] = sum over d of grad_output * output, less grad_logsumexp.
+// delta[b, h, i] = sum over d of grad_output * output, less grad_logsumexp. It is summed up as dP is: where a query
+// sees a single key, whose value the output then is, they are the same to the last bit.
 template <typename T>
 struct RowDelta {
   Heads<const T> grad_output;             // [B, Hq, Lq, Dv]
@@ -75,13 +95,13 @@ struct RowDelta {
   Sizes sizes;
 };
 
-// grad_sink[h] = - sum over b, i of exp(sink - logsumexp) * delta: the sink's value is 0.
+// grad_sink[h] = - sum over b, i of the sink's probability times delta: the sink's value is 0.
 template <typename A>
 struct SinkGradient {
-  const A* sink;       // [Hq]
-  const A* logsumexp;  // [B, Hq, Lq]
-  const A* delta;      // [B, Hq, Lq]
-  A* grad_sink;        // [Hq]
+  const A* sink;                    // [Hq]
+  const Normalizer<A>* normalizer;  // [B, Hq, Lq]
+  const A* delta;                   // [B, Hq, Lq]
+  A* grad_sink;                     // [Hq]
   Sizes sizes;
 };
 

@@ -17,7 +17,13 @@ struct Range {
   int64_t begin;
   int64_t end;
 
-  constexpr bool empty() const { return begin >= end; }
+  TORCHOPS_INLINE bool empty() const { return begin >= end; }
+  TORCHOPS_INLINE bool contains(int64_t index) const { return begin <= index && index < end; }
+  // The part within [first, first + count), counted from `first`.
+  TORCHOPS_INLINE Range within(int64_t first, int64_t count) const {
+    const int64_t from = begin - first, to = end - first;
+    return {from > 0 ? from : 0, to < count ? to : count};
+  }
 };
 
 struct Span {

@@ -2,7 +2,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "core/autograd.h"
@@ -21,9 +20,14 @@ TORCH_LIBRARY_FRAGMENT(torchops, m) {
       "span_attention_lse(Tensor query, Tensor key, Tensor value, *, SymInt block_size=1, SymInt left=-1,"
       " SymInt right=-1, bool is_causal=False, float? scale=None, Tensor? key_bias=None, Tensor? sink=None,"
       " Tensor? query_start=None, Tensor? key_start=None) -> (Tensor output, Tensor logsumexp)");
+  // What the backward needs beside: attention.h has the normalizer.
   m.def(
-      "_span_attention_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value,"
-      " Tensor output, Tensor logsumexp, *, SymInt block_size, SymInt left, SymInt right, bool is_causal,"
+      "_span_attention_forward(Tensor query, Tensor key, Tensor value, *, SymInt block_size=1, SymInt left=-1,"
+      " SymInt right=-1, bool is_causal=False, float? scale=None, Tensor? key_bias=None, Tensor? sink=None,"
+      " Tensor? query_start=None, Tensor? key_start=None) -> (Tensor output, Tensor logsumexp, Tensor normalizer)");
+  m.def(
+      "_span_attention_backward(Tensor? grad_output, Tensor? grad_logsumexp, Tensor? query, Tensor? key, Tensor? value,"
+      " Tensor? output, Tensor normalizer, *, SymInt block_size, SymInt left, SymInt right, bool is_causal,"
       " float? scale, Tensor? key_bias, Tensor? sink, Tensor? query_start, Tensor? key_start, bool[5] output_mask)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_sink)");
 }
@@ -35,18 +39,24 @@ void check_span_attention(const char* op, const at::Tensor& query, const at::Ten
   const Checks check(op);
   check.rank("query", query, "[B, Hq, Lq, D]");
   check.rank("key", key, "[B, Hkv, Lk, D]");
-  check.rank("value", value, "[B, Hkv, Lk, Dv]");
+  if (value.defined()) {
+    check.rank("value", value, "[B, Hkv, Lk, Dv]");
+  }
   check.floating("query", query);
   for (const auto& [name, tensor] : {std::pair{"key", &key}, std::pair{"value", &value}}) {
-    check.same_dtype(name, *tensor, "query", query);
-    check.same_device(name, *tensor, "query", query);
+    if (tensor->defined()) {
+      check.same_dtype(name, *tensor, "query", query);
+      check.same_device(name, *tensor, "query", query);
+    }
   }
   const auto batch = query.sym_size(0), num_heads = query.sym_size(1), head_dim = query.sym_size(3);
   const auto num_kv_heads = key.sym_size(1), num_keys = key.sym_size(2);
   check.between("query's last dimension", head_dim, 1, largest_head_dim);
   check.shape("key", key, "[B, Hkv, Lk, D]", {{batch, num_kv_heads, num_keys, head_dim}});
-  check.shape("value", value, "[B, Hkv, Lk, Dv]", {{batch, num_kv_heads, num_keys, value.sym_size(3)}});
-  check.between("value's last dimension", value.sym_size(3), 1, largest_head_dim);
+  if (value.defined()) {
+    check.shape("value", value, "[B, Hkv, Lk, Dv]", {{batch, num_kv_heads, num_keys, value.sym_size(3)}});
+    check.between("value's last dimension", value.sym_size(3), 1, largest_head_dim);
+  }
   check.at_least("key's number of heads", num_kv_heads, 1);
   check.multiple_of("query's number of heads", num_heads, "key's", num_kv_heads);
   check.at_least("block_size", options.block_size, 1);
@@ -72,33 +82,65 @@ void check_span_attention(const char* op, const at::Tensor& query, const at::Ten
   }
 }
 
-void check_span_attention_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_logsumexp,
-                                   const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                   const at::Tensor& output, const at::Tensor& logsumexp, const SpanOptions& options,
-                                   std::array<bool, 5> output_mask) {
+void check_span_attention_backward(const SpanBackward& args) {
   constexpr const char* op = "_span_attention_backward";
-  check_span_attention(op, query, key, value, options);
   const Checks check(op);
-  const c10::SymInt row_sizes[] = {query.sym_size(0), query.sym_size(1), query.sym_size(2), value.sym_size(3)};
-  for (const auto& [name, tensor] : {std::pair{"grad_output", &grad_output}, std::pair{"output", &output}}) {
-    check.shape(name, *tensor, "[B, Hq, Lq, Dv]", row_sizes);
-    check.same_dtype(name, *tensor, "query", query);
-    check.same_device(name, *tensor, "query", query);
+  const SpanMask& mask = args.mask;
+  const at::Tensor& normalizer = args.normalizer;
+  if (mask.probabilities()) {
+    check.given("query", args.query, "probabilities are made of it");
+    check.given("key", args.key, "probabilities are made of it");
   }
-  const auto check_per_row = [&](const char* name, const at::Tensor& tensor) {
-    check.shape(name, tensor, "[B, Hq, Lq]", c10::SymIntArrayRef(row_sizes, 3));
-    check.dtype(name, tensor, at::toOpMathType(query.scalar_type()));
-    check.same_device(name, tensor, "query", query);
-  };
-  check_per_row("logsumexp", logsumexp);
-  if (grad_logsumexp) {
-    check_per_row("grad_logsumexp", *grad_logsumexp);
+  if (args.query && args.key) {
+    check_span_attention(op, *args.query, *args.key, value_or_undefined(args.value), args.options);
   }
-  if (output_mask[3]) {
-    check.given("key_bias", options.key_bias, "its gradient is asked for");
+  if (mask.value()) {
+    check.given("grad_output", args.grad_output, "value's gradient is asked for");
   }
-  if (output_mask[4]) {
-    check.given("sink", options.sink, "its gradient is asked for");
+  if (args.grad_output && mask.scores()) {
+    check.given("value", args.value, "gradients to scores are made of it");
+  }
+  if (args.grad_output && mask.delta()) {
+    check.given("output", args.output, "the gradients asked for are made of it");
+  }
+  if (mask.key_bias()) {
+    check.given("key_bias", args.options.key_bias, "its gradient is asked for");
+  }
+  if (mask.sink()) {
+    check.given("sink", args.options.sink, "its gradient is asked for");
+  }
+
+  check.rank("normalizer", normalizer, "[B, Hq, Lq, 2]");
+  const auto of_rows = args.query ? args.query->sym_sizes() : normalizer.sym_sizes();
+  const c10::SymInt batch = of_rows[0], num_heads = of_rows[1], num_queries = of_rows[2];
+  check.shape("normalizer", normalizer, "[B, Hq, Lq, 2]", {{batch, num_heads, num_queries, 2}});
+  const at::Tensor* const model = args.query ? &*args.query : args.grad_output ? &*args.grad_output : nullptr;
+  const auto accumulated = model == nullptr ? normalizer.scalar_type() : at::toOpMathType(model->scalar_type());
+  check.dtype("normalizer", normalizer, accumulated);
+  if (args.query) {
+    check.same_device("normalizer", normalizer, "query", *args.query);
+  }
+  if (args.grad_logsumexp) {
+    check.shape("grad_logsumexp", *args.grad_logsumexp, "[B, Hq, Lq]", {{batch, num_heads, num_queries}});
+    check.dtype("grad_logsumexp", *args.grad_logsumexp, accumulated);
+    check.same_device("grad_logsumexp", *args.grad_logsumexp, "normalizer", normalizer);
+  }
+  for (const auto& [name, tensor] : {std::pair{"grad_output", &args.grad_output}, std::pair{"output", &args.output}}) {
+    if (*tensor) {
+      check.rank(name, **tensor, "[B, Hq, Lq, Dv]");
+      const auto value_dim = args.value         ? args.value->sym_size(3)
+                             : args.grad_output ? args.grad_output->sym_size(3)
+                                                : (*tensor)->sym_size(3);
+      check.shape(name, **tensor, "[B, Hq, Lq, Dv]", {{batch, num_heads, num_queries, value_dim}});
+      check.same_dtype(name, **tensor, args.query ? "query" : "grad_output", *model);
+      check.same_device(name, **tensor, "normalizer", normalizer);
+      check.between("value's last dimension", value_dim, 1, largest_head_dim);
+    }
+  }
+  if (args.options.sink) {
+    check.shape("sink", *args.options.sink, "[Hq]", {{num_heads}});
+    check.floating("sink", *args.options.sink);
+    check.same_device("sink", *args.options.sink, "normalizer", normalizer);
   }
 }
 
@@ -117,16 +159,21 @@ at::Tensor empty_logsumexp(const at::Tensor& query) {
   return at::empty_symint(query.sym_sizes().slice(0, 3), query.options().dtype(at::toOpMathType(query.scalar_type())));
 }
 
-SpanGradients empty_gradients(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                              const SpanOptions& options, std::array<bool, 5> output_mask) {
-  const auto rows = [](bool wanted, const at::Tensor& of) {
-    return wanted ? empty_with_layout_of(of, of.sym_size(3)) : at::Tensor();
+at::Tensor empty_normalizer(const at::Tensor& query) {
+  return at::empty_symint({query.sym_size(0), query.sym_size(1), query.sym_size(2), 2},
+                          query.options().dtype(at::toOpMathType(query.scalar_type())));
+}
+
+SpanGradients empty_gradients(const SpanBackward& args, const SpanMask& mask) {
+  const auto rows = [](bool wanted, const std::optional<at::Tensor>& model, const std::optional<at::Tensor>& columns) {
+    return wanted ? empty_with_layout_of(*model, columns->sym_size(3)) : at::Tensor();
   };
   const auto side = [](bool wanted, const std::optional<at::Tensor>& of) {
     return wanted ? at::empty_symint(of->sym_sizes(), of->options()) : at::Tensor();
   };
-  return {rows(output_mask[0], query), rows(output_mask[1], key), rows(output_mask[2], value),
-          side(output_mask[3], options.key_bias), side(output_mask[4], options.sink)};
+  return {rows(mask.query(), args.query, args.query), rows(mask.key(), args.key, args.key),
+          rows(mask.value(), args.key, args.grad_output), side(mask.key_bias(), args.options.key_bias),
+          side(mask.sink(), args.options.sink)};
 }
 
 namespace {
@@ -151,20 +198,36 @@ std::tuple<at::Tensor, at::Tensor> span_attention_lse_meta(
   return {empty_with_layout_of(query, value.sym_size(3)), empty_logsumexp(query)};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_forward_meta(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
+    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
+    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
+    const std::optional<at::Tensor>& key_start) {
+  check_span_attention("_span_attention_forward", query, key, value,
+                       {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
+  return {empty_with_layout_of(query, value.sym_size(3)), empty_logsumexp(query), empty_normalizer(query)};
+}
+
 SpanGradients span_attention_backward_meta(
-    const at::Tensor& grad_output, const std::optional<at::Tensor>& grad_logsumexp, const at::Tensor& query,
-    const at::Tensor& key, const at::Tensor& value, const at::Tensor& output, const at::Tensor& logsumexp,
+    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_logsumexp,
+    const std::optional<at::Tensor>& query, const std::optional<at::Tensor>& key,
+    const std::optional<at::Tensor>& value, const std::optional<at::Tensor>& output, const at::Tensor& normalizer,
     c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal, std::optional<double> scale,
     const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& sink,
     const std::optional<at::Tensor>& query_start, const std::optional<at::Tensor>& key_start,
     std::array<bool, 5> output_mask) {
-  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
-  check_span_attention_backward(grad_output, grad_logsumexp, query, key, value, output, logsumexp, options,
-                                output_mask);
-  return empty_gradients(query, key, value, options, output_mask);
+  const SpanBackward args{
+      grad_output,  grad_logsumexp,
+      query,        key,
+      value,        output,
+      normalizer,   {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start},
+      {output_mask}};
+  check_span_attention_backward(args);
+  return empty_gradients(args, args.mask);
 }
 
 // ---- gradient ---------------------------------------------------------------------------------
+// With a gradient to come both operators call another one, and check first, for errors name the operator.
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -175,12 +238,25 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
                                bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
                                const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
                                const std::optional<at::Tensor>& key_start) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, logsumexp] = span_attention_lse(query, key, value, block_size, left, right, is_causal, scale,
-                                                  key_bias, sink, query_start, key_start);
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("torchops::_span_attention_forward", "")
+            .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, bool,
+                std::optional<double>, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&)>();
     const auto bias = value_or_undefined(key_bias), logit = value_or_undefined(sink);
-    ctx->save_for_backward({query, key, value, output, logsumexp, bias, logit, value_or_undefined(query_start),
-                            value_or_undefined(key_start)});
+    const auto wants = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
+    const SpanMask mask{{wants(query), wants(key), wants(value), wants(bias), wants(logit)}};
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, logsumexp, normalizer] =
+        op.call(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start);
+    const auto needed = [](bool is_needed, const at::Tensor& tensor) { return is_needed ? tensor : at::Tensor(); };
+    ctx->save_for_backward({needed(mask.probabilities(), query), needed(mask.probabilities(), key),
+                            needed(mask.scores(), value), needed(mask.delta(), output), normalizer,
+                            needed(mask.probabilities(), bias), needed(mask.sink(), logit),
+                            needed(mask.probabilities(), value_or_undefined(query_start)),
+                            needed(mask.probabilities(), value_or_undefined(key_start))});
     ctx->saved_data["block_size"] = block_size;
     ctx->saved_data["left"] = left;
     ctx->saved_data["right"] = right;
@@ -197,26 +273,28 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("torchops::_span_attention_backward", "")
             .typed<SpanGradients(
-                const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&,
-                const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, bool,
-                std::optional<double>, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, std::array<bool, 5>)>();
+                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, bool, std::optional<double>,
+                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                const std::optional<at::Tensor>&, std::array<bool, 5>)>();
     variable_list result(12);
     if (!grads[0].defined() && !grads[1].defined()) {
       return result;
     }
     const auto saved = ctx->get_saved_variables();
-    const auto grad_output = grads[0].defined() ? grads[0] : at::zeros_like(saved[3]);
     std::array<bool, 5> output_mask;
     for (int position = 0; position < 5; ++position) {
       output_mask[position] = TensorArguments::needs_grad(ctx, position);
     }
-    std::tie(result[0], result[1], result[2], result[8], result[9]) =
-        op.call(grad_output, optional_tensor(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4],
-                ctx->saved_data["block_size"].toSymInt(), ctx->saved_data["left"].toSymInt(),
-                ctx->saved_data["right"].toSymInt(), ctx->saved_data["is_causal"].toBool(),
-                ctx->saved_data["scale"].toOptional<double>(), optional_tensor(saved[5]), optional_tensor(saved[6]),
-                optional_tensor(saved[7]), optional_tensor(saved[8]), output_mask);
+    // The log-sum-exp does not depend on values.
+    output_mask[2] = output_mask[2] && grads[0].defined();
+    std::tie(result[0], result[1], result[2], result[8], result[9]) = op.call(
+        optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), optional_tensor(saved[1]),
+        optional_tensor(saved[2]), optional_tensor(saved[3]), saved[4], ctx->saved_data["block_size"].toSymInt(),
+        ctx->saved_data["left"].toSymInt(), ctx->saved_data["right"].toSymInt(), ctx->saved_data["is_causal"].toBool(),
+        ctx->saved_data["scale"].toOptional<double>(), optional_tensor(saved[5]), optional_tensor(saved[6]),
+        optional_tensor(saved[7]), optional_tensor(saved[8]), output_mask);
     return result;
   }
 };
@@ -226,12 +304,18 @@ std::tuple<at::Tensor, at::Tensor> span_attention_lse_autograd(
     c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
     const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
     const std::optional<at::Tensor>& key_start) {
-  const auto outputs = SpanAttention::apply(query, key, value, block_size, left, right, is_causal, scale, key_bias,
-                                            sink, query_start, key_start);
-  return {outputs[0], outputs[1]};
+  if (any_requires_grad({query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)})) {
+    check_span_attention("span_attention_lse", query, key, value,
+                         {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
+    const auto outputs = SpanAttention::apply(query, key, value, block_size, left, right, is_causal, scale, key_bias,
+                                              sink, query_start, key_start);
+    return {outputs[0], outputs[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return span_attention_lse(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start,
+                            key_start);
 }
 
-// With a gradient to come it needs the log-sum-exp too; the check comes first, for errors name the operator.
 at::Tensor span_attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                    c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
                                    std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
@@ -269,12 +353,14 @@ auto lowered(const at::Tensor& query, const at::Tensor& key, const at::Tensor& v
 TORCH_LIBRARY_IMPL(torchops, Meta, m) {
   m.impl("span_attention", span_attention_meta);
   m.impl("span_attention_lse", span_attention_lse_meta);
+  m.impl("_span_attention_forward", span_attention_forward_meta);
   m.impl("_span_attention_backward", span_attention_backward_meta);
 }
 
 TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
   m.impl("span_attention", span_attention_autograd);
   m.impl("span_attention_lse", span_attention_lse_autograd);
+  m.impl("_span_attention_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_span_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }
 

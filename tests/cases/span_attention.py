@@ -162,10 +162,63 @@ def side_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("large-scores-sink", large | {"sink": torch.tensor([score, -score], dtype=dtype, device=device)})
 
 
+def unseen_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    """What no query sees, and what sees no key, holds NaN and infinities. Lengths are odd: kernels may take pairs."""
+
+    def spoiled(tensor: Tensor, *positions: slice) -> Tensor:
+        tensor = tensor.clone()
+        for index, position in enumerate(positions):
+            tensor[:, :, position] = (math.nan, math.inf, -math.inf)[index % 3]
+        return tensor
+
+    def starts(**positions: int) -> Inputs:
+        return {name: torch.tensor([position], device=device) for name, position in positions.items()}
+
+    def inputs(heads: int, kv_heads: int, queries: int, keys: int, **options: Any) -> Inputs:
+        return attention_inputs(1, heads, kv_heads, queries, keys, 12, 9, dtype=dtype, device=device, **options)
+
+    # A static cache of which 67 of 131 slots are filled, with several queries and with one, of one head and of a group.
+    for name, heads, queries in (("cache", 2, 70), ("cache-few-queries", 2, 3), ("cache-one-query", 1, 1)):
+        cache = inputs(heads, 1, queries, 131, is_causal=True) | starts(query_start=67 - queries)
+        behind = {argument: spoiled(cache[argument], slice(67, 68), slice(68, 131)) for argument in ("key", "value")}
+        yield Sample(f"unseen-{name}", cache | behind)
+    # Keys that have left the window: the first that is seen is the second of a pair.
+    window = inputs(2, 2, 66, 131, left=9, right=0, is_causal=True) | starts(query_start=60)
+    gone = (slice(0, 51), slice(126, 128), slice(128, 131))
+    yield Sample(
+        "unseen-window", window | {argument: spoiled(window[argument], *gone) for argument in ("key", "value")}
+    )
+    # All queries lie behind all keys that they could see.
+    behind = inputs(1, 1, 65, 65, left=63, right=0, is_causal=True) | starts(query_start=1000, key_start=0)
+    yield Sample("unseen-all", behind | {name: spoiled(behind[name], slice(0, 65)) for name in ("key", "value")})
+    yield Sample("unseen-all-sink", behind | {"sink": random(1, dtype=dtype, device=device)})
+    # Queries in front of all keys see nothing under causality.
+    front = inputs(2, 1, 71, 33, is_causal=True)
+    yield Sample("unseeing-queries", front | {"query": spoiled(front["query"], slice(0, 37), slice(37, 38))})
+
+
+def extreme_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    """Biases and sinks at the ends of their range."""
+    side_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    lowest = torch.finfo(side_dtype).min
+    inputs = attention_inputs(2, 2, 1, 5, 6, 4, 3, dtype=dtype, device=device)
+    bias = torch.full((2, 6), lowest, dtype=side_dtype, device=device)
+    yield Sample("lowest-bias", inputs | {"key_bias": bias})
+    bias = bias.clone()
+    bias[0, 2], bias[1, 4] = 0.75 * lowest, 0
+    yield Sample("lowest-bias-of-most", inputs | {"key_bias": bias})
+    sink = torch.tensor([lowest, -math.inf], dtype=side_dtype, device=device)
+    yield Sample("lowest-sink", inputs | {"sink": sink})
+    behind = {"query_start": torch.tensor([-9, 0], device=device), "is_causal": True}
+    yield Sample("lowest-sink-alone", inputs | behind | {"sink": sink})
+
+
 def span_attention_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield from span_samples(dtype, device)
     yield from place_samples(dtype, device)
     yield from side_samples(dtype, device)
+    yield from unseen_samples(dtype, device)
+    yield from extreme_samples(dtype, device)
 
 
 # The log-sum-exp comes from the kernels that span_attention runs.
@@ -182,6 +235,12 @@ LSE_SAMPLES = {
     "bias-sink-window",
     "sink-no-keys",
     "large-scores-sink",
+    "unseen-cache",
+    "unseen-cache-one-query",
+    "unseen-all",
+    "unseen-all-sink",
+    "lowest-bias",
+    "lowest-sink-alone",
 }
 
 
@@ -300,7 +359,7 @@ def span_attention_autocast(device: str) -> tuple[Inputs, Inputs]:
 def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:
     options = {"block_size": 1, "left": -1, "right": -1, "is_causal": False, "scale": None}
     options |= dict.fromkeys(("key_bias", "sink", "query_start", "key_start"))
-    output, logsumexp = torch.ops.torchops.span_attention_lse(**inputs)
+    output, logsumexp, normalizer = torch.ops.torchops._span_attention_forward(**inputs)
     if grad_output is None:
         generator = torch.Generator().manual_seed(5)
         grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
@@ -310,9 +369,13 @@ def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs
         **options,
         **inputs,
         "output": output,
-        "logsumexp": logsumexp,
+        "normalizer": normalizer,
         "output_mask": [True, True, True, inputs.get("key_bias") is not None, inputs.get("sink") is not None],
     }
+
+
+def none(*names: str) -> Inputs:
+    return dict.fromkeys(names)
 
 
 def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -323,7 +386,15 @@ def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
             yield Sample("to-query", inputs | {"output_mask": [True, False, False, False, False]})
             yield Sample("to-key", inputs | {"output_mask": [False, True, False, False, False]})
             yield Sample("to-bias", inputs | {"output_mask": [False, False, False, True, False]})
-            yield Sample("without-lse", inputs | {"grad_logsumexp": None})
+            yield Sample(
+                "to-value", inputs | {"output_mask": [False, False, True, False, False]} | none("value", "output")
+            )
+            sink_only = none("query", "key", "value", "key_bias") | {"output_mask": [False, False, False, False, True]}
+            yield Sample("to-sink", inputs | sink_only)
+            yield Sample("without-lse", inputs | none("grad_logsumexp"))
+            without_value = none("grad_output", "value", "output") | {"output_mask": [True, True, False, True, True]}
+            yield Sample("without-output", inputs | without_value)
+            yield Sample("without-any", inputs | without_value | none("grad_logsumexp"))
 
 
 def backward_invalid(device: str) -> Iterator[Invalid]:
@@ -339,15 +410,26 @@ def backward_invalid(device: str) -> Iterator[Invalid]:
         yield Invalid(
             f"{name}-dtype", good | {name: good[name].half()}, f"expected {name} of query's dtype Float, got Half"
         )
-    for name in ("logsumexp", "grad_logsumexp"):
+    for name, dims, size in (
+        ("normalizer", "[B, Hq, Lq, 2]", [2, 4, 5, 2]),
+        ("grad_logsumexp", "[B, Hq, Lq]", [2, 4, 5]),
+    ):
         yield Invalid(
             f"{name}-shape",
             good | {name: good[name][:1]},
-            f"expected {name} of shape [B, Hq, Lq] = [2, 4, 5], got [1, 4, 5]",
+            f"expected {name} of shape {dims} = {size}, got {[1, *size[1:]]}",
         )
         yield Invalid(
             f"{name}-dtype", good | {name: good[name].double()}, f"expected {name} of dtype Float, got Double"
         )
+    for name, reason in (
+        ("query", "probabilities are made of it"),
+        ("key", "probabilities are made of it"),
+        ("value", "gradients to scores are made of it"),
+        ("output", "the gradients asked for are made of it"),
+        ("grad_output", "value's gradient is asked for"),
+    ):
+        yield Invalid(f"no-{name}", good | {name: None}, f"expected {name} to be a tensor because {reason}, got None")
     for index, name in ((3, "key_bias"), (4, "sink")):
         yield Invalid(
             f"no-{name}",
@@ -396,6 +478,14 @@ CASES = [
         gradient_tolerance=GRADIENT_TOLERANCE,
         unbatched=("sink",),
         autocast=span_attention_autocast,
+        launches=1,
+        large=span_attention_large,
+    ),
+    OpCase(
+        "_span_attention_forward",
+        lse_samples,
+        span_attention_invalid,
+        span_attention_sized,
         launches=1,
         large=span_attention_large,
     ),

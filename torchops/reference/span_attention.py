@@ -51,6 +51,9 @@ def span_attention_lse(
     key_start: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     keep = visible(query, key, block_size, left, right, is_causal, query_start, key_start)
+    # What no query sees, and what sees no key, may hold anything: 0 times NaN would be NaN.
+    seen, sees = keep.any(1)[:, None, :, None], keep.any(2)[:, None, :, None]
+    query, key, value = query.masked_fill(~sees, 0), key.masked_fill(~seen, 0), value.masked_fill(~seen, 0)
     group_size = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group_size, dim=1)
     value = value.repeat_interleave(group_size, dim=1)
@@ -65,9 +68,14 @@ def span_attention_lse(
     scores = torch.cat([scores, logits], dim=-1)
     # A row of nothing but -inf has no softmax.
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    probabilities = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-    logsumexp = scores.masked_fill(nothing, 0).logsumexp(-1).masked_fill(nothing[..., 0], -torch.inf)
-    return probabilities[..., :-1] @ value, logsumexp
+    scores = scores.masked_fill(nothing, 0)
+    # Not by torch.logsumexp: its derivative takes scores less a logsumexp that was rounded, however large they are.
+    largest = scores.amax(-1, keepdim=True).detach()
+    weights = (scores - largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    probabilities = (weights / total).masked_fill(nothing, 0)
+    logsumexp = (largest + total.log()).masked_fill(nothing, -torch.inf)
+    return probabilities[..., :-1] @ value, logsumexp[..., 0]
 
 
 def span_attention(

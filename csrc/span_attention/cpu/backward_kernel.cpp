@@ -41,8 +41,9 @@ struct Meeting {
   E* probabilities_by_key;  // left operand [key_tile][query_tile], transposed in memory
   E* score_grads_by_key;    // left operand [key_tile][query_tile], transposed in memory
   E* score_grads_by_query;  // left operand [query_tile][key_tile]
-  A* bias;                  // [key_tile], in units of log2
-  A* logsumexp;             // [query_tile], in units of log2
+  A* bias;                  // [key_tile]
+  A* largest;               // [query_tile], of the normalizer
+  A* inverse_sum;           // [query_tile]
   A* delta;                 // [query_tile]
 
   explicit Meeting(Arena* arena) {
@@ -56,7 +57,8 @@ struct Meeting {
     score_grads_by_key = operand(score_grads);
     score_grads_by_query = operand(score_grads);
     bias = arena->take<A>(key_tile<E>);
-    logsumexp = arena->take<A>(query_tile);
+    largest = arena->take<A>(query_tile);
+    inverse_sum = arena->take<A>(query_tile);
     delta = arena->take<A>(query_tile);
   }
 };
@@ -202,24 +204,20 @@ struct Head {
  private:
   void load_queries(const Meeting<E>& meeting, int64_t in_group, int64_t first_query, int64_t rows) const {
     const int64_t first = (batch * sizes().num_heads + head(in_group)) * sizes().num_queries + first_query;
-    const A infinity = static_cast<A>(__builtin_inf());
     for (int64_t row = 0; row < rows; ++row) {
       const bool there = row < num_rows(first_query);
-      const A logsumexp = there ? args.logsumexp[first + row] : -infinity;
-      // A query that sees nothing has no probabilities, whatever gradient comes back to its -inf.
-      const bool sees_nothing = logsumexp == -infinity;
-      meeting.logsumexp[row] = sees_nothing ? infinity : logsumexp * log2_e<A>;
-      meeting.delta[row] = sees_nothing ? A(0) : args.delta[first + row];
+      const Normalizer<A> normalizer = there ? args.normalizer[first + row] : make_normalizer(A(0), A(0));
+      meeting.largest[row] = normalizer.largest;
+      meeting.inverse_sum[row] = normalizer.inverse_sum;
+      meeting.delta[row] = there && args.delta != nullptr ? args.delta[first + row] : A(0);
     }
   }
 
   void load_bias(const Meeting<E>& meeting, int64_t first_key) const {
-    if (args.inputs.key_bias == nullptr) {
-      return;
-    }
-    const A* const bias = args.inputs.key_bias + batch * sizes().num_keys + first_key;
+    const A* const biases = args.inputs.key_bias;
     for (int64_t key = 0; key < key_tile<E>; ++key) {
-      meeting.bias[key] = first_key + key < sizes().num_keys ? bias[key] * log2_e<A> : A(0);
+      const bool given = biases != nullptr && first_key + key < sizes().num_keys;
+      meeting.bias[key] = given ? biases[batch * sizes().num_keys + first_key + key] : A(0);
     }
   }
 
@@ -233,8 +231,8 @@ struct Head {
     } else {
       const TileSpans spans(inputs.span, sequence, first_query, num_rows(first_query));
       compute_probabilities(meeting, in_group, first_query, first_key, rows,
-                            [&](int64_t row, int64_t key, vec<A>(&scores)[tile_vectors]) {
-                              spans.hide<A>(row, first_key + key, scores);
+                            [&](int64_t row, int64_t key, vec<A>(&probabilities)[tile_vectors]) {
+                              spans.hide<A>(row, first_key + key, probabilities, A(0));
                             });
     }
   }
@@ -245,22 +243,19 @@ struct Head {
     constexpr int64_t panel = panel_columns<A>;
     const int64_t depth = depth_of<E>(sizes().head_dim);
     const int64_t stride = left_stride<E>(sizes().head_dim);
-    const A scale = args.inputs.scale * log2_e<A>;
-    const bool biased = args.inputs.key_bias != nullptr;
     const E* const queries = pack.queries_left + (in_group * padded_queries() + first_query) * stride;
     for (int64_t first = 0; first < key_tile<E>; first += panel) {
       panel_product(rows, depth, Operand<E>{queries, stride, 1}, pack.keys_transposed + (first_key + first) * depth,
-                    [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
+                    [&](int64_t row, vec<A>(&numbers)[tile_vectors]) {
                       A* const to = meeting.probabilities + row * key_tile<E> + first;
                       for (int v = 0; v < tile_vectors; ++v) {
-                        scores[v] = scores[v] * scale - meeting.logsumexp[row];
-                        if (biased) {
-                          scores[v] += load(meeting.bias + first + v * lane_count<E>);
-                        }
+                        const vec<A> bias = load(meeting.bias + first + v * lane_count<E>);
+                        const vec<A> distance = score_of(numbers[v], args.inputs.scale, bias) - meeting.largest[row];
+                        numbers[v] = exp(distance > A(0) ? vec<A>{} : distance) * meeting.inverse_sum[row];
                       }
-                      hide(row, first, scores);
+                      hide(row, first, numbers);
                       for (int v = 0; v < tile_vectors; ++v) {
-                        store(to + v * lane_count<E>, exp2(scores[v]));
+                        store(to + v * lane_count<E>, numbers[v]);
                       }
                     });
     }
@@ -271,15 +266,17 @@ struct Head {
     const int64_t depth = depth_of<E>(sizes().value_dim);
     const int64_t stride = left_stride<E>(sizes().value_dim);
     for (int64_t first = 0; first < key_tile<E>; first += panel) {
-      panel_product(
-          rows, depth, Operand<E>{pack.grads_left + packed_row * stride, stride, 1},
-          pack.values_transposed + (first_key + first) * depth, [&](int64_t row, const vec<A>(&grads)[tile_vectors]) {
-            const int64_t at = row * key_tile<E> + first;
-            for (int v = 0; v < tile_vectors; ++v) {
-              const int64_t here = at + v * lane_count<E>;
-              store(meeting.score_grads + here, load(meeting.probabilities + here) * (grads[v] - meeting.delta[row]));
-            }
-          });
+      panel_product(rows, depth, Operand<E>{pack.grads_left + packed_row * stride, stride, 1},
+                    pack.values_transposed + (first_key + first) * depth,
+                    [&](int64_t row, const vec<A>(&grads)[tile_vectors]) {
+                      const int64_t at = row * key_tile<E> + first;
+                      for (int v = 0; v < tile_vectors; ++v) {
+                        const int64_t here = at + v * lane_count<E>;
+                        const vec<A> probability = load(meeting.probabilities + here);
+                        const vec<A> score_grad = probability * (grads[v] - meeting.delta[row]);
+                        store(meeting.score_grads + here, probability == A(0) ? vec<A>{} : score_grad);
+                      }
+                    });
     }
   }
 
@@ -361,31 +358,35 @@ void backward_pack(const AttentionBackward<T>& args, int64_t first_head, void* p
     const int64_t in_head = unit % units;
     if (in_head < backward_key_units<T>(sizes)) {
       const int64_t key = in_head * key_tile<E>;
-      const Range keys = head.key_range(key);
-      const int64_t count = keys.end - keys.begin;
+      const Range seen = visible_keys(inputs.span, head.sequence, Range{0, sizes.num_queries}).within(key, key_tile<E>);
       const T* const rows = inputs.key.row(head.batch, head.kv_head, key);
-      pack_transposed(rows, inputs.key.row_stride, count, sizes.head_dim, key_tile<E>,
+      pack_transposed(rows, inputs.key.row_stride, seen, sizes.head_dim, key_tile<E>,
                       pack.keys_transposed + key * depth_of<E>(sizes.head_dim));
-      pack_right(rows, inputs.key.row_stride, count, sizes.head_dim, key_tile<E>,
+      pack_right(rows, inputs.key.row_stride, seen, sizes.head_dim, key_tile<E>,
                  pack.keys + key / element<E>::depth * head.query_columns());
-      pack_transposed(inputs.value.row(head.batch, head.kv_head, key), inputs.value.row_stride, count, sizes.value_dim,
-                      key_tile<E>, pack.values_transposed + key * depth_of<E>(sizes.value_dim));
+      if (inputs.value.data != nullptr) {
+        pack_transposed(inputs.value.row(head.batch, head.kv_head, key), inputs.value.row_stride, seen, sizes.value_dim,
+                        key_tile<E>, pack.values_transposed + key * depth_of<E>(sizes.value_dim));
+      }
     } else {
       const int64_t tiles = divide_up(sizes.num_queries, query_tile);
       const int64_t in_group = (in_head - backward_key_units<T>(sizes)) / tiles;
       const int64_t query = (in_head - backward_key_units<T>(sizes)) % tiles * query_tile;
       const int64_t packed_row = in_group * head.padded_queries() + query;
+      const Range seeing =
+          visible_queries(inputs.span, head.sequence, Range{0, sizes.num_keys}).within(query, query_tile);
       const auto pack_rows = [&](const Heads<const T>& tensor, int64_t size, E* left, E* right) {
         const T* const rows = tensor.row(head.batch, head.head(in_group), query);
-        const int64_t count = head.num_rows(query);
-        pack_right(rows, tensor.row_stride, count, size, query_tile,
+        pack_right(rows, tensor.row_stride, seeing, size, query_tile,
                    right + packed_row / element<E>::depth * columns_of<E>(size));
         if constexpr (is_pair<E>) {
-          pack_left(rows, tensor.row_stride, count, size, query_tile, left + packed_row * left_stride<E>(size));
+          pack_left(rows, tensor.row_stride, seeing, size, query_tile, left + packed_row * left_stride<E>(size));
         }
       };
       pack_rows(inputs.query, sizes.head_dim, pack.queries_left, pack.queries);
-      pack_rows(args.grad_output, sizes.value_dim, pack.grads_left, pack.grads);
+      if (sizes.value_dim > 0) {
+        pack_rows(args.grad_output, sizes.value_dim, pack.grads_left, pack.grads);
+      }
     }
   }
 }
@@ -449,7 +450,7 @@ void backward_queries(const AttentionBackward<T>& args, int64_t first_head, void
     const int64_t query = balanced_tile(unit % units % tiles, tiles) * query_tile;
     clear(query_sums, query_tile * head.query_columns());
     const Range keys = visible_keys(args.inputs.span, head.sequence, Range{query, query + head.num_rows(query)});
-    for (int64_t key = keys.begin / key_tile<E> * key_tile<E>; key < keys.end; key += key_tile<E>) {
+    for (int64_t key = keys.begin / key_tile<E> * key_tile<E>; !keys.empty() && key < keys.end; key += key_tile<E>) {
       head.meet(meeting, in_group, query, key, query_sums, nullptr);
     }
     head.store_query_grads(in_group, query, query_sums);

@@ -31,18 +31,18 @@ struct Pack {
     return rest;
   }
 
-  // Packs the keys [first, first + count), padded to padded_count, as its first ones.
+  // Packs the keys [first, first + count), of which those of `seen` are read, as its first ones.
   template <typename T>
-  void fill_keys(const Attention<T>& args, int64_t batch, int64_t head, int64_t first, int64_t count,
-                 int64_t padded_count) const {
-    pack_transposed(args.key.row(batch, head, first), args.key.row_stride, count, args.sizes.head_dim, padded_count,
-                    keys);
+  void fill_keys(const Attention<T>& args, int64_t batch, int64_t head, Range seen, int64_t first,
+                 int64_t count) const {
+    pack_transposed(args.key.row(batch, head, first), args.key.row_stride, seen.within(first, count),
+                    args.sizes.head_dim, count, keys);
   }
   template <typename T>
-  void fill_values(const Attention<T>& args, int64_t batch, int64_t head, int64_t first, int64_t count,
-                   int64_t padded_count) const {
-    pack_right(args.value.row(batch, head, first), args.value.row_stride, count, args.sizes.value_dim, padded_count,
-               values);
+  void fill_values(const Attention<T>& args, int64_t batch, int64_t head, Range seen, int64_t first,
+                   int64_t count) const {
+    pack_right(args.value.row(batch, head, first), args.value.row_stride, seen.within(first, count),
+               args.sizes.value_dim, count, values);
   }
 };
 
@@ -59,13 +59,13 @@ constexpr bool packs_ahead(const Sizes& sizes) {
   return divide_up(sizes.group_size(), heads_in_tile(sizes)) * query_tiles(sizes) > 1;
 }
 
-// A tile of queries on its way through the keys. Scores are in units of log2: 2^score.
+// A tile of queries on its way through the keys.
 template <typename E>
 struct Scratch {
   using A = sum_t<E>;
 
   E* queries;       // left operand [query_tile][D]
-  A* scores;        // [query_tile][key_block], then 2^(score - largest) where E is A
+  A* scores;        // [query_tile][key_block], then exp(score - largest) where E is A
   E* weights;       // [query_tile][key_block], the same as E
   A* output;        // [query_tile][Dv]
   vec<A>* highest;  // [query_tile]: the largest of a block's scores, lane by lane
@@ -101,7 +101,7 @@ struct Scratch {
     if (args.key_bias != nullptr) {
       const A* const from = args.key_bias + batch * args.sizes.num_keys + first;
       for (int64_t key = 0; key < num_keys; ++key) {
-        bias[key] = first + key < args.sizes.num_keys ? from[key] * log2_e<A> : A(0);
+        bias[key] = first + key < args.sizes.num_keys ? from[key] : A(0);
       }
     }
   }
@@ -115,7 +115,6 @@ void compute_scores(const Attention<T>& args, const Pack<E>& pack, const Scratch
   constexpr int64_t panel = panel_columns<A>;
   const int64_t depth = depth_of<E>(args.sizes.head_dim);
   const int64_t padded_rows = round_up(num_rows, tile_rows);
-  const A scale = args.scale * log2_e<A>;
   const A* const bias = args.key_bias == nullptr ? nullptr : scratch.bias;
   for (int64_t row = 0; row < padded_rows; ++row) {
     scratch.highest[row] = broadcast(-static_cast<A>(__builtin_inf()));
@@ -127,13 +126,14 @@ void compute_scores(const Attention<T>& args, const Pack<E>& pack, const Scratch
       panel_product(padded_rows, depth, Operand<E>{scratch.queries, left_stride<E>(args.sizes.head_dim), 1}, keys,
                     [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
                       for (int v = 0; v < tile_vectors; ++v) {
-                        scores[v] *= scale;
                         if constexpr (decltype(add_bias)::value) {
-                          scores[v] += load(bias + first + v * lane_count<E>);
+                          scores[v] = score_of(scores[v], args.scale, load(bias + first + v * lane_count<E>));
+                        } else {
+                          scores[v] *= args.scale;  // the bits of a bias of 0
                         }
                       }
                       if constexpr (decltype(hide)::value) {
-                        spans.template hide<A>(row, first_key + first, scores);
+                        spans.template hide<A>(row, first_key + first, scores, -static_cast<A>(__builtin_inf()));
                       }
                       vec<A> highest = scratch.highest[row];
                       A* const to = scratch.scores + row * key_block<E> + first;
@@ -152,7 +152,7 @@ void compute_scores(const Attention<T>& args, const Pack<E>& pack, const Scratch
   }
 }
 
-// Scores become weights, 2^(score - largest), as elements W; what was summed up before is to be multiplied by
+// Scores become weights, exp(score - largest), as elements W; what was summed up before is to be multiplied by
 // `rescale`.
 template <typename W, typename E>
 void compute_weights(const Scratch<E>& scratch, W* weights, int64_t num_rows, int64_t num_keys) {
@@ -163,14 +163,14 @@ void compute_weights(const Scratch<E>& scratch, W* weights, int64_t num_rows, in
     const A largest = here > before ? here : before;
     // While a row has seen nothing, any number serves to subtract.
     const A shift = largest == -static_cast<A>(__builtin_inf()) ? A(0) : largest;
-    const A rescale = largest == before ? A(1) : exp2_of(before - shift);
+    const A rescale = largest == before ? A(1) : exp_of(before - shift);
     vec<A> sum = scratch.sum[row] * rescale;
     const A* const scores = scratch.scores + row * key_block<E>;
     for (int64_t key = 0; key < num_keys; key += lane_count<W> * element<W>::depth) {
-      const vec<A> weight = exp2(load(scores + key) - shift);
+      const vec<A> weight = exp(load(scores + key) - shift);
       sum += weight;
       if constexpr (is_pair<W>) {
-        const vec<A> next = exp2(load(scores + key + lane_count<W>) - shift);
+        const vec<A> next = exp(load(scores + key + lane_count<W>) - shift);
         sum += next;
         store_pairs(weights + key / 2, weight, next);
       } else {
@@ -193,17 +193,18 @@ void finish_row(const AttentionForward<T>& args, const Scratch<E>& scratch, int6
   A largest = scratch.largest[row];
   A rescale = 1;
   if (args.inputs.sink != nullptr) {
-    const A sink = args.inputs.sink[head] * log2_e<A>;
-    if (sink > largest) {
-      rescale = exp2_of(largest - sink);
-      sum = sum * rescale + 1;
-      largest = sink;
-    } else if (sink > -static_cast<A>(__builtin_inf())) {
-      sum += exp2_of(sink - largest);
-    }
+    const A sink = args.inputs.sink[head], before = largest;
+    largest = sink > largest ? sink : largest;
+    const A shift = largest == -static_cast<A>(__builtin_inf()) ? A(0) : largest;
+    rescale = exp_of(before - shift);
+    sum = sum * rescale + exp_of(sink - shift);
   }
+  const int64_t index = (batch * sizes.num_heads + head) * sizes.num_queries + query;
   if (args.logsumexp != nullptr) {
-    args.logsumexp[(batch * sizes.num_heads + head) * sizes.num_queries + query] = (largest + log2(sum)) / log2_e<A>;
+    args.logsumexp[index] = largest + log(sum);
+  }
+  if (args.normalizer != nullptr) {
+    args.normalizer[index] = make_normalizer(largest, sum);
   }
   const A factor = sum == 0 ? A(0) : rescale / sum;
   T* const to = args.output.row(batch, head, query);
@@ -228,7 +229,7 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
 
   for (int64_t head = 0; head < num_heads; ++head) {
     const bool last = head == num_heads - 1;
-    pack_left(inputs.query.row(batch, first_head + head, first_query), inputs.query.row_stride, num_queries,
+    pack_left(inputs.query.row(batch, first_head + head, first_query), inputs.query.row_stride, Range{0, num_queries},
               sizes.head_dim, last ? padded_rows - head * num_queries : num_queries,
               scratch.queries + head * num_queries * left_stride<E>(sizes.head_dim));
   }
@@ -239,7 +240,7 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
   const TileSpans spans(inputs.span, sequence, first_query, num_queries, num_heads);
   const Range keys = visible_keys(inputs.span, sequence, Range{first_query, first_query + num_queries});
   constexpr int64_t panel = panel_columns<A>;
-  for (int64_t first = keys.begin / panel * panel; first < keys.end; first += key_block<E>) {
+  for (int64_t first = keys.begin / panel * panel; !keys.empty() && first < keys.end; first += key_block<E>) {
     const int64_t visible = keys.end - first < key_block<E> ? keys.end - first : key_block<E>;
     const int64_t num_keys = round_up(visible, panel);
     const Pack<E> pack = packed == nullptr ? scratch.pack : packed->from(first, sizes);
@@ -247,7 +248,7 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
     int64_t value_stride = columns;
     if (packed == nullptr) {
       const int64_t kv_head = first_head / sizes.group_size();
-      pack.fill_keys(inputs, batch, kv_head, first, visible, num_keys);
+      pack.fill_keys(inputs, batch, kv_head, keys, first, num_keys);
       if constexpr (std::is_same_v<T, E>) {
         if (values_stay_in_place) {
           values = inputs.value.row(batch, kv_head, first);
@@ -255,7 +256,7 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
         }
       }
       if (values == pack.values) {
-        pack.fill_values(inputs, batch, kv_head, first, visible, num_keys);
+        pack.fill_values(inputs, batch, kv_head, keys, first, num_keys);
       }
     }
     scratch.load_bias(inputs, batch, first, num_keys);
@@ -280,7 +281,8 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
 }
 
 // ---- one query --------------------------------------------------------------------------------
-// Keys and values are read where they lie: packing them would cost more than the products of a single row.
+// Keys and values are read where they lie: packing them would cost more than the products of a single row. Products
+// are added up in another order than a tile's, which is the backward's too, so this is for calls without one.
 
 // Scores of a block of keys, and their largest.
 template <typename E, typename T>
@@ -289,7 +291,6 @@ void compute_scores_of_row(const Attention<T>& args, const T* query, const T* ke
   using A = sum_t<E>;
   constexpr int64_t keys_at_once = lanes<A>;
   const int64_t size = args.sizes.head_dim;
-  const A scale = args.scale * log2_e<A>;
   vec<A> highest = broadcast(-static_cast<A>(__builtin_inf()));
   for (int64_t first = 0; first < num_keys; first += keys_at_once) {
     vec<A> products[keys_at_once] = {};
@@ -300,12 +301,12 @@ void compute_scores_of_row(const Attention<T>& args, const T* query, const T* ke
                                            load_elements<E>(of_key + d, size - d), products[key]);
       }
     }
-    vec<A> scores[1] = {sums_of_lanes(products) * scale};
+    vec<A> scores[1] = {sums_of_lanes(products) * args.scale};
     if (args.key_bias != nullptr) {
       scores[0] += load(scratch.bias + first);
     }
     if (!spans.all_visible(first_key + first, first_key + first + keys_at_once, 1)) {
-      spans.template hide<A>(0, first_key + first, scores);
+      spans.template hide<A>(0, first_key + first, scores, -static_cast<A>(__builtin_inf()));
     }
     highest = scores[0] > highest ? scores[0] : highest;
     store(scratch.scores + first, scores[0]);
@@ -410,13 +411,11 @@ void forward_pack(const Attention<T>& args, int64_t first_head, void* packs, int
     const int64_t batch = (first_head + unit / tiles) / sizes.num_kv_heads;
     const int64_t head = (first_head + unit / tiles) % sizes.num_kv_heads;
     const int64_t key = unit % tiles * key_tile<E>;
-    const int64_t keys_left = sizes.num_keys - key;
-    const int64_t num_keys = keys_left < key_tile<E> ? keys_left : key_tile<E>;
     const Range seen = visible_keys(args.span, args.sequence(batch), Range{0, sizes.num_queries});
-    if (seen.begin < key + num_keys && key < seen.end) {
+    if (!seen.within(key, key_tile<E>).empty()) {
       const Pack<E> pack = pack_of<T>(sizes, packs, unit / tiles).from(key, sizes);
-      pack.fill_keys(args, batch, head, key, num_keys, key_tile<E>);
-      pack.fill_values(args, batch, head, key, num_keys, key_tile<E>);
+      pack.fill_keys(args, batch, head, seen, key, key_tile<E>);
+      pack.fill_values(args, batch, head, seen, key, key_tile<E>);
     }
   }
 }
@@ -435,7 +434,7 @@ void forward(const AttentionForward<T>& args, int64_t first_head, void* packs, v
     const int64_t kv_head = (first_head + unit / units) % sizes.num_kv_heads;
     const int64_t in_group = unit % units / tiles * heads_in_tile(sizes);
     const int64_t heads_left = sizes.group_size() - in_group;
-    if (sizes.num_queries == 1 && sizes.group_size() == 1) {
+    if (sizes.num_queries == 1 && sizes.group_size() == 1 && args.normalizer == nullptr) {
       compute_row(args, buffers, batch, kv_head);
       continue;
     }

@@ -28,6 +28,12 @@ constexpr int64_t columns_of(int64_t size) {
   return round_up(size, vector_bytes / static_cast<int64_t>(sizeof(E)));
 }
 
+// A score, computed in the same way by the forward and the backward.
+template <typename A>
+inline __attribute__((always_inline)) vec<A> score_of(vec<A> product, A scale, vec<A> bias) {
+  return scale * product + bias;
+}
+
 // The keys that each row of a tile sees, where a tile is the same queries of one or several heads one behind
 // the other; none for rows behind the last.
 struct TileSpans {
@@ -47,17 +53,17 @@ struct TileSpans {
     return keys[num_rows - 1].begin <= begin && end <= keys[0].end;
   }
 
-  // Leaves the scores of what a query sees, in vectors from key `first` on, and makes the others -inf.
+  // Leaves the numbers of what a query sees, in vectors from key `first` on, and makes the others `other`.
   template <typename A, int vectors>
-  void hide(int64_t row, int64_t first, vec<A> (&scores)[vectors]) const {
+  void hide(int64_t row, int64_t first, vec<A> (&numbers)[vectors], A other) const {
     using Lane = typename lane_index<sizeof(A)>::type;
     constexpr int64_t lane_count = vector_bytes / static_cast<int64_t>(sizeof(A));
-    const vec<A> hidden = broadcast(-static_cast<A>(__builtin_inf()));
+    const vec<A> hidden = broadcast(other);
     for (int v = 0; v < vectors; ++v) {
       const int64_t begin = detail::clamp(keys[row].begin - first - v * lane_count, 0, lane_count);
       const int64_t end = detail::clamp(keys[row].end - first - v * lane_count, 0, lane_count);
       const vec<Lane> lane = lane_numbers<Lane>();
-      scores[v] = (lane >= static_cast<Lane>(begin)) & (lane < static_cast<Lane>(end)) ? scores[v] : hidden;
+      numbers[v] = (lane >= static_cast<Lane>(begin)) & (lane < static_cast<Lane>(end)) ? numbers[v] : hidden;
     }
   }
 };

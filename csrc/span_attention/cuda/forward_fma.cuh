@@ -73,14 +73,14 @@ __global__ void __launch_bounds__(device::fma_threads, 1) forward_fma(AttentionF
 #pragma unroll
       for (int j = 0; j < r; ++j) {
         const int column = device::fma_column() + device::fma_side * j;
-        const T score = (scores[i][j] * inputs.scale + (key_bias == nullptr ? T(0) : bias[column])) * log2_e<T>;
+        const T score = score_of(scores[i][j], inputs.scale, key_bias == nullptr ? T(0) : bias[column]);
         scores[i][j] = seen.x <= first + column && first + column < seen.y ? score : minus_infinity<T>;
         largest = device::max(largest, scores[i][j]);
       }
       const T factor = softmax[i].raise(over_row(largest, [](T a, T b) { return device::max(a, b); }));
 #pragma unroll
       for (int j = 0; j < r; ++j) {
-        scores[i][j] = device::fast_exp2(scores[i][j] - softmax[i].reference());
+        scores[i][j] = exponential(scores[i][j] - softmax[i].reference());
         softmax[i].sum += scores[i][j];
       }
 #pragma unroll
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(device::fma_threads, 1) forward_fma(AttentionF
     softmax[i].sum = over_row(softmax[i].sum, [](T a, T b) { return a + b; });
     factors[i] = softmax[i].finish(inputs.sink == nullptr ? nullptr : inputs.sink + unit.head);
     const int row = unit.first + device::fma_row() + device::fma_side * i;
-    if (args.logsumexp != nullptr && device::fma_column() == 0 && row < num_queries) {
-      args.logsumexp[(unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + row] = softmax[i].logsumexp();
+    if (device::fma_column() == 0 && row < num_queries) {
+      store_softmax(args, softmax[i], (unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + row);
     }
   }
   const auto output = matrix(args.output, unit.batch, unit.head, sizes.value_dim);

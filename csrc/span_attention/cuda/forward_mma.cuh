@@ -62,7 +62,6 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
   copy_keys(visible.begin);
 
   const int warp_row = static_cast<int>(threadIdx.x) / device::warp_size * 16 * m;
-  const float scale = inputs.scale * log2_e<float>;
   float sum[m][V / 8][4] = {};
   OnlineSoftmax<float> softmax[m][2];
   for (int first = visible.begin; first < end; first += Tile::keys) {
@@ -76,8 +75,8 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
     copy_keys(first + Tile::keys);
 
     device::for_elements(scores, [&](int i, int half, int j, int e) {
-      const float of_key = key_bias == nullptr ? 0.0F : bias[device::mma_column(j, e)] * log2_e<float>;
-      scores[i][j][2 * half + e] = scores[i][j][2 * half + e] * scale + of_key;
+      float& score = scores[i][j][2 * half + e];
+      score = score_of(score, inputs.scale, key_bias == nullptr ? 0.0F : bias[device::mma_column(j, e)]);
     });
     hide(scores, visible, warp_row, first, minus_infinity<float>);
     float largest[m][2];
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
     }
     device::for_elements(scores, [&](int i, int half, int j, int e) {
       float& score = scores[i][j][2 * half + e];
-      score = device::fast_exp2(score - softmax[i][half].reference());
+      score = exponential(score - softmax[i][half].reference());
       softmax[i][half].sum += score;
     });
     device::multiply_rounded<T, V>(sum, scores, values);
@@ -118,8 +117,8 @@ __global__ void __launch_bounds__(mma_threads) forward_mma(AttentionForward<T> a
       row_softmax.sum = over_lanes_of_row(row_softmax.sum, [](float a, float b) { return a + b; });
       factors[i][half] = row_softmax.finish(inputs.sink == nullptr ? nullptr : inputs.sink + unit.head);
       const int row = unit.first + warp_row + device::mma_row(i, half);
-      if (args.logsumexp != nullptr && threadIdx.x % 4 == 0 && row < num_queries) {
-        args.logsumexp[(unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + row] = row_softmax.logsumexp();
+      if (threadIdx.x % 4 == 0 && row < num_queries) {
+        store_softmax(args, row_softmax, (unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + row);
       }
     }
   }

@@ -10,8 +10,9 @@ template <typename T, int slices_of_row>
 struct KeyGradientSlices {
   static constexpr int rows_per_thread = fma_rows_per_thread<T, 2 * slices_of_row>;
   static constexpr int tile = fma_tile<T, 2 * slices_of_row>;
-  static constexpr size_t shared_bytes = device::tile_bytes<T, tile, tile> + 2 * device::shared_size<T>(tile) +
-                                         device::shared_size<int2>(tile) + slice_stream_bytes<T, tile>;
+  static constexpr size_t shared_bytes = device::tile_bytes<T, tile, tile> + device::shared_size<Normalizer<T>>(tile) +
+                                         device::shared_size<T>(tile) + device::shared_size<int2>(tile) +
+                                         slice_stream_bytes<T, tile>;
 };
 
 // AttentionBackward's grad_key, grad_value and grad_key_bias for float and double. A block of fma_threads for each
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(device::fma_threads, 1) key_gradient_fma(Atten
   const int num_keys = static_cast<int>(sizes.num_keys);
   device::SharedMemory memory;
   T* weights = memory.take<T>(tile * device::tile_stride<T, tile>);
-  T* logsumexp = memory.take<T>(tile);
+  auto* normalizer = memory.take<Normalizer<T>>(tile);
   T* delta = memory.take<T>(tile);
   int2* of_row = memory.take<int2>(tile);
   const VisibleRange visible =
@@ -40,7 +41,9 @@ __global__ void __launch_bounds__(device::fma_threads, 1) key_gradient_fma(Atten
   const auto value = matrix(inputs.value, unit.batch, unit.head, sizes.value_dim);
   const int score_steps = num_slices(sizes.head_dim), value_steps = num_slices(sizes.value_dim);
   // Steps of a tile of queries: scores, products with the values, gradient to values, gradient to keys.
-  const int product_end = score_steps + (wants_scores ? value_steps : 0);
+  // Without a gradient to the output that of products is empty, for its barrier.
+  const int product_steps = value_steps > 0 ? value_steps : 1;
+  const int product_end = score_steps + (wants_scores ? product_steps : 0);
   const int value_end = product_end + (wants_value ? value_steps : 0);
   const int key_end = value_end + (wants_key ? score_steps : 0);
   auto copy = [&, first = visible.begin, step = 0, member = 0](T* one, T* other) mutable {
@@ -59,7 +62,7 @@ __global__ void __launch_bounds__(device::fma_threads, 1) key_gradient_fma(Atten
     };
     // Numbers of the queries come with the first step that is followed by another before they are read.
     if (step == 0) {
-      copy_numbers_async(logsumexp, args.logsumexp + numbers, first, tile, visible.end);
+      copy_numbers_async(normalizer, args.normalizer + numbers, first, tile, visible.end);
     }
     if (step == score_steps && wants_scores) {
       copy_numbers_async(delta, args.delta + numbers, first, tile, visible.end);
@@ -68,8 +71,10 @@ __global__ void __launch_bounds__(device::fma_threads, 1) key_gradient_fma(Atten
       copy_keys(one, key, step);
       copy_queries(other, query, step);
     } else if (step < product_end) {
-      copy_keys(one, value, step - score_steps);
-      copy_queries(other, grad_output, step - score_steps);
+      if (value_steps > 0) {
+        copy_keys(one, value, step - score_steps);
+        copy_queries(other, grad_output, step - score_steps);
+      }
     } else if (step < value_end) {
       copy_queries(one, grad_output, step - product_end);
     } else {
@@ -108,23 +113,25 @@ __global__ void __launch_bounds__(device::fma_threads, 1) key_gradient_fma(Atten
 #pragma unroll
         for (int j = 0; j < r; ++j) {
           const int column = device::fma_column() + device::fma_side * j;
-          const T score = (scores[i][j] * inputs.scale + bias[i]) * log2_e<T>;
+          const T score = score_of(scores[i][j], inputs.scale, bias[i]);
           const bool is_seen = seen.x <= first + column && first + column < seen.y;
-          scores[i][j] = is_seen ? device::fast_exp2(score - log2_sum(logsumexp[column])) : T(0);
+          scores[i][j] = is_seen ? probability_of(score, normalizer[column]) : T(0);
         }
       }
       T score_gradient[r][r] = {};
       if (wants_scores) {
-        for (int step = 0; step < value_steps; ++step) {
+        for (int step = 0; step < product_steps; ++step) {
           slices.next();
-          device::multiply_slices(score_gradient, slices.first(), slices.second());
+          if (value_steps > 0) {
+            device::multiply_slices(score_gradient, slices.first(), slices.second());
+          }
         }
 #pragma unroll
         for (int i = 0; i < r; ++i) {
 #pragma unroll
           for (int j = 0; j < r; ++j) {
-            score_gradient[i][j] =
-                scores[i][j] * (score_gradient[i][j] - delta[device::fma_column() + device::fma_side * j]);
+            const T of_query = delta[device::fma_column() + device::fma_side * j];
+            score_gradient[i][j] = score_gradient_of(scores[i][j], score_gradient[i][j], of_query);
             bias_gradient[i] += score_gradient[i][j];
           }
         }

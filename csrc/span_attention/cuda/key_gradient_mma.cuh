@@ -14,9 +14,10 @@ struct KeyGradientTile {
   static constexpr int queries = D <= 192 ? 32 : 16;
 
   template <typename T>
-  static constexpr size_t shared_bytes = device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> +
-                                         2 * device::tile_bytes<T, queries, D> + 2 * device::tile_bytes<T, queries, V> +
-                                         2 * device::shared_size<float>(2 * queries) + device::shared_size<int2>(keys);
+  static constexpr size_t shared_bytes =
+      device::tile_bytes<T, keys, D> + device::tile_bytes<T, keys, V> + 2 * device::tile_bytes<T, queries, D> +
+      2 * device::tile_bytes<T, queries, V> + device::shared_size<Normalizer<float>>(2 * queries) +
+      device::shared_size<float>(2 * queries) + device::shared_size<int2>(keys);
 };
 
 // AttentionBackward's grad_key, grad_value and grad_key_bias for 16-bit types. A block of mma_threads for each tile
@@ -33,13 +34,14 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
   const int group_size = static_cast<int>(sizes.group_size());
   const bool wants_key = args.grad_key.data != nullptr, wants_value = args.grad_value.data != nullptr;
   const bool wants_scores = wants_key || args.grad_key_bias != nullptr;
+  const bool has_grads = sizes.value_dim > 0, has_products = has_grads && wants_scores;
   const int num_keys = static_cast<int>(sizes.num_keys);
   device::SharedMemory memory;
   T* keys = memory.take<T>(Tile::keys * device::tile_stride<T, D>);
   T* values = memory.take<T>(Tile::keys * device::tile_stride<T, V>);
   T* both_queries = memory.take<T>(2 * Tile::queries * device::tile_stride<T, D>);
   T* both_grads = memory.take<T>(2 * Tile::queries * device::tile_stride<T, V>);
-  float* both_logsumexp = memory.take<float>(2 * Tile::queries);
+  auto* both_normalizers = memory.take<Normalizer<float>>(2 * Tile::queries);
   float* both_delta = memory.take<float>(2 * Tile::queries);
   int2* of_row = memory.take<int2>(Tile::keys);
   const VisibleRange visible =
@@ -55,23 +57,28 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
     device::copy_tile_async<Tile::queries, D, mma_threads>(
         both_queries + buffer * Tile::queries * device::tile_stride<T, D>,
         matrix(inputs.query, unit.batch, head, sizes.head_dim), first, end, wide);
-    device::copy_tile_async<Tile::queries, V, mma_threads>(
-        both_grads + buffer * Tile::queries * device::tile_stride<T, V>,
-        matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, end, wide);
-    copy_numbers_async(both_logsumexp + buffer * Tile::queries, args.logsumexp + numbers, first, Tile::queries, end);
-    copy_numbers_async(both_delta + buffer * Tile::queries, args.delta + numbers, first, Tile::queries, end);
+    if (has_grads) {
+      device::copy_tile_async<Tile::queries, V, mma_threads>(
+          both_grads + buffer * Tile::queries * device::tile_stride<T, V>,
+          matrix(args.grad_output, unit.batch, head, sizes.value_dim), first, end, wide);
+    }
+    copy_numbers_async(both_normalizers + buffer * Tile::queries, args.normalizer + numbers, first, Tile::queries, end);
+    if (wants_scores) {
+      copy_numbers_async(both_delta + buffer * Tile::queries, args.delta + numbers, first, Tile::queries, end);
+    }
   };
   const auto key = matrix(inputs.key, unit.batch, unit.head, sizes.head_dim);
   const auto value = matrix(inputs.value, unit.batch, unit.head, sizes.value_dim);
   device::copy_tile_async<Tile::keys, D, mma_threads>(keys, key, unit.first, num_keys, wide);
-  device::copy_tile_async<Tile::keys, V, mma_threads>(values, value, unit.first, num_keys, wide);
+  if (has_products) {
+    device::copy_tile_async<Tile::keys, V, mma_threads>(values, value, unit.first, num_keys, wide);
+  }
   copy_queries(0, begin, 0);
   device::copy_async_commit();
 
   const int warp = static_cast<int>(threadIdx.x) / device::warp_size;
   const int warp_row = warp / Tile::column_parts * 16 * m;
   const int column_part = warp % Tile::column_parts;
-  const float scale = inputs.scale * log2_e<float>;
   float bias[m][2], bias_gradient[m][2];
 #pragma unroll
   for (int i = 0; i < m; ++i) {
@@ -79,7 +86,7 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
     for (int half = 0; half < 2; ++half) {
       const int row = unit.first + warp_row + device::mma_row(i, half);
       const bool given = inputs.key_bias != nullptr && row < num_keys;
-      bias[i][half] = given ? inputs.key_bias[unit.batch * sizes.num_keys + row] * log2_e<float> : 0.0F;
+      bias[i][half] = given ? inputs.key_bias[unit.batch * sizes.num_keys + row] : 0.0F;
       bias_gradient[i][half] = 0;
     }
   }
@@ -94,14 +101,14 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
       device::copy_async_commit();
       const T* queries = both_queries + buffer * Tile::queries * device::tile_stride<T, D>;
       const T* grads = both_grads + buffer * Tile::queries * device::tile_stride<T, V>;
-      const float* logsumexp = both_logsumexp + buffer * Tile::queries;
+      const Normalizer<float>* normalizers = both_normalizers + buffer * Tile::queries;
       const float* delta = both_delta + buffer * Tile::queries;
 
       float scores[m][n][4] = {};
       device::multiply_transposed<T, D>(scores, keys + warp_row * device::tile_stride<T, D>, queries);
       device::for_elements(scores, [&](int i, int half, int j, int e) {
         float& score = scores[i][j][2 * half + e];
-        score = device::fast_exp2(score * scale + bias[i][half] - log2_sum(logsumexp[device::mma_column(j, e)]));
+        score = probability_of(score_of(score, inputs.scale, bias[i][half]), normalizers[device::mma_column(j, e)]);
       });
       hide(scores, visible, warp_row, first, 0.0F);
       if (wants_value) {
@@ -113,11 +120,13 @@ __global__ void __launch_bounds__(mma_threads) key_gradient_mma(AttentionBackwar
         for (int part = 0; part < n; part += 2) {
           float products[m][2][4] = {}, gradient[m][2][4];
           const T* part_grads = grads + 8 * part * device::tile_stride<T, V>;
-          device::multiply_transposed<T, V>(products, values + warp_row * device::tile_stride<T, V>, part_grads);
+          if (has_products) {
+            device::multiply_transposed<T, V>(products, values + warp_row * device::tile_stride<T, V>, part_grads);
+          }
           device::for_elements(products, [&](int i, int half, int j, int e) {
             const int at = 2 * half + e;
-            gradient[i][j][at] =
-                scores[i][part + j][at] * (products[i][j][at] - delta[device::mma_column(part + j, e)]);
+            const float of_query = delta[device::mma_column(part + j, e)];
+            gradient[i][j][at] = score_gradient_of(scores[i][part + j][at], products[i][j][at], of_query);
             bias_gradient[i][half] += gradient[i][j][at];
           });
           if (wants_key) {

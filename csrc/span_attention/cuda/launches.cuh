@@ -131,19 +131,21 @@ void launch_key_gradient(const AttentionBackward<T>& args) {
 template <typename T>
 void launch_row_delta(const RowDelta<T>& args) {
   const Sizes& sizes = args.sizes;
-  int lanes = 1;
-  while (lanes < device::warp_size && lanes * row_delta_chunk<T> < sizes.value_dim) {
-    lanes *= 2;
-  }
-  const auto launch = [&](auto width) {
-    device::launch(
-        {tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads / lanes), row_delta_threads},
-        row_delta<width(), T>, args, lanes);
-  };
-  if (is_wide(args.grad_output, sizes.value_dim) && is_wide(args.output, sizes.value_dim)) {
-    launch(int_constant<device::widest<T>>{});
+  const bool wide = is_wide(args.grad_output, sizes.value_dim) && is_wide(args.output, sizes.value_dim);
+  if constexpr (on_matrix_units<T>) {
+    const auto launch = [&](auto v) {
+      const int64_t tiles = sizes.batch * sizes.num_heads * tiles_of(sizes.num_queries, row_delta_tile);
+      device::launch({tiles, mma_threads, row_delta_bytes<T, v()>}, row_delta_mma<T, v()>, args, wide);
+    };
+    sizes.value_dim <= 64    ? launch(int_constant<64>{})
+    : sizes.value_dim <= 128 ? launch(int_constant<128>{})
+                             : launch(int_constant<256>{});
   } else {
-    launch(int_constant<1>{});
+    const auto launch = [&](auto width) {
+      const int64_t rows = sizes.batch * sizes.num_heads * sizes.num_queries;
+      device::launch({tiles_of(rows, row_delta_threads), row_delta_threads}, row_delta_fma<width(), T>, args);
+    };
+    wide ? launch(int_constant<device::widest<T>>{}) : launch(int_constant<1>{});
   }
 }
 

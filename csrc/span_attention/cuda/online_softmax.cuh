@@ -4,7 +4,7 @@
 
 namespace torchops::kernels::span_attention {
 
-// The largest score of a row so far, in base 2, and the sum of 2^(score - largest).
+// The largest score of a row so far, and the sum of exp(score - largest).
 template <typename A>
 struct OnlineSoftmax {
   A largest = minus_infinity<A>;
@@ -17,7 +17,7 @@ struct OnlineSoftmax {
   __device__ __forceinline__ A raise(A score) {
     const A before = largest;
     largest = device::max(largest, score);
-    const A factor = device::fast_exp2(before - reference());
+    const A factor = exponential(before - reference());
     sum *= factor;
     return factor;
   }
@@ -26,14 +26,28 @@ struct OnlineSoftmax {
   __device__ __forceinline__ A finish(const A* sink) {
     A factor = 1;
     if (sink != nullptr) {
-      const A logit = *sink * log2_e<A>;
-      factor = raise(logit);
-      sum += device::fast_exp2(logit - reference());
+      factor = raise(*sink);
+      sum += exponential(*sink - reference());
     }
     return sum == A(0) ? A(0) : factor / sum;
   }
 
-  __device__ __forceinline__ A logsumexp() const { return (largest + device::fast_log2(sum)) / log2_e<A>; }
+  __device__ __forceinline__ A logsumexp() const {
+    return largest + device::fast_log2(sum) * A(0.69314718055994530942);
+  }
+  __device__ __forceinline__ Normalizer<A> normalizer() const { return make_normalizer(largest, sum); }
 };
+
+// Writes what others want of a row whose softmax is finished.
+template <typename T>
+__device__ __forceinline__ void store_softmax(const AttentionForward<T>& args,
+                                              const OnlineSoftmax<accumulate_t<T>>& softmax, int64_t index) {
+  if (args.logsumexp != nullptr) {
+    args.logsumexp[index] = softmax.logsumexp();
+  }
+  if (args.normalizer != nullptr) {
+    args.normalizer[index] = softmax.normalizer();
+  }
+}
 
 }  // namespace torchops::kernels::span_attention

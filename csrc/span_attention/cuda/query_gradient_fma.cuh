@@ -61,12 +61,13 @@ __global__ void __launch_bounds__(device::fma_threads, 1) query_gradient_fma(Att
   };
   SliceStream<T, tile, decltype(copy)> slices(memory, copy);
 
-  T log2_sums[r], delta[r];
+  Normalizer<T> normalizers[r];
+  T delta[r];
 #pragma unroll
   for (int i = 0; i < r; ++i) {
     const int row = unit.first + device::fma_row() + device::fma_side * i;
     const int64_t index = (unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + row;
-    log2_sums[i] = log2_sum(row < num_queries ? args.logsumexp[index] : minus_infinity<T>);
+    normalizers[i] = row < num_queries ? args.normalizer[index] : make_normalizer(T(0), T(0));
     delta[i] = row < num_queries ? args.delta[index] : T(0);
   }
   T gradient[query_slices][r][4] = {};
@@ -83,9 +84,9 @@ __global__ void __launch_bounds__(device::fma_threads, 1) query_gradient_fma(Att
 #pragma unroll
       for (int j = 0; j < r; ++j) {
         const int column = device::fma_column() + device::fma_side * j;
-        const T score = (scores[i][j] * inputs.scale + (key_bias == nullptr ? T(0) : bias[column])) * log2_e<T>;
+        const T score = score_of(scores[i][j], inputs.scale, key_bias == nullptr ? T(0) : bias[column]);
         const bool is_seen = seen.x <= first + column && first + column < seen.y;
-        scores[i][j] = is_seen ? device::fast_exp2(score - log2_sums[i]) : T(0);
+        scores[i][j] = is_seen ? probability_of(score, normalizers[i]) : T(0);
       }
     }
     for (int step = 0; step < value_steps; ++step) {
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(device::fma_threads, 1) query_gradient_fma(Att
     for (int i = 0; i < r; ++i) {
 #pragma unroll
       for (int j = 0; j < r; ++j) {
-        scores[i][j] *= products[i][j] - delta[i];
+        scores[i][j] = score_gradient_of(scores[i][j], products[i][j], delta[i]);
       }
     }
     device::store_weights(weights, scores);

@@ -14,7 +14,8 @@ struct QueryGradientTile {
   template <typename T>
   static constexpr size_t shared_bytes =
       device::tile_bytes<T, queries, D> + device::tile_bytes<T, queries, V> + 2 * device::tile_bytes<T, keys, D> +
-      device::tile_bytes<T, keys, V> + device::shared_size<float>(2 * keys) + device::shared_size<float2>(queries) +
+      device::tile_bytes<T, keys, V> + device::shared_size<float>(2 * keys) +
+      device::shared_size<Normalizer<float>>(queries) + device::shared_size<float>(queries) +
       device::shared_size<int2>(queries);
 };
 
@@ -35,11 +36,13 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
   T* both_keys = memory.take<T>(2 * Tile::keys * device::tile_stride<T, D>);
   T* values = memory.take<T>(Tile::keys * device::tile_stride<T, V>);
   float* both_bias = memory.take<float>(2 * Tile::keys);
-  float2* row_numbers = memory.take<float2>(Tile::queries);
+  auto* of_rows = memory.take<Normalizer<float>>(Tile::queries);
+  float* delta = memory.take<float>(Tile::queries);
   int2* of_row = memory.take<int2>(Tile::queries);
   const VisibleRange visible = visible_range(VisibleKeys{inputs.span, inputs.sequence(unit.batch)}, unit.first,
                                              num_queries, Tile::queries, of_row);
   const int end = visible.end;
+  const bool has_products = sizes.value_dim > 0;
 
   const auto key = matrix(inputs.key, unit.batch, kv_head, sizes.head_dim);
   const auto value = matrix(inputs.value, unit.batch, kv_head, sizes.value_dim);
@@ -55,26 +58,27 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
     device::copy_async_commit();
   };
   const auto copy_values = [&](int first) {
-    if (first < end) {
+    if (has_products && first < end) {
       device::copy_tile_async<Tile::keys, V, mma_threads>(values, value, first, end, wide);
     }
     device::copy_async_commit();
   };
   device::copy_tile_async<Tile::queries, D, mma_threads>(
       queries, matrix(inputs.query, unit.batch, unit.head, sizes.head_dim), unit.first, num_queries, wide);
-  device::copy_tile_async<Tile::queries, V, mma_threads>(
-      grads, matrix(args.grad_output, unit.batch, unit.head, sizes.value_dim), unit.first, num_queries, wide);
+  if (has_products) {
+    device::copy_tile_async<Tile::queries, V, mma_threads>(
+        grads, matrix(args.grad_output, unit.batch, unit.head, sizes.value_dim), unit.first, num_queries, wide);
+  }
   copy_keys(visible.begin, 0);
   copy_values(visible.begin);
 
   const int warp_row = static_cast<int>(threadIdx.x) / device::warp_size * 16 * m;
-  const float scale = inputs.scale * log2_e<float>;
-  // Of each row its logsumexp in base 2 and delta, in shared memory for want of registers.
+  // In shared memory for want of registers.
   for (int row = static_cast<int>(threadIdx.x); row < Tile::queries; row += mma_threads) {
     const int64_t index = (unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + unit.first + row;
     const bool valid = unit.first + row < num_queries;
-    row_numbers[row] = valid ? make_float2(log2_sum(args.logsumexp[index]), args.delta[index])
-                             : make_float2(log2_sum(minus_infinity<float>), 0.0F);
+    of_rows[row] = valid ? args.normalizer[index] : make_normalizer(0.0F, 0.0F);
+    delta[row] = valid ? args.delta[index] : 0.0F;
   }
   float gradient[m][D / 8][4] = {};
   int buffer = 0;
@@ -86,24 +90,29 @@ __global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackw
     const float* bias = both_bias + buffer * Tile::keys;
     float scores[m][n][4] = {};
     device::multiply_transposed<T, D>(scores, queries + warp_row * device::tile_stride<T, D>, keys);
-    float2 numbers[m][2];
+    Normalizer<float> normalizers[m][2];
+    float deltas[m][2];
 #pragma unroll
     for (int i = 0; i < m; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        numbers[i][half] = row_numbers[warp_row + device::mma_row(i, half)];
+        normalizers[i][half] = of_rows[warp_row + device::mma_row(i, half)];
+        deltas[i][half] = delta[warp_row + device::mma_row(i, half)];
       }
     }
     device::for_elements(scores, [&](int i, int half, int j, int e) {
-      const float of_key = key_bias == nullptr ? 0.0F : bias[device::mma_column(j, e)] * log2_e<float>;
       float& score = scores[i][j][2 * half + e];
-      score = device::fast_exp2(score * scale + of_key - numbers[i][half].x);
+      const float of_key = key_bias == nullptr ? 0.0F : bias[device::mma_column(j, e)];
+      score = probability_of(score_of(score, inputs.scale, of_key), normalizers[i][half]);
     });
     hide(scores, visible, warp_row, first, 0.0F);
     float products[m][n][4] = {};
-    device::multiply_transposed<T, V>(products, grads + warp_row * device::tile_stride<T, V>, values);
+    if (has_products) {
+      device::multiply_transposed<T, V>(products, grads + warp_row * device::tile_stride<T, V>, values);
+    }
     device::for_elements(scores, [&](int i, int half, int j, int e) {
-      scores[i][j][2 * half + e] *= products[i][j][2 * half + e] - numbers[i][half].y;
+      float& score = scores[i][j][2 * half + e];
+      score = score_gradient_of(score, products[i][j][2 * half + e], deltas[i][half]);
     });
     device::syncthreads();  // the values have been multiplied
     copy_values(first + Tile::keys);

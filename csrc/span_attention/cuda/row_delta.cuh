@@ -1,49 +1,73 @@
 #pragma once
 
+#include "core/cuda/mma_tile.cuh"
 #include "core/cuda/pack.cuh"
+#include "span_attention/cuda/scores_mma.cuh"
 #include "span_attention/cuda/tile.cuh"
+
+// RowDelta, summed up as the kernels of the gradients sum up the products of grad_output with values.
 
 namespace torchops::kernels::span_attention {
 
 inline constexpr int row_delta_threads = 128;
 
-// Neighbours in a row that a lane takes at a time, however wide it reads: the order of summation must not
-// depend on the memory layout.
-template <typename T>
-inline constexpr int row_delta_chunk = device::widest<T>;
-
-// `lanes` neighbouring threads, a power of two up to 32, per row; grid [B * Hq * Lq * lanes / row_delta_threads].
-// `width` divides Dv, and all rows are aligned to width elements.
+// For float and double, whose products are sums in ascending order: a thread for each row, grid
+// [B * Hq * Lq / row_delta_threads]. `width` divides Dv, and all rows are aligned to width elements.
 template <int width, typename T>
-__global__ void __launch_bounds__(row_delta_threads) row_delta(RowDelta<T> args, int lanes) {
-  using A = accumulate_t<T>;
+__global__ void __launch_bounds__(row_delta_threads) row_delta_fma(RowDelta<T> args) {
   const Sizes& sizes = args.sizes;
-  const int64_t row = (int64_t{blockIdx.x} * row_delta_threads + threadIdx.x) / lanes;
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const bool valid = row < sizes.batch * sizes.num_heads * sizes.num_queries;
-  A sum = 0;
-  if (valid) {
-    const int64_t index = row % sizes.num_queries, head = row / sizes.num_queries;
-    const T* grad = args.grad_output.row(head / sizes.num_heads, head % sizes.num_heads, index);
-    const T* output = args.output.row(head / sizes.num_heads, head % sizes.num_heads, index);
-    constexpr int chunk = row_delta_chunk<T>;
-    for (int64_t first = lane * chunk; first < sizes.value_dim; first += lanes * chunk) {
-      for (int64_t column = first; column < first + chunk && column < sizes.value_dim; column += width) {
-        const auto grads = device::load_pack<width>(grad + column);
-        const auto outputs = device::load_pack<width>(output + column);
+  const int64_t row = int64_t{blockIdx.x} * row_delta_threads + threadIdx.x;
+  if (row >= sizes.batch * sizes.num_heads * sizes.num_queries) {
+    return;
+  }
+  const int64_t index = row % sizes.num_queries, head = row / sizes.num_queries;
+  const T* grad = args.grad_output.row(head / sizes.num_heads, head % sizes.num_heads, index);
+  const T* output = args.output.row(head / sizes.num_heads, head % sizes.num_heads, index);
+  T sum = 0;
+  for (int64_t column = 0; column < sizes.value_dim; column += width) {
+    const auto grads = device::load_pack<width>(grad + column);
+    const auto outputs = device::load_pack<width>(output + column);
 #pragma unroll
-        for (int e = 0; e < width; ++e) {
-          sum += device::widen(grads.element[e]) * device::widen(outputs.element[e]);
-        }
-      }
+    for (int e = 0; e < width; ++e) {
+      sum += grads.element[e] * outputs.element[e];
     }
   }
-  for (int bits = lanes / 2; bits > 0; bits /= 2) {
-    sum += device::shuffle_xor(sum, bits);
-  }
-  if (valid && lane == 0) {
-    args.delta[row] = sum - (args.grad_logsumexp == nullptr ? A(0) : args.grad_logsumexp[row]);
-  }
+  args.delta[row] = sum - (args.grad_logsumexp == nullptr ? T(0) : args.grad_logsumexp[row]);
+}
+
+inline constexpr int row_delta_tile = 16 * mma_warps;
+template <typename T, int V>
+inline constexpr size_t row_delta_bytes = 2 * device::tile_bytes<T, row_delta_tile, V>;
+
+// For 16-bit types, whose products come from matrix units: of a square of products of 16 rows with 16 rows the diagonal
+// is wanted. A block of mma_threads for each tile of queries, grid [B * Hq * tiles]; rows of at most V elements.
+template <typename T, int V>
+__global__ void __launch_bounds__(mma_threads) row_delta_mma(RowDelta<T> args, bool wide) {
+  const Sizes& sizes = args.sizes;
+  const HeadTile unit = HeadTile::of_block(sizes.num_queries, sizes.num_heads, row_delta_tile);
+  const int num_queries = static_cast<int>(sizes.num_queries);
+  device::SharedMemory memory;
+  T* grads = memory.take<T>(row_delta_tile * device::tile_stride<T, V>);
+  T* outputs = memory.take<T>(row_delta_tile * device::tile_stride<T, V>);
+  device::copy_tile_async<row_delta_tile, V, mma_threads>(
+      grads, matrix(args.grad_output, unit.batch, unit.head, sizes.value_dim), unit.first, num_queries, wide);
+  device::copy_tile_async<row_delta_tile, V, mma_threads>(
+      outputs, matrix(args.output, unit.batch, unit.head, sizes.value_dim), unit.first, num_queries, wide);
+  device::copy_async_commit();
+  device::copy_async_wait<0>();
+  device::syncthreads();
+  const int warp_row = static_cast<int>(threadIdx.x) / device::warp_size * 16;
+  const int first = warp_row * device::tile_stride<T, V>;
+  float products[1][2][4] = {};
+  device::multiply_transposed<T, V>(products, grads + first, outputs + first);
+  device::for_elements(products, [&](int i, int half, int j, int e) {
+    const int row = unit.first + warp_row + device::mma_row(i, half);
+    if (device::mma_row(i, half) == device::mma_column(j, e) && row < num_queries) {
+      const int64_t index = (unit.batch * sizes.num_heads + unit.head) * sizes.num_queries + row;
+      args.delta[index] =
+          products[i][j][2 * half + e] - (args.grad_logsumexp == nullptr ? 0.0F : args.grad_logsumexp[index]);
+    }
+  });
 }
 
 }  // namespace torchops::kernels::span_attention

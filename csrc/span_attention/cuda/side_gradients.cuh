@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(sink_gradient_threads) sink_gradient(SinkGradi
   for (int64_t batch = 0; batch < sizes.batch; ++batch) {
     const int64_t first = (batch * sizes.num_heads + head) * sizes.num_queries;
     for (int64_t i = threadIdx.x; i < sizes.num_queries; i += sink_gradient_threads) {
-      sum -= device::fast_exp2(logit * log2_e<A> - log2_sum(args.logsumexp[first + i])) * args.delta[first + i];
+      sum -= score_gradient_of(probability_of(logit, args.normalizer[first + i]), args.delta[first + i], A(0));
     }
   }
   for (int bits = device::warp_size / 2; bits > 0; bits /= 2) {

@@ -10,11 +10,33 @@
 
 namespace torchops::kernels::span_attention {
 
-// log2(e): scores are brought to base 2, where the device has an instruction for powers.
-template <typename A>
-inline constexpr A log2_e = A(1.4426950408889634074);
 template <typename A>
 inline constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
+
+// e^value, exactly 1 for 0.
+template <typename A>
+__device__ __forceinline__ A exponential(A value) {
+  return device::fast_exp2(value * A(1.4426950408889634074));
+}
+
+// A score, to the same last bit in the forward and the backward: the compiler fuses what is written as a product and a
+// sum with some of what follows, and here and there differently.
+template <typename A>
+__device__ __forceinline__ A score_of(A product, A scale, A bias) {
+  return std::fma(product, scale, bias);
+}
+
+template <typename A>
+__device__ __forceinline__ A probability_of(A score, const Normalizer<A>& normalizer) {
+  return exponential(device::min(score - normalizer.largest, A(0))) * normalizer.inverse_sum;
+}
+
+// The gradient to a score from the product of its value with grad_output. What has no probability has no gradient,
+// whatever the hidden numbers are that it was computed with.
+template <typename A>
+__device__ __forceinline__ A score_gradient_of(A probability, A product, A delta) {
+  return probability == A(0) ? A(0) : probability * (product - delta);
+}
 
 inline int64_t tiles_of(int64_t length, int64_t tile) {
   return (length + tile - 1) / tile;
@@ -95,12 +117,6 @@ __device__ __forceinline__ void copy_numbers_async(A* to, const A* from, int fir
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     device::copy_async<static_cast<int>(sizeof(A))>(to + i, from + first + i, i < end - first);
   }
-}
-
-// A logsumexp in base 2, such that every probability of a query that sees no key is 0.
-template <typename A>
-__device__ __forceinline__ A log2_sum(A logsumexp) {
-  return logsumexp == minus_infinity<A> ? std::numeric_limits<A>::infinity() : logsumexp * log2_e<A>;
 }
 
 }  // namespace torchops::kernels::span_attention

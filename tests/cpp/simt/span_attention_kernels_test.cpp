@@ -146,9 +146,10 @@ struct Problem {
   Tensor<T> query, key, value, grad_output;
   std::vector<A> key_bias, sink, grad_logsumexp;
   std::vector<int64_t> query_start, key_start;
-  std::vector<double> output, logsumexp, delta, grad_query, grad_key, grad_value, grad_key_bias, bias_shares, grad_sink;
+  std::vector<double> output, logsumexp, largest, inverse_sum, delta, grad_query, grad_key, grad_value, grad_key_bias,
+      bias_shares, grad_sink;
 
-  explicit Problem(const Case& spec)
+  explicit Problem(const Case& spec, bool has_grad_output = true)
       : spec(spec),
         sizes(spec.sizes),
         scale(1 / std::sqrt(static_cast<double>(sizes.head_dim))),
@@ -162,6 +163,9 @@ struct Problem {
       std::transform(whole.begin(), whole.end(), result.begin(), [](float number) { return A(number) / 8; });
       return result;
     };
+    if (!has_grad_output) {
+      grad_output.for_each([](T& element) { element = T{}; });
+    }
     key_bias = numbers(spec.has_bias ? sizes.batch * sizes.num_keys : 0, 5);
     for (size_t j = 0; j < key_bias.size(); j += 7) {
       key_bias[j] = -std::numeric_limits<A>::infinity();
@@ -208,6 +212,8 @@ struct Problem {
     };
     resize(output, num_rows() * value_dim);
     resize(logsumexp, num_rows());
+    resize(largest, num_rows());
+    resize(inverse_sum, num_rows());
     resize(delta, num_rows());
     resize(grad_query, num_rows() * dim);
     resize(grad_key, sizes.batch * sizes.num_kv_heads * num_keys * dim);
@@ -232,19 +238,21 @@ struct Problem {
       const int64_t b = row / sizes.num_queries / sizes.num_heads;
       const int64_t kv = b * sizes.num_kv_heads + h / sizes.group_size();
       std::vector<double> probability(static_cast<size_t>(num_keys), -infinity);
-      double largest = sink.empty() ? -infinity : sink[h];
+      double highest = sink.empty() ? -infinity : sink[h];
       for (int64_t j = 0; j < num_keys; ++j) {
         if (sees(b, i, j)) {
           probability[j] = dot(&q[row * dim], &k[(kv * num_keys + j) * dim], dim) * scale +
                            (key_bias.empty() ? 0 : key_bias[b * num_keys + j]);
         }
-        largest = std::max(largest, probability[j]);
+        highest = std::max(highest, probability[j]);
       }
-      double sum = sink.empty() ? 0 : std::exp(sink[h] - largest);
+      double sum = sink.empty() ? 0 : std::exp(sink[h] - highest);
       for (const double score : probability) {
-        sum += score == -infinity ? 0 : std::exp(score - largest);
+        sum += score == -infinity ? 0 : std::exp(score - highest);
       }
-      logsumexp[row] = sum == 0 ? -infinity : largest + std::log(sum);
+      logsumexp[row] = sum == 0 ? -infinity : highest + std::log(sum);
+      largest[row] = sum == 0 ? infinity : highest;
+      inverse_sum[row] = sum == 0 ? 0 : 1 / sum;
       for (int64_t j = 0; j < num_keys; ++j) {
         probability[j] = probability[j] == -infinity ? 0 : std::exp(probability[j] - logsumexp[row]);
         add(&output[row * value_dim], probability[j], &v[(kv * num_keys + j) * value_dim], value_dim);
@@ -263,6 +271,47 @@ struct Problem {
       if (!sink.empty()) {
         grad_sink[h] -= std::exp(sink[h] - logsumexp[row]) * delta[row];
       }
+    }
+  }
+
+  std::vector<Normalizer<A>> normalizer() const {
+    std::vector<Normalizer<A>> result(largest.size());
+    for (size_t row = 0; row < result.size(); ++row) {
+      result[row] = {static_cast<A>(largest[row]), static_cast<A>(inverse_sum[row])};
+    }
+    return result;
+  }
+
+  // What no query sees, and what sees no key, becomes NaN; the results are the same.
+  void spoil() {
+    const auto make_nan = [](Tensor<T>& tensor, int64_t b, int64_t index) {
+      for (int64_t h = 0; h < tensor.shape.heads; ++h) {
+        T* row = tensor.mutable_heads().row(b, h, index);
+        std::fill(row, row + tensor.shape.dim, device::narrow<T>(NAN));
+      }
+    };
+    for (int64_t b = 0; b < sizes.batch; ++b) {
+      std::vector<bool> seen(static_cast<size_t>(sizes.num_keys));
+      for (int64_t i = 0; i < sizes.num_queries; ++i) {
+        bool sees_any = false;
+        for (int64_t j = 0; j < sizes.num_keys; ++j) {
+          seen[j] = seen[j] || sees(b, i, j);
+          sees_any = sees_any || sees(b, i, j);
+        }
+        if (!sees_any) {
+          make_nan(query, b, i);
+          make_nan(grad_output, b, i);
+        }
+      }
+      for (int64_t j = 0; j < sizes.num_keys; ++j) {
+        if (!seen[j]) {
+          make_nan(key, b, j);
+          make_nan(value, b, j);
+        }
+      }
+    }
+    for (int64_t row = 0; row < num_rows(); ++row) {
+      delta[row] = logsumexp[row] == -infinity ? NAN : delta[row];
     }
   }
 };
@@ -318,24 +367,34 @@ template <typename T>
 void check_forward(const Problem<T>& problem, bool wants_logsumexp) {
   using A = accumulate_t<T>;
   std::vector<A> logsumexp(problem.logsumexp.size());
+  std::vector<Normalizer<A>> normalizer(problem.logsumexp.size());
   const auto output = filled(Tensor<T>(problem.grad_output.shape, problem.spec.layout), [&](Tensor<T>& tensor) {
     std::fill(logsumexp.begin(), logsumexp.end(), A(NAN));
-    launch_forward<T>({problem.inputs(), tensor.mutable_heads(), wants_logsumexp ? logsumexp.data() : nullptr});
+    launch_forward<T>({problem.inputs(), tensor.mutable_heads(), wants_logsumexp ? logsumexp.data() : nullptr,
+                       wants_logsumexp ? normalizer.data() : nullptr});
   });
   check_close("output", output, problem.output, rounded<T>);
   if (wants_logsumexp) {
     check_close("logsumexp", as_double(logsumexp), problem.logsumexp, accumulated<T>);
+    std::vector<double> largest, inverse_sum;
+    for (const auto& of_row : normalizer) {
+      largest.push_back(of_row.largest);
+      inverse_sum.push_back(of_row.inverse_sum);
+    }
+    check_close("largest", largest, problem.largest, accumulated<T>);
+    check_close("inverse_sum", inverse_sum, problem.inverse_sum, accumulated<T>);
   }
 }
 
 template <typename T>
 void check_query_gradient(const Problem<T>& problem) {
   using A = accumulate_t<T>;
-  const auto logsumexp = accumulated_from<A>(problem.logsumexp), delta = accumulated_from<A>(problem.delta);
+  const auto normalizer = problem.normalizer();
+  const auto delta = accumulated_from<A>(problem.delta);
   const auto gradient = filled(Tensor<T>(problem.query.shape, problem.spec.layout), [&](Tensor<T>& tensor) {
     launch_query_gradient<T>({problem.inputs(),
                               problem.grad_output.heads(),
-                              logsumexp.data(),
+                              normalizer.data(),
                               delta.data(),
                               tensor.mutable_heads(),
                               {},
@@ -349,14 +408,17 @@ template <typename T>
 void check_key_gradient(const Problem<T>& problem, bool wants_key, bool wants_value, bool wants_bias) {
   CAPTURE(wants_key, wants_value, wants_bias);
   using A = accumulate_t<T>;
-  const auto logsumexp = accumulated_from<A>(problem.logsumexp), delta = accumulated_from<A>(problem.delta);
+  const auto normalizer = problem.normalizer();
+  const auto delta = accumulated_from<A>(problem.delta);
   Tensor<T> grad_key(problem.key.shape, problem.spec.layout), grad_value(problem.value.shape, problem.spec.layout);
   const auto bias = simt::same_in_every_order([&] {
     std::vector<A> shares(problem.bias_shares.size(), A(NAN));
-    launch_key_gradient<T>({problem.inputs(),
+    Attention<T> inputs = problem.inputs();
+    inputs.value = wants_key || wants_bias ? inputs.value : Heads<const T>{};
+    launch_key_gradient<T>({inputs,
                             problem.grad_output.heads(),
-                            logsumexp.data(),
-                            delta.data(),
+                            normalizer.data(),
+                            wants_key || wants_bias ? delta.data() : nullptr,
                             {},
                             wants_key ? grad_key.mutable_heads() : Heads<T>{},
                             wants_value ? grad_value.mutable_heads() : Heads<T>{},
@@ -387,6 +449,35 @@ TEMPLATE_TEST_CASE("span_attention forward", "", KERNEL_TYPES) {
   check_forward(Problem<TestType>(cases.front()), false);
 }
 
+TEMPLATE_TEST_CASE("span_attention sinks at the ends of their range", "", KERNEL_TYPES) {
+  using A = accumulate_t<TestType>;
+  const Case spec{"sinks", {1, 4, 1, 20, 20, 16, 16}, 1, -1, -1, false, true, true, false, Layout::heads_first};
+  Problem<TestType> problem(spec);
+  problem.key_bias.assign(problem.key_bias.size(), std::numeric_limits<A>::lowest());
+  problem.sink = {A(NAN), std::numeric_limits<A>::infinity(), -std::numeric_limits<A>::infinity(), 0};
+  Tensor<TestType> output(problem.grad_output.shape, spec.layout);
+  std::vector<A> logsumexp(problem.logsumexp.size());
+  launch_forward<TestType>({problem.inputs(), output.mutable_heads(), logsumexp.data(), nullptr});
+  const auto outputs = output.wide(), values = problem.value.wide();
+  // All keys weigh the same, or nothing next to a sink that is a number.
+  double mean = 0;
+  for (int64_t key = 0; key < 20; ++key) {
+    mean += values[16 * key] / 20;
+  }
+  for (int64_t query = 0; query < 20; ++query) {
+    const auto of_head = [&](int64_t head) { return outputs[(20 * head + query) * 16]; };
+    const auto sum_of_head = [&](int64_t head) { return logsumexp[20 * head + query]; };
+    CHECK(std::isnan(of_head(0)));
+    CHECK(std::isnan(sum_of_head(0)));
+    CHECK(std::isnan(of_head(1)));
+    CHECK(std::isnan(sum_of_head(1)));
+    CHECK(of_head(2) == Approx(mean).epsilon(rounded<TestType>));
+    CHECK(sum_of_head(2) == std::numeric_limits<A>::lowest());
+    CHECK(of_head(3) == 0);
+    CHECK(sum_of_head(3) == 0);
+  }
+}
+
 TEMPLATE_TEST_CASE("span_attention gradient to queries", "", KERNEL_TYPES) {
   for (const Case& spec : cases) {
     CAPTURE(spec.name);
@@ -405,6 +496,86 @@ TEMPLATE_TEST_CASE("span_attention gradient to keys and values", "", KERNEL_TYPE
   check_key_gradient(problem, true, false, false);
   check_key_gradient(problem, false, true, false);
   check_key_gradient(problem, false, false, true);
+}
+
+TEMPLATE_TEST_CASE("span_attention whatever nobody sees", "", KERNEL_TYPES) {
+  for (const Case& spec : cases) {
+    CAPTURE(spec.name);
+    Problem<TestType> problem(spec);
+    problem.spoil();
+    check_forward(problem, true);
+    check_query_gradient(problem);
+    check_key_gradient(problem, true, true, true);
+  }
+}
+
+TEMPLATE_TEST_CASE("span_attention gradients of logsumexp alone", "", KERNEL_TYPES) {
+  for (const Case& spec : cases) {
+    CAPTURE(spec.name);
+    const Problem<TestType> problem(spec, false);
+    const auto normalizer = problem.normalizer();
+    const auto delta = accumulated_from<accumulate_t<TestType>>(problem.delta);
+    Attention<TestType> inputs = problem.inputs();
+    inputs.value = {};
+    inputs.sizes.value_dim = 0;
+    const auto gradient = [&](const Tensor<TestType>& of, bool of_query) {
+      return filled(Tensor<TestType>(of.shape, spec.layout), [&](Tensor<TestType>& tensor) {
+        const auto none = Heads<TestType>{}, wanted = tensor.mutable_heads();
+        const AttentionBackward<TestType> args{
+            inputs, {},     normalizer.data(), delta.data(), of_query ? wanted : none, of_query ? none : wanted,
+            none,   nullptr};
+        of_query ? launch_query_gradient(args) : launch_key_gradient(args);
+      });
+    };
+    check_close("grad_query", gradient(problem.query, true), problem.grad_query, 2 * rounded<TestType>);
+    check_close("grad_key", gradient(problem.key, false), problem.grad_key, 2 * rounded<TestType>);
+  }
+}
+
+// Each query sees one key, at scores of any magnitude: its value is the output, and the gradient to a score is 0.
+TEMPLATE_TEST_CASE("span_attention exactly a single key", "", KERNEL_TYPES) {
+  using A = accumulate_t<TestType>;
+  const Case spec{"one key", {1, 2, 1, 40, 40, 20, 70}, 1, 0, 0, false, false, false, false, Layout::heads_first};
+  const Problem<TestType> problem(spec);
+  const Tensor<TestType> like_query(problem.query.shape, spec.layout),
+      like_value(problem.grad_output.shape, spec.layout);
+  for (const double scale : {0.3, -7e4, 1e8}) {
+    CAPTURE(scale);
+    Attention<TestType> inputs = problem.inputs();
+    inputs.scale = static_cast<A>(scale);
+    std::vector<Normalizer<A>> normalizer(problem.logsumexp.size());
+    std::vector<A> delta(normalizer.size());
+    Tensor<TestType> output = like_value;
+    launch_forward<TestType>({inputs, output.mutable_heads(), nullptr, normalizer.data()});
+    launch_row_delta<TestType>({problem.grad_output.heads(), output.heads(), nullptr, delta.data(), problem.sizes});
+    Tensor<TestType> grad_query = like_query, grad_key(problem.key.shape, spec.layout),
+                     grad_value(problem.value.shape, spec.layout);
+    const AttentionBackward<TestType> args{inputs,
+                                           problem.grad_output.heads(),
+                                           normalizer.data(),
+                                           delta.data(),
+                                           grad_query.mutable_heads(),
+                                           grad_key.mutable_heads(),
+                                           grad_value.mutable_heads(),
+                                           nullptr};
+    launch_query_gradient(args);
+    launch_key_gradient(args);
+    const auto values = problem.value.wide(), grads = problem.grad_output.wide();
+    const size_t of_head = values.size();  // both heads see the same value
+    for (size_t i = 0; i < output.wide().size(); ++i) {
+      REQUIRE(output.wide()[i] == values[i % of_head]);
+    }
+    std::vector<double> sums(of_head);
+    for (size_t i = 0; i < grads.size(); ++i) {
+      sums[i % of_head] += grads[i];
+    }
+    check_close("grad_value", grad_value.wide(), sums, rounded<TestType>);
+    for (const auto& gradient : {grad_query.wide(), grad_key.wide()}) {
+      for (const double element : gradient) {
+        REQUIRE(element == 0);
+      }
+    }
+  }
 }
 
 TEMPLATE_TEST_CASE("span_attention delta of rows", "", KERNEL_TYPES) {
@@ -444,12 +615,13 @@ TEST_CASE("span_attention gradients to sinks and key biases") {
   for (const Case& spec : cases) {
     CAPTURE(spec.name);
     const Problem<float> problem(spec);
-    const auto logsumexp = accumulated_from<float>(problem.logsumexp), delta = accumulated_from<float>(problem.delta);
+    const auto normalizer = problem.normalizer();
+    const auto delta = accumulated_from<float>(problem.delta);
     if (spec.has_sink) {
       const auto gradient = simt::same_in_every_order([&] {
         std::vector<float> result(problem.grad_sink.size(), NAN);
         launch_sink_gradient<float>(
-            {problem.sink.data(), logsumexp.data(), delta.data(), result.data(), problem.sizes});
+            {problem.sink.data(), normalizer.data(), delta.data(), result.data(), problem.sizes});
         return result;
       });
       check_close("grad_sink", as_double(gradient), problem.grad_sink, accumulated<float>);
