@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from .stf import gram_matrix
 
+__all__: List[str] = []  # for factorize_ alone
+
 MOST_ROWS = 1024
 
 

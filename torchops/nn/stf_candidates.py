@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 
 from .stf import choose_sizes
 
+__all__: List[str] = []  # for factorize_ alone
+
 HOOKS_ON_STATE_DICTS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
