@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/_fw_primal.h>
 #include <ATen/ops/_make_dual.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/AutogradState.h>
@@ -25,7 +24,7 @@ inline bool any_has_tangent(std::initializer_list<at::Tensor> tensors) {
 }
 
 inline at::Tensor without_tangent(const at::Tensor& tensor) {
-  return has_tangent(tensor) ? at::_fw_primal(tensor, 0) : tensor;
+  return has_tangent(tensor) ? tensor._fw_primal(0) : tensor;
 }
 
 inline std::optional<at::Tensor> without_tangent(const std::optional<at::Tensor>& tensor) {

@@ -6,6 +6,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/forward_mode.h"
 #include "span_attention/arguments.h"
 #include "span_attention/span_attention.h"
 
@@ -304,6 +305,7 @@ std::tuple<at::Tensor, at::Tensor> span_attention_lse_autograd(
     c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
     const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
     const std::optional<at::Tensor>& key_start) {
+  refuse_tangents("span_attention_lse", {query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)});
   if (any_requires_grad({query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)})) {
     check_span_attention("span_attention_lse", query, key, value,
                          {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
@@ -321,6 +323,7 @@ at::Tensor span_attention_autograd(const at::Tensor& query, const at::Tensor& ke
                                    std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
                                    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
                                    const std::optional<at::Tensor>& key_start) {
+  refuse_tangents("span_attention", {query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)});
   if (any_requires_grad({query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)})) {
     check_span_attention("span_attention", query, key, value,
                          {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
