@@ -14,7 +14,10 @@ import torchops
 TESTS = Path(__file__).parent
 LIBRARY = BUILD / "tests" / "cpp" / "on_host" / "libtorchops.so"
 # What depends on the device: numbers, memory layouts, launches.
-TO_RUN = "matches_reference or same_bits or layout or expanded or meta_has or launches or rounding or copy or overflows or summed_in"
+TO_RUN = (
+    "matches_reference or same_bits or layout or expanded or meta_has or launches or rounding or copy or overflows"
+    " or summed_in"
+)
 
 pytestmark = [
     pytest.mark.skipif(cuda_on_host.ACTIVE, reason="this is the process that was started"),
@@ -23,7 +26,7 @@ pytestmark = [
 
 
 def test_cuda_floor(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    files = [str(TESTS / name) for name in ("test_contract.py", "test_launches.py", "test_tokens.py", "test_stf.py")]
+    files = [str(TESTS / name) for name in ("test_contract.py", "test_contract_gradients.py", "test_launches.py", "test_tokens.py", "test_stf.py")]
     printed = run_pytest(
         *("-k", TO_RUN, *files),
         environment={key: value for key, value in os.environ.items() if key != "TORCHOPS_CPU_CAPABILITY"},
