@@ -67,7 +67,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"device {device}: {note}")
     on_host = "executed" if CUDA_ON_HOST in elsewhere else "NOT executed in this run"
     terminalreporter.line(f"CUDA operators on the host: {on_host}")
-    for level in ("baseline", "avx2", "avx512"):
+    for level in torchops.utils.cpu_levels:
         if level in levels:
             note = "executed"
         elif level in torchops.utils.cpu_capabilities():
