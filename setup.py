@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -57,4 +58,10 @@ class CMakeBuild(build_ext):
                 sys.exit(f"torchops: '{shlex.join(command)}' failed; what went wrong stands above this line.")
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    # It would print the schema of pyproject.toml, whose license it cannot read.
+    sys.exit(
+        f"torchops needs setuptools >= 77 to build, and this is {setuptools.__version__}: "
+        "run 'pip install --upgrade setuptools' and then the same command again."
+    )
 setup(ext_modules=[Extension("torchops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -77,7 +77,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.line(f"memory: {memory}")
     on_host = "executed" if CUDA_ON_HOST in elsewhere else "NOT executed in this run"
     terminalreporter.line(f"CUDA operators on the host: {on_host}")
-    for level in ("baseline", "avx2", "avx512", "avx512_bf16"):
+    for level in torchops.utils.cpu_levels:
         if level in levels:
             note = "executed"
         elif BY_EMULATION in levels and level == EMULATED:

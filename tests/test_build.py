@@ -51,11 +51,20 @@ def test_cuda_asked_for_beside_a_cpu_torch(tmp_path: Path) -> None:
     assert "is a CPU build: install a CUDA build of torch." in one_line(run.stderr)
 
 
-@pytest.mark.parametrize("missing, repair", [("torch", "pip install torch"), ("cmake", "pip install cmake ninja")])
+@pytest.mark.parametrize(
+    "missing, repair",
+    [
+        ("torch", "pip install torch"),
+        ("cmake", "pip install cmake ninja"),
+        ("setuptools", "needs setuptools >= 77 to build, and this is 76.1.0: run 'pip install --upgrade setuptools'"),
+    ],
+)
 def test_setup_names_what_is_missing(tmp_path: Path, missing: str, repair: str) -> None:
     environment = dict(os.environ)
     prepare = "import importlib.util as u; u.find_spec = lambda name: None; " if missing == "torch" else ""
-    if missing == "cmake":
+    if missing == "setuptools":
+        prepare = "import setuptools; setuptools.__version__ = '76.1.0'; "
+    if missing != "torch":  # nor does a check that fails to stop it build anything
         environment["PATH"] = str(tmp_path)
     code = (
         f"{prepare}import runpy, sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path)!r}];"
@@ -64,3 +73,8 @@ def test_setup_names_what_is_missing(tmp_path: Path, missing: str, repair: str) 
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode != 0
     assert repair in run.stderr.strip().splitlines()[-1]
+
+
+def test_setuptools_that_is_asked_for_is_the_one_that_is_checked() -> None:
+    assert 'requires = ["setuptools>=77"]' in (ROOT / "pyproject.toml").read_text()
+    assert "< 77:" in (ROOT / "setup.py").read_text()

@@ -1,5 +1,6 @@
 """What a user sees when the library and torch do not fit, and what the package says of itself."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,6 @@ def copy_of_package(tmp_path: Path) -> Path:
         target = tmp_path / "torchops" / file.relative_to(PACKAGE)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
-    (tmp_path / "torchops" / "version.txt").write_bytes((PACKAGE / "version.txt").read_bytes())
     return tmp_path
 
 
@@ -57,6 +57,57 @@ def test_not_built(copy_of_package: Path) -> None:
 def test_missing_library(copy_of_package: Path) -> None:
     message = import_error(f"import sys; sys.path.insert(0, {str(copy_of_package)!r})")
     assert "torchops cannot load" in message and "libtorchops.so" in message and "rebuild it with" in message
+
+
+@pytest.mark.parametrize("name", ["libtorchops.so", "renamed_torchops.so", "renamed.so"])
+def test_another_copy_of_the_library(tmp_path: Path, name: str) -> None:
+    """A second registration of the operators would end the process."""
+    copy = shutil.copy(torchops.utils.library_path, tmp_path / name)
+    message = import_error(f"import torch; torch.ops.load_library({str(copy)!r})")
+    assert message.startswith(f"ImportError: torchops cannot load {torchops.utils.library_path}: ")
+    assert f"another copy of the library ({copy}), and can hold one" in message
+
+
+def test_another_copy_loaded_without_torch(tmp_path: Path) -> None:
+    copy = shutil.copy(torchops.utils.library_path, tmp_path)
+    message = import_error(f"import ctypes, torch; ctypes.CDLL({str(copy)!r})")
+    assert f"another copy of the library ({copy})" in message
+
+
+def imported(preparation: str) -> str:
+    """What a process prints as the version, after some lines of Python."""
+    code = f"{preparation}\nimport torchops; print(torchops.__version__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_its_own_library_may_be_loaded_already(tmp_path: Path) -> None:
+    """Under any of its names."""
+    link = tmp_path / "link.so"
+    link.symlink_to(torchops.utils.library_path)
+    assert imported(f"import torch; torch.ops.load_library({str(link)!r})") == torchops.__version__
+
+
+def test_without_the_files_that_are_not_python(copy_of_package: Path) -> None:
+    """As in frozen applications, which collect modules and libraries."""
+    for file in [*PACKAGE.glob("_C.*.so"), Path(torchops.utils.library_path)]:
+        target = copy_of_package / "torchops" / file.relative_to(PACKAGE)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(file, target)
+    only_the_copy = (
+        f"import os, sys; os.chdir({str(copy_of_package)!r}); sys.path.insert(0, {str(copy_of_package)!r});"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
+    )
+    assert imported(f"{only_the_copy}; import torchops; assert {str(copy_of_package)!r} in torchops.__file__") == (
+        torchops.__version__
+    )
+    assert not (copy_of_package / "torchops" / "version.txt").exists()
+
+
+def test_version_is_the_one_of_the_sources() -> None:
+    sources = Path(__file__).parent.parent / "torchops"
+    assert torchops.__version__ == (sources / "version.txt").read_text().strip()
 
 
 def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,15 @@ def test_numeric_rows_at_the_emulated_level(tmp_path: Path, record_property: Cal
     record_property(EXECUTED, BY_EMULATION)
 
 
+def test_levels_of_the_library_and_of_the_cpu() -> None:
+    """The closing list of tests goes over the first, which CMake writes; the second is C++'s."""
+    levels = torchops.utils.cpu_levels
+    assert levels[0] == "baseline" and torchops.utils.cpu_capability() in levels
+    assert torchops.utils.cpu_capabilities() == [
+        level for level in levels if level in torchops.utils.cpu_capabilities()
+    ]
+
+
 def test_unknown_level_is_an_import_error_that_lists_the_known_ones() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "import torchops"],

@@ -14,7 +14,7 @@ _load()
 from . import nn as nn  # noqa: E402
 from . import reference as reference  # noqa: E402
 from . import utils as utils  # noqa: E402
-from ._library import VERSION as _VERSION  # noqa: E402
+from ._build import VERSION as _VERSION  # noqa: E402
 from .ops.span_attention import *  # noqa: E402, F403
 from .ops.stf import *  # noqa: E402, F403
 from .ops.tokens import *  # noqa: E402, F403

@@ -1,10 +1,11 @@
 """Loads libtorchops, or says in one sentence why it cannot and what repairs it."""
 
+import os
 import re
 from pathlib import Path
+from typing import Optional
 
 FOLDER = Path(__file__).resolve().parent
-VERSION = (FOLDER / "version.txt").read_text().strip()
 LIBRARY = FOLDER / "lib" / "libtorchops.so"
 
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps <folder of torchops>"
@@ -16,12 +17,30 @@ def _release(version: str) -> str:
     return found.group() if found else version
 
 
+def _other_copy() -> Optional[str]:
+    """The library of another copy of torchops, if this process has loaded one.
+
+    Its operators have the names of ours, and torch ends a process that registers a name twice.
+    """
+    import torch
+
+    if not hasattr(torch.ops.torchops, "merge_tokens"):
+        return None
+    maps = Path("/proc/self/maps")  # also names what was loaded without torch, by dlopen or as a dependency
+    mapped = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    loaded = sorted(path for path in mapped | torch.ops.loaded_libraries if os.path.isfile(path))
+    if any(os.path.samefile(path, LIBRARY) for path in loaded if LIBRARY.exists()):
+        return None
+    named = [path for path in loaded if "torchops" in os.path.basename(path)]
+    return ", ".join(named or sorted(torch.ops.loaded_libraries)) or "a file of another name"
+
+
 def load() -> None:
     """Registers the operators of libtorchops with torch.
 
     Raises:
-        ImportError: torch is missing, is not the one this copy was built against, or the library
-            is missing or broken.
+        ImportError: torch is missing, is not the one this copy was built against, the library of
+            another copy is loaded, or the library is missing or broken.
     """
     try:
         import torch
@@ -37,6 +56,12 @@ def load() -> None:
         raise ImportError(
             f"torchops was built against torch {_build.TORCH_VERSION}, and this is torch {torch.__version__}: "
             f"rebuild it with '{REINSTALL}', or install torch {_build.TORCH_VERSION}."
+        )
+    other = _other_copy()
+    if other is not None:
+        raise ImportError(
+            f"torchops cannot load {LIBRARY}: this process has loaded another copy of the library ({other}), and "
+            "can hold one. Load this one in the other's place, or do not import the package."
         )
     try:
         torch.ops.load_library(LIBRARY)

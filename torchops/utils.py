@@ -5,15 +5,26 @@ from typing import Dict, List, Optional
 import torch
 
 from . import _C, _build
-from ._library import FOLDER, LIBRARY, VERSION
+from ._library import FOLDER, LIBRARY
 
-__all__ = ["cmake_prefix_path", "library_path", "cpu_capability", "cpu_capabilities", "config", "show_config"]
+__all__ = [
+    "cmake_prefix_path",
+    "library_path",
+    "cpu_capability",
+    "cpu_capabilities",
+    "cpu_levels",
+    "config",
+    "show_config",
+]
 
 cmake_prefix_path: str = str(FOLDER / "share" / "cmake")
 """For ``cmake -DCMAKE_PREFIX_PATH=...``, so that ``find_package(torchops)`` finds this copy."""
 
 library_path: str = str(LIBRARY)
 """libtorchops.so, for ``torch.ops.load_library`` and ``dlopen``."""
+
+cpu_levels: List[str] = _build.CPU_LEVELS
+"""The instruction-set levels that the library has kernels for, lowest first."""
 
 
 def cpu_capability() -> str:
@@ -27,14 +38,14 @@ def cpu_capability() -> str:
 
 
 def cpu_capabilities() -> List[str]:
-    """The levels this CPU can execute, lowest first: of baseline, avx2 and avx512."""
+    """Those of :data:`cpu_levels` that this CPU can execute, lowest first."""
     return _C.cpu_capabilities()
 
 
 def config() -> Dict[str, Optional[str]]:
     """Versions and instruction set, as :func:`show_config` prints them."""
     return {
-        "torchops": VERSION,
+        "torchops": _build.VERSION,
         "built against torch": _build.TORCH_VERSION,
         "running with torch": torch.__version__,
         "compiler": _build.COMPILER,

@@ -58,8 +58,9 @@ def bipartite_assignment(
 
     Similarities are those of the rows as 16-bit integers, which makes the matching the same on every
     level and device, and rounded to multiples of 2**-16 before they are compared, so that tokens equal
-    up to noise tie; among equals the lower source position wins, then the lower destination position. A row of zeros has similarity 0 with everything; a row with a NaN
-    or an infinity is less similar than any other.
+    up to noise tie; among equals the lower source position wins, then the lower destination position.
+    A row of zeros has similarity 0 with everything; a row with a NaN or an infinity is less similar than
+    any other.
 
     Args:
         metric: what similarity is measured on, usually the attention's keys averaged over heads;
