@@ -5,7 +5,7 @@
 
 namespace torchops::kernels::tokens {
 
-inline constexpr int weight_gradient_threads = 128;
+inline constexpr int weight_gradient_threads = 64;
 
 // A block of weight_gradient_threads per group, grid [B * M]; its warps take the members by turns.
 template <typename T>

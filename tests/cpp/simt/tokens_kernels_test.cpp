@@ -227,10 +227,13 @@ TEMPLATE_TEST_CASE("weight_gradient", "", KERNEL_TYPES) {
     const auto total = weights<TestType>(units, 5);
     for (const bool normalize : {false, true}) {
       for (const bool of_rows : {true, false}) {
+        if (normalize && !of_rows) {
+          continue;  // nothing to normalise
+        }
         CAPTURE(batch.num_tokens, batch.num_groups, normalize, of_rows);
         WeightGradient<TestType> args{rows_of(input, batch.num_tokens, batch.num_channels),
                                       rows_of(grad, batch.num_groups, batch.num_channels),
-                                      normalize && of_rows ? nullptr : grad_total.data(),
+                                      normalize ? nullptr : grad_total.data(),
                                       normalize ? weight.data() : nullptr,
                                       normalize ? total.data() : nullptr,
                                       batch.offsets.data(),
@@ -341,7 +344,7 @@ std::vector<Metric<T>> metrics() {
                                                                {2, 9, 16, 2},
                                                                {1, 7, 64, 3},
                                                                {1, 2, 4, 0},
-                                                               {1, 140, 35, 1}}) {
+                                                               {1, 40, 35, 1}}) {
     auto numbers = simt::whole_numbers(static_cast<size_t>(batch * tokens * features), 1);
     for (size_t i = 0; i < numbers.size(); ++i) {
       const auto feature = static_cast<float>(i % static_cast<size_t>(features));
