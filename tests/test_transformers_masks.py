@@ -167,6 +167,16 @@ def test_everything_else_is_not(function: str) -> None:
         assert "masks but full, sliding and chunked" in unpack(mask, torch.zeros(2, 1, queries, 1))
 
 
+def test_formulas_are_right_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they have to be while a graph is traced."""
+    asked = [read(function, 2, 33) for function in SPANS.values()]
+    monkeypatch.setattr(_mask_functions, "agrees", lambda *args: True)
+    for before, function in zip(asked, SPANS.values(), strict=True):
+        assert before is not None and read(function, 2, 33) == before
+    for name, function in OTHERS.items():
+        assert name == "branches" or read(function, 2, 33) is None, name
+
+
 def test_numbers_are_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function that treats symbols and numbers differently, at one border only."""
     _mask_functions._agreed.clear()
@@ -264,3 +274,7 @@ def test_masks_of_others_are_told_apart() -> None:
         torch.zeros(2, 3, 10**6, 1, dtype=torch.float64),
     ):
         assert unpack(mask, query) is None
+    # and a span from them, where its shape could be that of a mask
+    starts = torch.zeros(2, dtype=torch.int64)
+    mask = pack((*Span(is_causal=True), False), torch.zeros(2, 13, dtype=torch.bool), starts, starts)
+    assert mask.shape == (2, 3, number, 13) and isinstance(unpack(mask, query), Visible)
