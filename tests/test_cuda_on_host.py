@@ -26,7 +26,16 @@ pytestmark = [
 
 
 def test_cuda_floor(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    files = [str(TESTS / name) for name in ("test_contract.py", "test_contract_gradients.py", "test_launches.py", "test_tokens.py", "test_stf.py")]
+    files = [
+        str(TESTS / name)
+        for name in (
+            "test_contract.py",
+            "test_contract_gradients.py",
+            "test_launches.py",
+            "test_tokens.py",
+            "test_stf.py",
+        )
+    ]
     printed = run_pytest(
         *("-k", TO_RUN, *files),
         environment={key: value for key, value in os.environ.items() if key != "TORCHOPS_CPU_CAPABILITY"},
