@@ -19,7 +19,10 @@ LIBRARY = (
     TESTS.parent / "build" / f"cmake-{sys.implementation.cache_tag}" / "tests" / "cpp" / "on_host" / "libtorchops.so"
 )
 # What depends on the device: numbers, memory layouts, launches.
-TO_RUN = "matches_reference or same_bits or layout or expanded or meta_has or launches or rounding or copy or overflows or summed_in"
+TO_RUN = (
+    "matches_reference or same_bits or layout or expanded or meta_has or launches or rounding or copy or overflows"
+    " or summed_in"
+)
 
 pytestmark = [
     pytest.mark.skipif(cuda_on_host.ACTIVE, reason="this is the process that was started"),
