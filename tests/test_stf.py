@@ -1,15 +1,20 @@
 """What is special to the stf family: the packed layout, straight-through gradients, where errors lie, the modules."""
 
+import math
+from collections.abc import Iterator
 from itertools import chain, combinations, product
 from typing import Any
 
 import pytest
 import torch
+from cases.stf import factored, packed_of
+from contract import FLOATS, assert_close, cotangents, require_grad, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import torchops
+from torchops.reference import stf as reference
 from torchops.reference.stf import dense, stf_unpack
 
 
@@ -227,6 +232,43 @@ def test_an_index_that_stands_twice_counts_twice() -> None:
     indices = torch.full((5, 1, 3), 2, dtype=torch.uint8)
     once = torchops.stf_linear(torch.eye(6), basis, values.sum(-1, keepdim=True), indices[..., :1])
     torch.testing.assert_close(torchops.stf_linear(torch.eye(6), basis, values, indices), once)
+
+
+def nonfinite_calls(packed: bool, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A NaN or an infinity that reaches some of the outputs, by few tokens and many: no zero is multiplied by it."""
+    for num_tokens, transpose in product((1, 3, 20, 70, 130), (False, True)):
+        inputs = factored(((num_tokens,), 2, 6, 8, 36, 2), transpose, dtype, "cpu")
+        for argument, place in (("basis", (1, 2, 3)), ("values", (17, 0, 1)), ("input", (-1, 5))):
+            if argument == "input" and transpose:
+                continue  # gradients to all of the basis are NaN where some or all have to be
+            changed = inputs[argument].clone()
+            changed[place] = math.nan
+            yield f"NaN in {argument}, T {num_tokens}, transpose {transpose}", inputs | {argument: changed}
+        if packed and not transpose:
+            # All of one sign: an infinity and its negative have no sum. Gradients to the factors have both.
+            changed = inputs["input"].abs()
+            changed[-1, 5] = math.inf
+            positive = {name: inputs[name].abs() + 0.5 for name in ("basis", "values")}
+            yield f"infinity in input, T {num_tokens}", inputs | positive | {"input": changed}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_nonfinite_number_reaches_matches_reference(packed: bool, dtype: torch.dtype) -> None:
+    op = torchops.stf_linear_packed if packed else torchops.stf_linear
+    names = ["input", "bias"] if packed else ["input", "basis", "values", "bias"]
+    for what, call in nonfinite_calls(packed, dtype):
+        inputs = packed_of(call) if packed else call
+        actual, exact = require_grad(inputs, names), require_grad(to_double(inputs), names)
+        output = op(**actual)
+        expected = (reference.stf_linear_packed if packed else reference.stf_linear)(**exact)
+        assert_close(output, expected, dtype, what)
+        grad = cotangents([expected])[0].to(dtype)
+        grads = torch.autograd.grad(output, [actual[name] for name in names], grad)
+        exact_grads = torch.autograd.grad(expected, [exact[name] for name in names], grad.double())
+        for name, one, other in zip(names, grads, exact_grads, strict=True):
+            assert_close(one, other, dtype, f"{what}, gradient to {name}")
 
 
 @pytest.mark.numeric
