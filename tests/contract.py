@@ -65,10 +65,6 @@ class OpCase:
     # The arguments that have gradients, and the operator that computes them, if that takes one.
     differentiable: Sequence[str] = ()
     backward: str = ""
-    # For each of them what its gradient needs: arguments, outputs, or what `inner_sizes` names.
-    saved: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    # The bytes of what else is saved, by name.
-    inner_sizes: Callable[[Inputs], Mapping[str, int]] = lambda inputs: {}
     # What of the outputs is compared with the reference, where they are one of many right answers.
     compared: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
     # How far outputs and gradients may be off in a dtype, where that is more than TOLERANCE.
