@@ -41,7 +41,7 @@ class STFLinear(nn.Module):
     ==================  ==========================  ======================================================
     :meth:`factored`    values, indices             training on a fixed choice of basis vectors; how it starts
     straight_through()  latent                      training that learns the choice, too
-    :meth:`pack`        packed_values, mask         inference and files: no gradients
+    :meth:`pack`        packed_values, mask         inference and files: factors without gradients
     ==================  ==========================  ======================================================
 
     Parameters change with the form, so an optimizer is made afterwards. What is frozen stays frozen, and what
