@@ -49,6 +49,13 @@ def test_gradients_match_reference(case: OpCase, dtype: torch.dtype, device: str
                 assert_close(one, other, dtype, what, case.gradient_tolerance.get(dtype, 0))
 
 
+def largest_number(tensor: Tensor) -> float:
+    """In magnitude, of those that are finite; 0 for integers, of which none is stepped."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return 0
+    return tensor.abs().nan_to_num(posinf=0, nan=0).max().item()
+
+
 @DIFFERENTIABLE_OPS
 def test_gradcheck(case: OpCase, device: str) -> None:
     for sample in case.samples(torch.float64, device):
@@ -59,6 +66,8 @@ def test_gradcheck(case: OpCase, device: str) -> None:
             sample.inputs[name].numel() > 400 or sample.inputs[name].dtype != torch.float64 for name in names
         ):
             continue  # finite differences take a call per element
+        if any(largest_number(value) > 1e3 for value in sample.inputs.values() if isinstance(value, Tensor)):
+            continue  # beside such numbers the step of finite differences vanishes
         inputs = require_grad(sample.inputs, names)
 
         def call(*tensors: Tensor, names=names, inputs=inputs) -> tuple[Tensor, ...]:
