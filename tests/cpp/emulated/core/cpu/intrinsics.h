@@ -178,3 +178,15 @@ SIMD_FUNCTION __mmask16 _mm256_movepi16_mask(__m256i from) {
   }
   return static_cast<__mmask16>(mask);
 }
+
+// Products of 16-bit integers, those of neighbours added up.
+SIMD_FUNCTION __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+  const emulated::Lanes<int16_t, __m512i> left(a), right(b);
+  emulated::Lanes<int32_t, __m512i> result;
+  for (int lane = 0; lane < result.count; ++lane) {
+    const int first = left.lane[2 * lane] * right.lane[2 * lane];
+    const int second = left.lane[2 * lane + 1] * right.lane[2 * lane + 1];
+    result.lane[lane] = static_cast<int32_t>(static_cast<uint32_t>(first) + static_cast<uint32_t>(second));
+  }
+  return result.vector();
+}
