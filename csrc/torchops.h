@@ -5,5 +5,6 @@
 // tracing work as they do from Python.
 
 #include "span_attention/span_attention.h"
+#include "sparse_attention/sparse_attention.h"
 #include "stf/stf.h"
 #include "tokens/tokens.h"

@@ -16,6 +16,7 @@ from . import reference as reference  # noqa: E402
 from . import utils as utils  # noqa: E402
 from ._build import VERSION as _VERSION  # noqa: E402
 from .ops.span_attention import *  # noqa: E402, F403
+from .ops.sparse_attention import *  # noqa: E402, F403
 from .ops.stf import *  # noqa: E402, F403
 from .ops.tokens import *  # noqa: E402, F403
 from .utils import show_config as show_config  # noqa: E402

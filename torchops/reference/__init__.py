@@ -5,5 +5,6 @@ operator of its name. The tests hold the operators to it.
 """
 
 from . import span_attention as span_attention
+from . import sparse_attention as sparse_attention
 from . import stf as stf
 from . import tokens as tokens

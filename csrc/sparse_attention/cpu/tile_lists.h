@@ -1,0 +1,154 @@
+#pragma once
+
+#include "core/cpu/arena.h"
+#include "core/cpu/elements.h"
+#include "sparse_attention/attention.h"
+
+// The lists of a tile of queries in one form: entries that name keys, in ascending order, one behind the other.
+
+namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
+
+// Entries that name the same keys are ordered by the bits of their biases: then the order of the caller's list, biases
+// along with it, does not show.
+template <typename A>
+uint64_t order_of_bias(A bias) {
+  if constexpr (sizeof(A) == sizeof(uint32_t)) {
+    return bit_cast<uint32_t>(bias);
+  } else {
+    return bit_cast<uint64_t>(bias);
+  }
+}
+
+// One list in scratch memory.
+struct List {
+  int32_t* begin;  // the first key of each entry
+  int32_t* end;    // behind its last one
+  int32_t* place;  // where it stands in the caller's list
+  int64_t length;
+};
+
+class TileLists {
+ public:
+  TileLists(Arena* arena, const Lists& lists, int64_t num_lists) {
+    // Lists that lie 4096 bytes apart would share their places in the first cache.
+    stride_ = round_up(lists.num_listed, 16) + 16;
+    begin_ = arena->take<int32_t>(num_lists * stride_);
+    end_ = arena->take<int32_t>(num_lists * stride_);
+    place_ = arena->take<int32_t>(num_lists * stride_);
+    length_ = arena->take<int64_t>(num_lists);
+    sorted_ = arena->take<uint64_t>(lists.num_listed);
+    spare_ = arena->take<uint64_t>(lists.num_listed);
+    counts_ = arena->take<int32_t>(int64_t{1} << digit_bits);
+  }
+
+  List operator[](int64_t list) const {
+    return {begin_ + list * stride_, end_ + list * stride_, place_ + list * stride_, length_[list]};
+  }
+
+  // The entries of a list as far as they name keys of `range`.
+  template <typename A>
+  void fill(int64_t to, const Lists& lists, const ListRule& rule, const Sequence& sequence, int64_t batch,
+            int64_t list_head, int64_t list, Range range, const A* biases) const {
+    length_[to] = lists.wide.data == nullptr
+                      ? collect(to, lists.narrow.row(batch, list_head, list), lists.num_listed, rule, sequence, range)
+                      : collect(to, lists.wide.row(batch, list_head, list), lists.num_listed, rule, sequence, range);
+    const List here = (*this)[to];
+    if (!is_ascending(here)) {
+      sort(here, sequence.num_keys);
+    }
+    if (biases != nullptr) {
+      order_equal_entries(here, biases);
+    }
+  }
+
+ private:
+  static constexpr int digit_bits = 11;
+
+  template <typename Index>
+  int64_t collect(int64_t to, const Index* entries, int64_t count, const ListRule& rule, const Sequence& sequence,
+                  Range range) const {
+    const List here = (*this)[to];
+    int64_t length = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Range keys = listed_keys(rule, sequence, entries[i]);
+      const int64_t begin = keys.begin > range.begin ? keys.begin : range.begin;
+      const int64_t end = keys.end < range.end ? keys.end : range.end;
+      here.begin[length] = static_cast<int32_t>(begin);
+      here.end[length] = static_cast<int32_t>(end);
+      here.place[length] = static_cast<int32_t>(i);
+      length += begin < end ? 1 : 0;
+    }
+    return length;
+  }
+
+  static bool is_ascending(const List& list) {
+    for (int64_t i = 1; i < list.length; ++i) {
+      if (list.begin[i] < list.begin[i - 1]) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // By digits, from the lowest; entries that begin with the same key keep their order.
+  void sort(const List& list, int64_t num_keys) const {
+    uint64_t *from = sorted_, *to = spare_;
+    for (int64_t i = 0; i < list.length; ++i) {
+      from[i] = static_cast<uint64_t>(list.begin[i]) << 32 | static_cast<uint64_t>(i);
+    }
+    for (int shift = 0; num_keys >> shift != 0; shift += digit_bits) {
+      const auto digit_of = [shift](uint64_t key) { return key >> (32 + shift) & ((1 << digit_bits) - 1); };
+      __builtin_memset(counts_, 0, sizeof(int32_t) << digit_bits);
+      for (int64_t i = 0; i < list.length; ++i) {
+        ++counts_[digit_of(from[i])];
+      }
+      for (int32_t digit = 0, before = 0; digit < 1 << digit_bits; ++digit) {
+        const int32_t here = counts_[digit];
+        counts_[digit] = before;
+        before += here;
+      }
+      for (int64_t i = 0; i < list.length; ++i) {
+        to[counts_[digit_of(from[i])]++] = from[i];
+      }
+      uint64_t* const other = from;
+      from = to;
+      to = other;
+    }
+    permute(list.end, from, to, list.length);
+    permute(list.place, from, to, list.length);
+    for (int64_t i = 0; i < list.length; ++i) {
+      list.begin[i] = static_cast<int32_t>(from[i] >> 32);
+    }
+  }
+
+  static void permute(int32_t* numbers, const uint64_t* order, uint64_t* spare, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      spare[i] = static_cast<uint64_t>(numbers[order[i] & 0xffffffff]);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      numbers[i] = static_cast<int32_t>(spare[i]);
+    }
+  }
+
+  template <typename A>
+  static void order_equal_entries(const List& list, const A* biases) {
+    for (int64_t i = 1; i < list.length; ++i) {
+      const int32_t place = list.place[i];
+      int64_t at = i;
+      for (; at > 0 && list.begin[at - 1] == list.begin[i] &&
+             order_of_bias(biases[list.place[at - 1]]) > order_of_bias(biases[place]);
+           --at) {
+        list.place[at] = list.place[at - 1];
+      }
+      list.place[at] = place;
+    }
+  }
+
+  int64_t stride_;
+  int32_t *begin_, *end_, *place_;
+  int64_t* length_;
+  uint64_t *sorted_, *spare_;
+  int32_t* counts_;
+};
+
+}  // namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL

@@ -1,0 +1,160 @@
+#pragma once
+
+#include "core/cpu/exponential.h"
+#include "sparse_attention/cpu/rows.h"
+#include "sparse_attention/cpu/tile_lists.h"
+
+// Queries of one head, and their way through the keys that their lists name: stretch by stretch of keys, which stay in
+// a cache meanwhile, query by query.
+
+namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
+
+// Queries of a tile.
+inline constexpr int64_t most_rows = 64;
+// Keys that a query computes with at a time.
+inline constexpr int64_t most_keys = 256;
+
+// Queries are cut into units of whole lists: one list, or as many as a tile has rows for.
+constexpr int64_t lists_of_unit(const ListRule& rule) {
+  return rule.query_block >= most_rows ? 1 : most_rows / rule.query_block;
+}
+template <typename T>
+constexpr int64_t units_of_head(const Attention<T>& inputs) {
+  return divide_up(inputs.lists.num_lists, lists_of_unit(inputs.rule));
+}
+
+// First and last units by turns: where later queries see more keys, every stretch of turns costs the same.
+constexpr int64_t turn_of_unit(int64_t turn, int64_t units) {
+  return turn % 2 == 0 ? turn / 2 : units - 1 - turn / 2;
+}
+
+struct UnitOfLists {
+  int64_t first;  // list
+  int64_t count;
+  int64_t first_query;
+  int64_t end_of_queries;
+
+  template <typename T>
+  UnitOfLists(const Attention<T>& inputs, int64_t unit) {
+    const int64_t most = lists_of_unit(inputs.rule), query_block = inputs.rule.query_block;
+    first = unit * most;
+    count = inputs.lists.num_lists - first < most ? inputs.lists.num_lists - first : most;
+    first_query = first * query_block;
+    const int64_t end = first_query + count * query_block;
+    end_of_queries = end < inputs.sizes.num_queries ? end : inputs.sizes.num_queries;
+  }
+
+  // Of a head; keys that are not of `range` are left out.
+  template <typename T>
+  void fill(const TileLists& to, const Attention<T>& inputs, int64_t batch, int64_t head, Range range) const {
+    const Sequence sequence = inputs.sequence(batch);
+    for (int64_t list = 0; list < count; ++list) {
+      to.fill(list, inputs.lists, inputs.rule, sequence, batch, inputs.list_head(head), first + list, range,
+              inputs.biases_of(batch, head, first + list));
+    }
+  }
+};
+
+// Keys of a stretch: as many as stay in a cache, or enough for a list to name some of them. It depends on sizes alone,
+// for sums are rescaled from stretch to stretch.
+template <typename T>
+constexpr int64_t stretch_of_keys(const Attention<T>& inputs) {
+  constexpr int64_t worth_a_visit = 16;
+  const int64_t num_keys = inputs.sizes.num_keys;
+  const int64_t block = inputs.rule.block_size < num_keys ? inputs.rule.block_size : num_keys;
+  int64_t keys = most_keys;
+  while (keys < num_keys && keys * inputs.lists.num_listed * block < worth_a_visit * num_keys) {
+    keys *= 2;
+  }
+  return keys;
+}
+
+// Some of the keys that a query sees, in ascending order, and where their entries stand in the list.
+struct Run {
+  const int32_t* keys;
+  const int32_t* places;
+  int64_t count;
+};
+
+// Where a query is on its way.
+struct Progress {
+  List list;
+  int64_t end_of_keys;
+  int64_t entry;  // of the list
+  int64_t key;    // of the entry: so many are done
+};
+
+class Runs {
+ public:
+  Runs(Arena* arena) {
+    progress_ = arena->take<Progress>(most_rows);
+    keys_ = arena->take<int32_t>(most_keys);
+    places_ = arena->take<int32_t>(most_keys);
+  }
+
+  void start(int64_t row, const List& list, int64_t end_of_keys) const { progress_[row] = {list, end_of_keys, 0, 0}; }
+
+  // The next keys of entries that begin before `end`; none where there are no more.
+  Run next(int64_t row, int64_t end, bool of_single_keys) const {
+    Progress& at = progress_[row];
+    const int64_t bound = end < at.end_of_keys ? end : at.end_of_keys;
+    if (of_single_keys) {
+      const int64_t first = at.entry;
+      while (at.entry < at.list.length && at.entry - first < most_keys && at.list.begin[at.entry] < bound) {
+        ++at.entry;
+      }
+      return {at.list.begin + first, at.list.place + first, at.entry - first};
+    }
+    int64_t count = 0;
+    while (at.entry < at.list.length && count < most_keys && at.list.begin[at.entry] < bound) {
+      const int64_t first = at.list.begin[at.entry] + at.key;
+      const int64_t last = at.list.end[at.entry] < at.end_of_keys ? at.list.end[at.entry] : at.end_of_keys;
+      const int64_t taken = last - first < most_keys - count ? last - first : most_keys - count;
+      for (int64_t i = 0; i < taken; ++i) {
+        keys_[count + i] = static_cast<int32_t>(first + i);
+        places_[count + i] = at.list.place[at.entry];
+      }
+      count += taken;
+      at.key += taken;
+      if (first + taken == last) {
+        ++at.entry;
+        at.key = 0;
+      }
+    }
+    return {keys_, places_, count};
+  }
+
+ private:
+  Progress* progress_;
+  int32_t *keys_, *places_;
+};
+
+// Scores of a run, computed in the same way by the forward and the backward; -inf up to whole vectors behind the last.
+template <typename E, typename T>
+void scores_of_run(const Attention<T>& inputs, const typename element<E>::vector* query, const RowsByNumber<T>& keys,
+                   const Run& run, const sum_t<E>* key_bias, const sum_t<E>* pair_bias, sum_t<E>* bias,
+                   sum_t<E>* scores) {
+  using A = sum_t<E>;
+  using Lane = typename lane_index<sizeof(A)>::type;
+  products_with_rows<E>(query, keys, inputs.sizes.head_dim, run.keys, run.count, scores);
+  const bool biased = key_bias != nullptr || pair_bias != nullptr;
+  if (biased) {
+    for (int64_t e = 0; e < run.count; ++e) {
+      bias[e] = (key_bias == nullptr ? A(0) : key_bias[run.keys[e]]) +
+                (pair_bias == nullptr ? A(0) : pair_bias[run.places[e]]);
+    }
+  }
+  for (int64_t e = 0; e < run.count; e += lanes<A>) {
+    vec<A> score = load(scores + e) * inputs.scale;
+    if (biased) {
+      score = load(scores + e) * inputs.scale + load(bias + e);
+    }
+    if (run.count - e < lanes<A>) {
+      const vec<Lane> lane = lane_numbers<Lane>();
+      score = lane < static_cast<Lane>(run.count - e) ? score : broadcast(-static_cast<A>(__builtin_inf()));
+    }
+    store(scores + e, score);
+  }
+}
+
+}  // namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL

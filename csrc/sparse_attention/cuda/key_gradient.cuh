@@ -1,0 +1,160 @@
+#pragma once
+
+#include "sparse_attention/cuda/warp_rows.cuh"
+
+namespace torchops::kernels::sparse_attention {
+
+// The first of `count` ascending numbers that is not below `number`.
+__device__ inline int lower_bound(const int32_t* ascending, int count, int64_t number) {
+  int begin = 0, end = count;
+  while (begin < end) {
+    const int middle = begin + (end - begin) / 2;
+    if (ascending[middle] < number) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+// One key, and what the queries whose lists name it add up to.
+template <typename T>
+struct KeyGradient {
+  using A = accumulate_t<T>;
+
+  const AttentionBackward<T>& args;
+  const SortedLists& sorted;
+  const WarpMemory<A>& memory;
+  int64_t batch;
+  int64_t kv_head;
+  int64_t key;
+  RowSums<A> key_sums;
+  RowSums<A> value_sums;
+  A bias_sum = 0;  // a part of it in each lane
+
+  // The first `count` of the pending queries of a head, a lane for each.
+  __device__ void add(int64_t head, int count) {
+    const Attention<T>& inputs = args.inputs;
+    const Sizes& sizes = inputs.sizes;
+    const int lane = device::lane_index();
+    const bool there = lane < count;
+    const int64_t query = there ? memory.pending[lane] : 0;
+    const int64_t index = (batch * sizes.num_heads + head) * sizes.num_queries + query;
+    const int64_t list = query / inputs.rule.query_block;
+    device::syncwarp();
+    memory.numbers[lane] = there ? static_cast<int>(query) : -1;
+    const RowsOfHead<T> queries(inputs.query, batch, head, sizes.head_dim);
+    const RowsOfHead<T> grads(args.grad_output, batch, head, sizes.value_dim);
+    const A product = product_with_rows(memory, memory.row, queries);
+    A probability = 0, score_grad = 0;
+    if (there) {
+      const int32_t place =
+          inputs.pair_bias == nullptr
+              ? 0
+              : sorted.places[sorted.first_of(inputs, batch, head, list) + memory.pending_entry[lane]];
+      const A* key_bias = inputs.key_bias == nullptr ? nullptr : inputs.key_bias + batch * sizes.num_keys;
+      const A bias = bias_of(key_bias, key, inputs.biases_of(batch, head, list), place);
+      probability = probability_of(score_of(product, inputs.scale, bias), args.normalizer[index]);
+    }
+    if (args.grad_value.data != nullptr) {
+      memory.weights[lane] = probability;
+      value_sums.add(memory, grads);
+    }
+    if (args.delta == nullptr) {
+      return;  // no gradient to scores is wanted
+    }
+    const A of_value = product_with_rows(memory, memory.other_row, grads);
+    if (there) {
+      score_grad = score_gradient_of(probability, of_value, args.delta[index]);
+    }
+    bias_sum += score_grad;
+    if (args.grad_key.data != nullptr) {
+      device::syncwarp();
+      memory.weights[lane] = score_grad;
+      key_sums.add(memory, queries);
+    }
+  }
+
+  // All queries of a head, in ascending order.
+  __device__ void add_queries(int64_t head) {
+    const Attention<T>& inputs = args.inputs;
+    const Sequence sequence = inputs.sequence(batch);
+    const int64_t begin = begin_of_block(inputs.rule, sequence, key);
+    const int num_listed = static_cast<int>(inputs.lists.num_listed), lane = device::lane_index();
+    int pending = 0;
+    for (int64_t first_query = 0; first_query < inputs.sizes.num_queries; first_query += device::warp_size) {
+      const int64_t query = first_query + lane;
+      const int32_t* begins = nullptr;
+      int entry = num_listed;
+      if (query < inputs.sizes.num_queries && key < end_of_keys(inputs.rule, sequence, query)) {
+        begins = sorted.begins + sorted.first_of(inputs, batch, head, query / inputs.rule.query_block);
+        entry = lower_bound(begins, num_listed, begin);
+      }
+      // A list names a key as often as it likes.
+      for (bool more = true; more;) {
+        const bool names = entry < num_listed && begins[entry] == begin;
+        const uint32_t naming = device::ballot(names);
+        if (names) {
+          const int at = pending + device::popc(naming & ((uint32_t{1} << lane) - 1));
+          memory.pending[at] = static_cast<int>(query);
+          memory.pending_entry[at] = entry++;
+        }
+        pending += device::popc(naming);
+        more = naming != 0;
+        device::syncwarp();
+        if (pending >= device::warp_size) {
+          add(head, device::warp_size);
+          pending -= device::warp_size;
+          const int next = memory.pending[device::warp_size + lane];
+          const int next_entry = memory.pending_entry[device::warp_size + lane];
+          device::syncwarp();
+          if (lane < pending) {
+            memory.pending[lane] = next;
+            memory.pending_entry[lane] = next_entry;
+          }
+          device::syncwarp();
+        }
+      }
+    }
+    if (pending > 0) {
+      add(head, pending);
+    }
+  }
+};
+
+// AttentionBackward's grad_key, grad_value and grad_key_bias, a warp for each key, grid [B * Hkv * Lk / num_warps].
+template <typename T>
+__global__ void __launch_bounds__(num_threads) key_gradient(AttentionBackward<T> args, SortedLists sorted) {
+  using A = accumulate_t<T>;
+  const Attention<T>& inputs = args.inputs;
+  const Sizes& sizes = inputs.sizes;
+  const WarpMemory<A> memory;
+  const int64_t index = int64_t{blockIdx.x} * num_warps + device::warp_index();
+  if (index >= sizes.batch * sizes.num_kv_heads * sizes.num_keys) {
+    return;
+  }
+  const int64_t key = index % sizes.num_keys, kv_head = index / sizes.num_keys % sizes.num_kv_heads;
+  const int64_t batch = index / sizes.num_keys / sizes.num_kv_heads;
+  load_row(memory.row, RowsOfHead<T>(inputs.key, batch, kv_head, sizes.head_dim), key);
+  if (inputs.value.data != nullptr) {
+    load_row(memory.other_row, RowsOfHead<T>(inputs.value, batch, kv_head, sizes.value_dim), key);
+  }
+  KeyGradient<T> gradient{args, sorted, memory, batch, kv_head, key, {}, {}};
+  for (int64_t in_group = 0; in_group < sizes.group_size(); ++in_group) {
+    device::syncwarp();
+    gradient.add_queries(kv_head * sizes.group_size() + in_group);
+  }
+  if (args.grad_key.data != nullptr) {
+    gradient.key_sums.store(args.grad_key.row(batch, kv_head, key), sizes.head_dim, inputs.scale);
+  }
+  if (args.grad_value.data != nullptr) {
+    gradient.value_sums.store(args.grad_value.row(batch, kv_head, key), sizes.value_dim, A(1));
+  }
+  const A bias = device::sum_of_warp(gradient.bias_sum);
+  if (args.grad_key_bias != nullptr && device::lane_index() == 0) {
+    args.grad_key_bias[index] = bias;
+  }
+}
+
+}  // namespace torchops::kernels::sparse_attention

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <algorithm>
+
+#include "core/cuda/launch.h"
+#include "span_attention/cuda/side_gradients.cuh"
+#include "sparse_attention/cuda/forward.cuh"
+#include "sparse_attention/cuda/key_gradient.cuh"
+#include "sparse_attention/cuda/query_gradient.cuh"
+#include "sparse_attention/cuda/row_delta.cuh"
+
+// Which kernel on which grid.
+
+namespace torchops::kernels::sparse_attention {
+
+using span_attention::tiles_of;
+
+template <typename T>
+void launch_sort_lists(const Attention<T>& inputs, const SortedLists& sorted) {
+  device::launch({inputs.sizes.batch * sorted.num_heads * inputs.lists.num_lists, sort_threads,
+                  device::shared_size<EntryOrder>(sort_threads)},
+                 sort_lists<T>, inputs, sorted);
+}
+
+template <typename T>
+void launch_forward(const AttentionForward<T>& args, const SortedLists& sorted) {
+  const Sizes& sizes = args.inputs.sizes;
+  device::launch({tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, num_warps), num_threads,
+                  WarpMemory<accumulate_t<T>>::bytes},
+                 forward<T>, args, sorted);
+}
+
+// args.grad_query or grad_pair_bias is wanted.
+template <typename T>
+void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& sorted) {
+  const Sizes& sizes = args.inputs.sizes;
+  const int64_t queries_of_warp = args.grad_pair_bias == nullptr ? 1 : args.inputs.rule.query_block;
+  const int64_t units = sizes.batch * sizes.num_heads * tiles_of(sizes.num_queries, queries_of_warp);
+  device::launch({tiles_of(units, num_warps), num_threads, WarpMemory<accumulate_t<T>>::bytes}, query_gradient<T>, args,
+                 sorted, queries_of_warp);
+}
+
+// One of args.grad_key, grad_value and grad_key_bias is wanted.
+template <typename T>
+void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted) {
+  const Sizes& sizes = args.inputs.sizes;
+  device::launch({tiles_of(sizes.batch * sizes.num_kv_heads * sizes.num_keys, num_warps), num_threads,
+                  WarpMemory<accumulate_t<T>>::bytes},
+                 key_gradient<T>, args, sorted);
+}
+
+template <typename T>
+void launch_row_delta(const RowDelta<T>& args) {
+  const Sizes& sizes = args.sizes;
+  device::launch({tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads), row_delta_threads},
+                 row_delta<T>, args);
+}
+
+template <typename A>
+void launch_sink_gradient(const span_attention::SinkGradient<A>& args) {
+  device::launch({args.sizes.num_heads, span_attention::sink_gradient_threads, span_attention::sink_gradient_bytes<A>},
+                 span_attention::sink_gradient<A>, args);
+}
+
+template <typename A>
+void launch_key_bias_gradient(const A* shares, A* grad_key_bias, const Sizes& sizes) {
+  device::launch({tiles_of(sizes.batch * sizes.num_keys, span_attention::key_bias_gradient_threads),
+                  span_attention::key_bias_gradient_threads},
+                 span_attention::key_bias_gradient<A>, shares, grad_key_bias, sizes);
+}
+
+}  // namespace torchops::kernels::sparse_attention

@@ -1,0 +1,37 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "../core/export.h"
+
+// Attention over lists of keys, or of blocks of keys. docs/sparse_attention.md has the mathematics.
+
+namespace torchops {
+
+// query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv], indices int64 or int32 [B, 1 or Hkv or Hq, Nq, k]
+// with Nq = ceil(Lq / query_block), key_bias [B, Lk], pair_bias [B, indices's heads or Hq, Nq, k], sink [Hq],
+// query_start and key_start int64 or int32 [B] -> [B, Hq, Lq, Dv]
+TORCHOPS_API at::Tensor topk_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                       const at::Tensor& indices, c10::SymInt block_size = 1,
+                                       c10::SymInt query_block = 1, bool is_causal = false,
+                                       std::optional<double> scale = std::nullopt,
+                                       const std::optional<at::Tensor>& key_bias = std::nullopt,
+                                       const std::optional<at::Tensor>& pair_bias = std::nullopt,
+                                       const std::optional<at::Tensor>& sink = std::nullopt,
+                                       const std::optional<at::Tensor>& query_start = std::nullopt,
+                                       const std::optional<at::Tensor>& key_start = std::nullopt);
+
+// The same and the logarithm of the softmax's denominator [B, Hq, Lq].
+TORCHOPS_API std::tuple<at::Tensor, at::Tensor> topk_attention_lse(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& indices,
+    c10::SymInt block_size = 1, c10::SymInt query_block = 1, bool is_causal = false,
+    std::optional<double> scale = std::nullopt, const std::optional<at::Tensor>& key_bias = std::nullopt,
+    const std::optional<at::Tensor>& pair_bias = std::nullopt, const std::optional<at::Tensor>& sink = std::nullopt,
+    const std::optional<at::Tensor>& query_start = std::nullopt,
+    const std::optional<at::Tensor>& key_start = std::nullopt);
+
+}  // namespace torchops

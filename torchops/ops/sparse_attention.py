@@ -1,0 +1,140 @@
+"""Attention over listed keys: each query, or each block of queries, has a list of keys, or of blocks of keys.
+
+How a list is chosen is another matter: by product quantization in SPT, by an indexer in DSA, by pooled scores of
+blocks in NSA, MoBA and MiniMax. What follows the choice is the same, exact softmax attention over a list.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["topk_attention", "topk_attention_lse"]
+
+
+def topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    key_bias: Optional[Tensor] = None,
+    pair_bias: Optional[Tensor] = None,
+    sink: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    """Softmax attention in which a query sees the keys that its list names.
+
+    An entry of a list is the index of a key, or with ``block_size`` > 1 that of a block of keys: block b holds the
+    keys at the positions b * block_size to (b + 1) * block_size - 1. An entry that names no key, -1 or any other, is
+    skipped, wherever it stands. Lists may be in any order and give the same bits in every one; ascending is fastest.
+    A key that is listed twice counts twice. With ``is_causal`` the keys behind a query are hidden one by one, also
+    within a block. A query that sees no key gets zeros. Scores and sums are float32 (float64 for float64).
+    Differentiable in query, key, value, key_bias, pair_bias and sink; the backward keeps two numbers a query.
+
+    Args:
+        query: [B, Hq, Lq, D], float64, float32, bfloat16 or float16; D at most 256. A tensor whose last
+            dimension is contiguous is read where it lies, [B, L, H, D] storage included.
+        key: [B, Hkv, Lk, D]. Hq is a multiple of Hkv: query head h goes with head h // (Hq / Hkv).
+        value: [B, Hkv, Lk, Dv], Dv at most 256.
+        indices: int32 or int64 [B, Hi, Nq, k], Hi one of 1, Hkv and Hq: heads share lists as they share keys.
+            Nq is Lq / query_block, rounded up.
+        block_size: keys in a block; the last block may be short.
+        query_block: consecutive queries, counted from the first one of the call, that share a list.
+        is_causal: hide the keys behind a query.
+        scale: factor on the products of queries and keys; 1 / sqrt(D) if None.
+        key_bias: [B, Lk], any floating dtype, added to every score of a key. -inf hides it (padding).
+        pair_bias: [B, Hi or Hq, Nq, k], any floating dtype, added to the scores of a listed entry.
+        sink: [Hq], any floating dtype: a logit that takes part in the softmax of its head and has no value.
+        query_start, key_start: int64 or int32 [B], the absolute positions of the first query and of the first key
+            of each row, for what the shapes do not tell. Lk - Lq and 0 if None. Causality and the blocks of keys go
+            by them; an entry that names a single key (block_size = 1) counts from the first key of the tensor.
+
+    Returns:
+        [B, Hq, Lq, Dv] in query's dtype and memory layout.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, D or Dv outside of 1..256, block_size or query_block < 1.
+
+    Source: SPT (Gui et al., 2023), DSA (DeepSeek-V3.2), NSA (Yuan et al., 2025), MoBA (Lu et al., 2025).
+
+    >>> query, key, value = torch.randn(3, 1, 2, 6, 8)
+    >>> indices = (query @ key.transpose(-1, -2)).topk(3).indices
+    >>> torchops.topk_attention(query, key, value, indices, is_causal=True).shape
+    torch.Size([1, 2, 6, 8])
+    """
+    return torch.ops.torchops.topk_attention(
+        query,
+        key,
+        value,
+        indices,
+        key_bias,
+        pair_bias,
+        sink,
+        query_start,
+        key_start,
+        block_size=block_size,
+        query_block=query_block,
+        is_causal=is_causal,
+        scale=scale,
+    )
+
+
+def topk_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    key_bias: Optional[Tensor] = None,
+    pair_bias: Optional[Tensor] = None,
+    sink: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """:func:`topk_attention` and the logarithm of its softmax's denominator.
+
+    Results over parts of the keys are merged with it, those of :func:`span_attention_lse` among them: NSA's window
+    and list, for example.
+
+    Args:
+        query, key, value, indices, block_size, query_block, is_causal, scale, key_bias, pair_bias, sink, query_start,
+            key_start: as in :func:`topk_attention`.
+
+    Returns:
+        output [B, Hq, Lq, Dv], and logsumexp [B, Hq, Lq] in float32 (float64 for float64), -inf for a
+        query that sees nothing. Both are differentiable.
+
+    Raises:
+        ValueError: as :func:`topk_attention`.
+
+    >>> query, key, value = torch.randn(3, 1, 2, 6, 8)
+    >>> some, others = torch.tensor([0, 3, 5]).expand(1, 1, 6, 3), torch.tensor([1, 2, 4]).expand(1, 1, 6, 3)
+    >>> first, first_lse = torchops.topk_attention_lse(query, key, value, some)
+    >>> second, second_lse = torchops.topk_attention_lse(query, key, value, others)
+    >>> weight = torch.sigmoid(first_lse - second_lse)[..., None]
+    >>> merged = first * weight + second * (1 - weight)
+    >>> torch.testing.assert_close(merged, torchops.span_attention(query, key, value))
+    """
+    return torch.ops.torchops.topk_attention_lse(
+        query,
+        key,
+        value,
+        indices,
+        key_bias,
+        pair_bias,
+        sink,
+        query_start,
+        key_start,
+        block_size=block_size,
+        query_block=query_block,
+        is_causal=is_causal,
+        scale=scale,
+    )

@@ -1,0 +1,134 @@
+"""Attention over listed keys, in plain PyTorch: every listed key is gathered for every query."""
+
+import math
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+
+def listed(
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """int64 and bool [B, Hi, Lq, k, keys of a block]: the keys that entries name, and whether a query sees them."""
+    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
+    if query_start is None:
+        query_start = torch.full((batch,), num_keys - num_queries, device=query.device)
+    if key_start is None:
+        key_start = torch.zeros(batch, dtype=torch.int64, device=query.device)
+    limit = 2**57
+    position = query_start.long().clamp(-limit, limit)[:, None] + torch.arange(num_queries, device=query.device)
+    start = key_start.long().clamp(-limit, limit)[:, None, None, None]
+    entries = indices.long()
+    if block_size == 1:
+        there = (entries >= 0) & (entries < num_keys)
+        first = entries.masked_fill(~there, 0)
+    else:
+        last = (start + num_keys - 1).div(block_size, rounding_mode="floor")
+        there = (entries >= 0) & (entries <= last)
+        first = entries.masked_fill(~there, 0) * block_size - start
+    keys = first.clamp(min=0)[..., None] + torch.arange(min(block_size, num_keys), device=query.device)
+    inside = there[..., None] & (keys < (first + block_size).clamp(max=num_keys)[..., None])
+    of_query = torch.arange(num_queries, device=query.device) // query_block
+    keys, inside = keys[:, :, of_query], inside[:, :, of_query]
+    if is_causal:
+        inside = inside & (keys + start[..., None] <= position[:, None, :, None, None])
+    return keys.masked_fill(~inside, 0), inside
+
+
+def gathered(rows: Tensor, keys: Tensor, inside: Tensor) -> Tensor:
+    """[B, H, Lk, D] -> [B, H, Lq, k, D]: the rows of listed keys; zeros for the others, which may hold anything."""
+    if rows.shape[2] == 0:
+        return rows.new_zeros(*keys.shape, rows.shape[3])
+    flat = keys.flatten(2)[..., None].expand(-1, -1, -1, rows.shape[3])
+    return rows.gather(2, flat).unflatten(2, keys.shape[2:]).masked_fill(~inside[..., None], 0)
+
+
+def topk_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    key_bias: Optional[Tensor] = None,
+    pair_bias: Optional[Tensor] = None,
+    sink: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    num_heads, num_queries = query.shape[1], query.shape[2]
+    keys, inside = listed(query, key, indices, block_size, query_block, is_causal, query_start, key_start)
+    repeats = num_heads // indices.shape[1] if indices.shape[1] else 0
+    keys, inside = (t.repeat_interleave(repeats, dim=1).flatten(3) for t in (keys, inside))
+    # A query that sees nothing may hold anything.
+    query = query.masked_fill(~inside.any(-1, keepdim=True), 0)
+    group_size = num_heads // key.shape[1]
+    key = gathered(key.repeat_interleave(group_size, dim=1), keys, inside)
+    value = gathered(value.repeat_interleave(group_size, dim=1), keys, inside)
+    scores = (key @ query[..., None])[..., 0] * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if key_bias is not None:
+        scores = scores + gathered(key_bias[:, None, :, None].expand(-1, num_heads, -1, -1), keys, inside)[..., 0]
+    if pair_bias is not None:
+        of_query = torch.arange(num_queries, device=query.device) // query_block
+        of_head = torch.arange(num_heads, device=query.device) // max(num_heads // max(pair_bias.shape[1], 1), 1)
+        bias = pair_bias.to(scores.dtype)[:, of_head][:, :, of_query]
+        bias = bias.repeat_interleave(scores.shape[-1] // max(bias.shape[-1], 1), dim=-1)
+        scores = scores + bias.masked_fill(~inside, 0)
+    scores = scores.masked_fill(~inside, -torch.inf)
+    # The sink is one more key, whose value is 0; a column of -inf changes nothing.
+    logits = torch.full_like(query[..., :1], -torch.inf)
+    if sink is not None:
+        logits = sink.to(query.dtype)[:, None, None].expand_as(logits)
+    scores = torch.cat([scores, logits], dim=-1)
+    # A row of nothing but -inf has no softmax.
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(nothing, 0)
+    # Not by torch.logsumexp: its derivative takes scores less a logsumexp that was rounded, however large they are.
+    largest = scores.amax(-1, keepdim=True).detach()
+    weights = (scores - largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    probabilities = (weights / total).masked_fill(nothing, 0)
+    logsumexp = (largest + total.log()).masked_fill(nothing, -torch.inf)
+    return (probabilities[..., None, :-1] @ value)[..., 0, :], logsumexp[..., 0]
+
+
+def topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    key_bias: Optional[Tensor] = None,
+    pair_bias: Optional[Tensor] = None,
+    sink: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    return topk_attention_lse(
+        query,
+        key,
+        value,
+        indices,
+        block_size,
+        query_block,
+        is_causal,
+        scale,
+        key_bias,
+        pair_bias,
+        sink,
+        query_start,
+        key_start,
+    )[0]
