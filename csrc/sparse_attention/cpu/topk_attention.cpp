@@ -195,10 +195,11 @@ TopkGradients topk_attention_backward_cpu(const TopkBackward& backward) {
     const auto shares = [](const at::Tensor& tensor) {
       return tensor.defined() ? tensor.mutable_data_ptr<A>() : nullptr;
     };
-    compute_gradients<T>({tensors.arguments<T>(), heads<T>(grad), normalizers<A>(of_rows), data_or_null<A>(delta),
-                          mutable_heads<T>(grad_query), mutable_heads<T>(grad_key), mutable_heads<T>(grad_value),
-                          shares(bias_shares), shares(pair_shares)},
-                         mask);
+    compute_gradients<T>(
+        {tensors.arguments<T>(), heads<T>(grad), normalizers<A>(of_rows),
+         mask.scores() ? data_or_null<A>(delta) : nullptr, mutable_heads<T>(grad_query), mutable_heads<T>(grad_key),
+         mutable_heads<T>(grad_value), shares(bias_shares), shares(pair_shares)},
+        mask);
   });
   if (mask.key_bias()) {
     grad_key_bias.copy_(bias_shares.sum(1));

@@ -79,7 +79,7 @@ TopkGradients topk_attention_backward_cuda(const TopkBackward& backward) {
     const kernels::sparse_attention::AttentionBackward<T> args{tensors.arguments<T>(),
                                                                heads<T>(grad),
                                                                normalizers<A>(of_rows),
-                                                               data_or_null<A>(delta),
+                                                               mask.scores() ? data_or_null<A>(delta) : nullptr,
                                                                mutable_heads<T>(grad_query),
                                                                mutable_heads<T>(grad_key),
                                                                mutable_heads<T>(grad_value),

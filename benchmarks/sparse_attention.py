@@ -1,0 +1,139 @@
+"""Attention over lists of keys against PyTorch's attention, masked and full, and against our own full attention."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import torchops
+
+from .eager import sparse_attention as eager
+from .harness import FORWARD, FORWARD_BACKWARD, Absent, Contender, Curves, Finding, Options, Report, Row, contender
+from .span_attention import FULL_CAUSAL, MASKED, OPERATIONS_PER_SECOND, Shape, make_inputs, mask_is_too_large, randn
+
+NOTES = """\
+n: queries and keys, k: entries of a list, b: keys of a block, c: queries that share a list, H: heads, D: features of a \
+head. Everything is causal; lists are random, ascending, one for each head, and made beforehand, as masks are.
+Forward is without autograd. Forward + backward is the forward pass with autograd, then the gradients of query, key \
+and value, from a gradient of the output that was made beforehand.
+SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_causal). Full attention does other work, so \
+that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing.
+Memory is the peak of what torch allocates during a call, results included."""
+
+OWN_FULL = "span_attention full causal"
+
+CURVES = (
+    Curves(
+        "crossover",
+        "Lists of n / 8 keys for each query (H=4 D=64): time over the number of tokens n",
+        "lists of keys",
+        "n",
+        {"share": 8, "H": 4, "D": 64},
+        "seconds",
+    ),
+)
+
+# (share of n that is listed, forward, forward + backward) against SDPA full causal, on a processor without a second
+# 512-bit unit.
+TARGETS = {8: (2.5, 2.5), 16: (4.0, None), 32: (7.0, None)}
+BLOCK_TARGET = 3.5
+
+
+def rows(options: Options) -> Iterator[Row]:
+    lengths = (512,) if options.quick else (1024, 2048, 4096, 8192)
+    for dtype in options.dtypes:
+        for direction in (FORWARD, FORWARD_BACKWARD):
+            for tokens in lengths:
+                yield list_row(Shape(tokens), 8, 1, 1, dtype, direction, options)
+            for share in (16, 32):
+                yield list_row(Shape(lengths[-1]), share, 1, 1, dtype, direction, options)
+            for block, query_block in ((1, 16), (64, 64)):
+                yield list_row(Shape(lengths[-1]), 8, block, query_block, dtype, direction, options)
+        yield decoding_row(Shape(lengths[-1]), 8, dtype, options)
+
+
+def list_row(
+    shape: Shape, share: int, block: int, query_block: int, dtype: torch.dtype, direction: str, options: Options
+) -> Row:
+    backward = direction == FORWARD_BACKWARD
+    listed = shape.tokens // share // block
+    name = "lists of keys" if block * query_block == 1 else "lists for blocks"
+    operations = shape.operations(3 * shape.tokens**2, backward)
+    return Row(
+        name,
+        f"n={shape.tokens} k={listed} b={block} c={query_block} {shape}",
+        dtype,
+        direction,
+        partial(list_contenders, shape, share, block, query_block, dtype, backward, options.device),
+        {**shape.parameters, "share": share, "b": block, "c": query_block},
+        round_seconds=operations / OPERATIONS_PER_SECOND[options.device.type],
+    )
+
+
+def list_contenders(
+    shape: Shape, share: int, block: int, query_block: int, dtype: torch.dtype, backward: bool, device: torch.device
+) -> dict[str, Contender | Absent]:
+    tokens = shape.tokens
+    inputs = make_inputs(shape, dtype, device, backward)
+    grad = randn((1, shape.heads, tokens, shape.features), 3, dtype, device)
+    indices = eager.choose(tokens, shape.heads, tokens // share // block, block, query_block, device)
+    attend = partial(
+        torchops.topk_attention, indices=indices, block_size=block, query_block=query_block, is_causal=True
+    )
+    target = None
+    if tokens == 8192:
+        target = BLOCK_TARGET if block * query_block > 1 else TARGETS[share][backward]
+    full = contender(lambda: (scaled_dot_product_attention(*inputs, is_causal=True),), inputs, grad, target=target)
+    own = contender(lambda: (torchops.span_attention(*inputs, is_causal=True),), inputs, grad)
+    masked: Contender | Absent
+    reason = mask_is_too_large(tokens * shape.heads, dtype, device)
+    if reason:
+        masked = Absent(reason)
+    else:
+        mask = eager.mask_of(indices, tokens, block, query_block)
+        masked = contender(lambda: (scaled_dot_product_attention(*inputs, attn_mask=mask),), inputs, grad)
+    return {
+        "torchops": contender(lambda: (attend(*inputs),), inputs, grad),
+        FULL_CAUSAL: replace(full, align=None),
+        OWN_FULL: replace(own, align=None),
+        MASKED: masked,
+    }
+
+
+def decoding_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:
+    """One query, the last of n tokens."""
+
+    def contenders() -> dict[str, Contender | Absent]:
+        query, key, value = make_inputs(shape, dtype, options.device)
+        query = query[:, :, -1:].contiguous()
+        indices = eager.choose(shape.tokens, shape.heads, shape.tokens // share, 1, shape.tokens, options.device)
+        full = Contender(lambda: (scaled_dot_product_attention(query, key, value),), target=0.6 * share)
+        return {
+            "torchops": Contender(lambda: (torchops.topk_attention(query, key, value, indices),)),
+            "SDPA": replace(full, align=None),
+        }
+
+    return Row(
+        "decoding, one query",
+        f"Lk={shape.tokens} k={shape.tokens // share} {shape}",
+        dtype,
+        FORWARD,
+        contenders,
+        {**shape.parameters, "share": share},
+    )
+
+
+def findings(report: Report) -> list[Finding]:
+    lines = [
+        [row.shape, row.dtype, row.direction, *(f"{row.contenders[name].ratio.median:.2f}" for name in names)]
+        for row in report.operations().get("lists of keys", [])
+        if all(name in row.contenders for name in (names := (FULL_CAUSAL, OWN_FULL)))
+    ]
+    found = Finding(
+        "Time of full causal attention / torchops's (above 1: the list pays)",
+        ["shape", "dtype", "direction", FULL_CAUSAL, OWN_FULL],
+        lines,
+    )
+    return [found] if lines else []

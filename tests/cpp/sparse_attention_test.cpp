@@ -1,0 +1,84 @@
+// The sparse_attention family from C++, without Python.
+
+#include <torch/torch.h>
+
+#include <cmath>
+
+#include "catch.h"
+#include "torchops.h"
+
+namespace {
+
+// Every score in float64; a key counts as often as a list names it.
+at::Tensor dense(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& indices,
+                 const at::Tensor& key_bias) {
+  const auto times = torch::zeros({query.size(0), query.size(1), query.size(2), key.size(2)}, at::kDouble)
+                         .scatter_add(-1, indices, torch::ones(indices.sizes(), at::kDouble));
+  const auto scores = query.matmul(key.transpose(-1, -2)) / std::sqrt(static_cast<double>(query.size(-1))) +
+                      key_bias.unsqueeze(1).unsqueeze(1) + times.log();
+  const auto positions = torch::arange(query.size(2));
+  return scores.masked_fill(positions.unsqueeze(1).lt(positions), -INFINITY).softmax(-1).nan_to_num(0).matmul(value);
+}
+
+}  // namespace
+
+TEST_CASE("topk_attention and its gradients agree with dense attention") {
+  torch::manual_seed(0);
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (const auto& [length, head_dim, listed] :
+         {std::array<int64_t, 3>{1, 8, 1}, {63, 16, 5}, {200, 40, 70}, {130, 1, 9}}) {
+      CAPTURE(dtype, length, head_dim, listed);
+      const auto random = [&](at::IntArrayRef sizes) { return torch::randn(sizes, dtype).requires_grad_(); };
+      const std::vector<at::Tensor> inputs{random({2, 3, length, head_dim}), random({2, 3, length, head_dim}),
+                                           random({2, 3, length, 24}), random({2, length})};
+      auto indices = torch::randint(length, {2, 3, length, listed}, at::kLong);
+      indices.select(-1, 0).copy_(torch::arange(length));  // every query sees itself
+      const auto output =
+          torchops::topk_attention(inputs[0], inputs[1], inputs[2], indices, 1, 1, true, std::nullopt, inputs[3]);
+      std::vector<at::Tensor> exact;
+      for (const auto& input : inputs) {
+        exact.push_back(input.detach().to(at::kDouble).requires_grad_());
+      }
+      const auto expected = dense(exact[0], exact[1], exact[2], indices, exact[3]);
+      const auto grad = torch::randn_like(output);
+      const auto actual_grads = torch::autograd::grad({output}, inputs, {grad});
+      const auto expected_grads = torch::autograd::grad({expected}, exact, {grad.to(at::kDouble)});
+
+      const double tolerance = dtype == at::kDouble     ? 1e-12
+                               : dtype == at::kFloat    ? 2e-5
+                               : dtype == at::kBFloat16 ? 2e-2
+                                                        : 3e-3;
+      // Relative to the largest number, or to 1: with a single key in sight the gradient to its score is 0.
+      const auto close = [&](const at::Tensor& one, const at::Tensor& other) {
+        const auto largest = std::max(other.abs().max().item<double>(), 1.0);
+        return (one.to(at::kDouble) - other).abs().max().item<double>() <= tolerance * largest;
+      };
+      CHECK(output.scalar_type() == dtype);
+      CHECK(close(output, expected));
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        CAPTURE(i);
+        CHECK(close(actual_grads[i], expected_grads[i]));
+      }
+    }
+  }
+}
+
+TEST_CASE("topk_attention_lse merges parts of the keys") {
+  torch::manual_seed(1);
+  const auto query = torch::randn({1, 2, 30, 16}), key = torch::randn({1, 2, 50, 16}),
+             value = torch::randn({1, 2, 50, 16});
+  const auto part = [&](int64_t begin, int64_t end) {
+    return torchops::topk_attention_lse(query, key, value, torch::arange(begin, end).expand({1, 1, 30, end - begin}));
+  };
+  const auto [first, first_lse] = part(0, 21);
+  const auto [second, second_lse] = part(21, 50);
+  const auto weight = torch::sigmoid(first_lse - second_lse).unsqueeze(-1);
+  CHECK(
+      torch::allclose(first * weight + second * (1 - weight), torchops::span_attention(query, key, value), 1e-4, 1e-5));
+}
+
+TEST_CASE("topk_attention reports bad input as an error that says what is wrong") {
+  const auto query = torch::randn({1, 4, 8, 16}), key = torch::randn({1, 2, 8, 16});
+  const auto indices = torch::zeros({1, 3, 8, 2}, at::kLong);
+  CHECK_THROWS_AS(torchops::topk_attention(query, key, key, indices), c10::ValueError);
+}
