@@ -14,12 +14,12 @@ from .harness import FORWARD, FORWARD_BACKWARD, Absent, Contender, Curves, Findi
 from .span_attention import FULL_CAUSAL, MASKED, OPERATIONS_PER_SECOND, Shape, make_inputs, mask_is_too_large, randn
 
 NOTES = """\
-n: queries and keys, k: entries of a list, b: keys of a block, c: queries that share a list, H: heads, D: features of a \
-head. Everything is causal; lists are random, ascending, one for each head, and made beforehand, as masks are.
+n: queries and keys, k: entries of a list, b: keys of a block, c: queries that share a list, H: heads, D: features of \
+a head. Everything is causal; lists are random, ascending, one for each head, and made beforehand, as masks are.
 Forward is without autograd. Forward + backward is the forward pass with autograd, then the gradients of query, key \
 and value, from a gradient of the output that was made beforehand.
-SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_causal). Full attention does other work, so \
-that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing.
+SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_causal). Full attention does other work, \
+so that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing.
 Memory is the peak of what torch allocates during a call, results included."""
 
 OWN_FULL = "span_attention full causal"
@@ -126,14 +126,15 @@ def decoding_row(shape: Shape, share: int, dtype: torch.dtype, options: Options)
 
 
 def findings(report: Report) -> list[Finding]:
+    names = (FULL_CAUSAL, OWN_FULL)
     lines = [
         [row.shape, row.dtype, row.direction, *(f"{row.contenders[name].ratio.median:.2f}" for name in names)]
         for row in report.operations().get("lists of keys", [])
-        if all(name in row.contenders for name in (names := (FULL_CAUSAL, OWN_FULL)))
+        if all(name in row.contenders for name in names)
     ]
     found = Finding(
         "Time of full causal attention / torchops's (above 1: the list pays)",
-        ["shape", "dtype", "direction", FULL_CAUSAL, OWN_FULL],
+        ["shape", "dtype", "direction", *names],
         lines,
     )
     return [found] if lines else []
