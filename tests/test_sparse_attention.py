@@ -113,6 +113,7 @@ def test_sees_the_keys_of_the_rule(call: dict[str, Any]) -> None:
     assert torch.equal(seen_keys(queries, keys, indices, **options, **start), expected)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"block_size": 8, "query_block": 16}, {"query_block": 4}], ids=str)
 def test_the_order_of_a_list_does_not_show(dtype: torch.dtype, options: dict[str, int]) -> None:
@@ -168,6 +169,7 @@ def test_heads_share_lists_as_they_share_keys() -> None:
         assert_same_bits([actual], [torchops.topk_attention(**inputs, indices=repeated)], str(shared.shape))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("scale", [0.3, -7e4, 1e8])
 def test_a_single_key_has_gradients_of_exactly_zero_to_scores(scale: float) -> None:
     for dtype in FLOATS:

@@ -191,18 +191,12 @@ def side_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     large = {"query": query, "key": key, "value": value, "indices": lists, "scale": 1.0}
     yield Sample("large-scores", large)
     yield Sample("large-scores-sink", large | {"sink": torch.tensor([score, -score], dtype=dtype, device=device)})
-    # All but one score of a query differ in the last bits of a dtype, or not at all.
-    near = random(1, 2, 9, 8, dtype=dtype, device=device)
-    near[:] = near[:, :, :1]
-    yield Sample(
-        "near-equal-scores",
-        {
-            "query": near,
-            "key": near * (1 + torch.finfo(dtype).eps * signs),
-            "value": value,
-            "indices": lists,
-        },
-    )
+    # The scores of a query differ in the last bits of a dtype, or not at all; other features tell keys apart.
+    near = random(1, 2, 1, 4, dtype=dtype, device=device).expand(-1, -1, 9, -1)
+    other = random(1, 2, 9, 4, dtype=dtype, device=device)
+    key = torch.cat([near * (1 + torch.finfo(dtype).eps * signs), other], dim=-1)
+    query = torch.cat([near, torch.zeros_like(other)], dim=-1)
+    yield Sample("near-equal-scores", {"query": query, "key": key, "value": value, "indices": lists})
 
 
 def unseen_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -526,8 +520,8 @@ def backward_large(device: str) -> Inputs:
 
 DIFFERENTIABLE = ("query", "key", "value", *SIDES)
 
-# The backward takes exponentials of scores less their log-sum-exp, which has been rounded.
-GRADIENT_TOLERANCE = {torch.float32: 2e-5}
+# The backward is made of the output, which has been rounded: with few keys much of it cancels.
+GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 
 CASES = [
     OpCase(

@@ -45,8 +45,7 @@ def listed(
 
 def gathered(rows: Tensor, keys: Tensor, inside: Tensor) -> Tensor:
     """[B, H, Lk, D] -> [B, H, Lq, k, D]: the rows of listed keys; zeros for the others, which may hold anything."""
-    if rows.shape[2] == 0:
-        return rows.new_zeros(*keys.shape, rows.shape[3])
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # so that there is one, also without keys
     flat = keys.flatten(2)[..., None].expand(-1, -1, -1, rows.shape[3])
     return rows.gather(2, flat).unflatten(2, keys.shape[2:]).masked_fill(~inside[..., None], 0)
 
