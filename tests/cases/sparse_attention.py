@@ -565,7 +565,7 @@ CASES = [
         backward_samples,
         backward_invalid,
         backward_sized,
-        launches=7,
+        launches=6,
         large=backward_large,
     ),
 ]
