@@ -36,12 +36,13 @@ struct Case {
 // Sizes: B, Hq, Hkv, Lq, Lk, D, Dv.
 const std::vector<Case> cases = {
     {"a list for each head", {1, 2, 1, 9, 40, 20, 36}, 2, 37, 1, 1, true, true, false, true},
-    {"a shared list, more than a warp of queries", {1, 4, 2, 70, 50, 8, 8}, 1, 5, 1, 1, true, false, false, false},
-    {"blocks", {2, 2, 2, 7, 90, 16, 70}, 2, 3, 40, 1, true, true, true, true},
+    {"a shared list, more than a warp of queries", {1, 2, 1, 36, 20, 8, 8}, 1, 5, 1, 1, true, false, false, false},
     {"blocks for blocks of queries", {1, 2, 1, 37, 60, 24, 24}, 1, 4, 8, 16, true, true, false, false},
     {"no keys", {2, 2, 1, 5, 0, 8, 8}, 2, 3, 1, 1, false, true, false, true},
     {"empty lists", {1, 2, 1, 5, 6, 8, 8}, 1, 0, 1, 1, false, true, false, true},
 #if defined(EVERY_SIZE)
+    {"blocks", {2, 2, 2, 7, 90, 16, 70}, 2, 3, 40, 1, true, true, true, true},
+    {"groups", {1, 4, 2, 70, 50, 8, 8}, 1, 5, 1, 1, true, false, false, false},
     {"longest rows", {1, 1, 1, 3, 40, 256, 200}, 1, 12, 1, 1, false, false, false, false},
     {"long lists", {1, 1, 1, 3, 300, 8, 8}, 1, 290, 1, 2, true, true, false, true},
     {"padding", {3, 1, 1, 20, 20, 12, 12}, 1, 6, 4, 1, true, true, true, false},
@@ -274,6 +275,11 @@ TEMPLATE_TEST_CASE("topk_attention and its gradients", "", KERNEL_TYPES) {
 
 TEMPLATE_TEST_CASE("topk_attention lists in order, which are not ranked", "", KERNEL_TYPES) {
   for (const Case& spec : cases) {
+#if !defined(EVERY_SIZE)
+    if (&spec != &cases.front()) {
+      continue;
+    }
+#endif
     CAPTURE(spec.name);
     Problem<TestType> problem(spec);
     problem.pair_bias.assign(problem.pair_bias.size(), accumulate_t<TestType>(1));
