@@ -45,9 +45,8 @@ TORCHOPS_INLINE int64_t begin_of_block(const ListRule& rule, const Sequence& seq
 }
 TORCHOPS_INLINE int64_t end_of_block(const ListRule& rule, const Sequence& sequence, int64_t key) {
   const int64_t before = (sequence.key_start + key) % rule.block_size;
-  return rule.block_size == 1
-             ? key + 1
-             : span_attention::detail::clamp(key - before + rule.block_size, 0, sequence.num_keys);
+  return rule.block_size == 1 ? key + 1
+                              : span_attention::detail::clamp(key - before + rule.block_size, 0, sequence.num_keys);
 }
 
 // Behind the last key that a query may see.
