@@ -75,6 +75,8 @@ class OpCase:
     # Whether it is composed of torch's dense decompositions, which wait for a CUDA device, and whose bits may differ
     # between numbers of threads.
     decomposes: bool = False
+    # Those of `differentiable` whose gradient torch adds up, which inductor does in an order of its own.
+    summed_by_torch: Sequence[str] = ()
     # The tensor arguments whose first dimension is not the batch.
     unbatched: Sequence[str] = ()
     # The smallest batch of an exported program: torch.export tells sizes that become 1 from others.

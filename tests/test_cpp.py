@@ -52,7 +52,7 @@ def test_cpp(program: Path, name: str) -> None:
     # A comma separates test names on Catch2's command line.
     command = [program, name.replace(",", "\\,")]
     # Sanitizers are loaded before anything else and fill memory themselves.
-    sanitized = "TORCHOPS_CPP_TESTS" in os.environ or program.name.endswith(("_asan", "_tsan"))
+    sanitized = "TORCHOPS_CPP_TESTS" in os.environ or program.name.endswith(("_asan", "_tsan", "mutation_test"))
     environment = unpoisoned() if sanitized else os.environ
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

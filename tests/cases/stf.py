@@ -492,6 +492,7 @@ CASES = [
         packed_sized,
         reference=reference.stf_linear_packed,
         differentiable=("input", "bias"),
+        summed_by_torch=("bias",),
         unbatched=("basis", "packed_values", "mask", "bias"),
         autocast=packed_autocast,
         launches=2,
