@@ -2,6 +2,7 @@
 
 #include "core/cpu/exponential.h"
 #include "span_attention/cpu/tiles.h"
+#include "span_attention/pieces.h"
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
 namespace {
@@ -18,31 +19,8 @@ static_assert(most_rows <= query_tile);
 template <typename A>
 constexpr A minus_infinity = -static_cast<A>(__builtin_inf());
 
-constexpr int64_t rows_of(const Sizes& sizes) {
-  return sizes.group_size() * sizes.num_queries;
-}
-
-// No more keys than that are seen by the queries of a row of the batch, wherever they lie.
-constexpr int64_t most_visible_keys(const Sizes& sizes, const Span& span) {
-  const int64_t right = span.is_causal ? 0 : span.right;
-  const int64_t between = sizes.num_queries == 1 ? 0 : sizes.num_queries + span.block_size;
-  const int64_t seen = span.left + span.block_size + right + between;
-  return seen < sizes.num_keys ? seen : sizes.num_keys;
-}
-
 constexpr int64_t num_pieces(const Sizes& sizes, const Span& span) {
-  const int64_t of_keys = divide_up(most_visible_keys(sizes, span), least_piece);
-  const int64_t of_units = divide_up(most_units, sizes.batch * sizes.num_kv_heads);
-  const int64_t pieces = of_keys < of_units ? of_keys : of_units;
-  return pieces < 1 ? 1 : pieces;
-}
-
-// The piece's share of the keys that are seen, which are fewer than there might be: then the last pieces are empty.
-constexpr Range keys_of_piece(Range keys, int64_t piece, int64_t pieces) {
-  const int64_t count = keys.empty() ? 0 : keys.end - keys.begin;
-  const int64_t length = round_up(divide_up(count, pieces), key_block);
-  const int64_t begin = keys.begin + piece * length;
-  return {begin, begin + length < keys.end ? begin + length : keys.end};
+  return span_attention::num_pieces(sizes, span, least_piece, sizes.batch * sizes.num_kv_heads, most_units);
 }
 
 // What pieces give for each row of the output, without having divided by the sum.
@@ -144,6 +122,33 @@ inline __attribute__((always_inline)) void for_row_groups(int64_t num_rows, cons
   }
 }
 
+// Pairs of neighbouring vectors are added up, `unit` lanes of either by turns, until there is one vector. Lanes stay
+// within 16 bytes for as long as that is possible: moving them further takes several times as long.
+template <int unit, typename Vector, int size>
+inline __attribute__((always_inline)) void add_pairs(Vector (&rows)[size]) {
+  constexpr int in_place = 16 / sizeof(rows[0][0]), group = in_place > 2 * unit ? in_place : 2 * unit;
+  if constexpr (unit < size) {
+    vec<typename lane_index<sizeof(rows[0][0])>::type> first, second;
+    for (int lane = 0; lane < size; ++lane) {
+      const int turn = lane % group / unit;
+      first[lane] = lane / group * group + turn / 2 * unit + lane % unit + turn % 2 * size;
+      second[lane] = first[lane] + group / 2;
+    }
+    for (int pair = 0; pair < size / 2 / unit; ++pair) {
+      const Vector one = rows[2 * pair], other = rows[2 * pair + 1];
+      rows[pair] = __builtin_shuffle(one, other, first) + __builtin_shuffle(one, other, second);
+    }
+    add_pairs<2 * unit>(rows);
+  }
+}
+
+// The sum of the lanes of each of as many vectors as a vector has lanes, all added up in the same order.
+template <typename Vector, int size>
+inline __attribute__((always_inline)) Vector sums_of_each(Vector (&rows)[size]) {
+  add_pairs<1>(rows);
+  return rows[0];
+}
+
 // Products of queries with a block of keys, as scores. Behind the last key the products are its own again.
 template <int rows, typename E, typename T>
 void multiply_keys(const Attention<T>& args, const Scratch<E>& scratch, int64_t first_row, const T* keys,
@@ -160,7 +165,7 @@ void multiply_keys(const Attention<T>& args, const Scratch<E>& scratch, int64_t 
     }
     ahead.fetch(keys_at_once);
     vec<A> products[lanes<A>] = {};
-    const auto add = [&](int64_t d, int64_t used) {
+    const auto add = [&](int64_t d, int64_t used) __attribute__((always_inline)) {
       for (int64_t key = 0; key < keys_at_once; ++key) {
         const auto elements = load_elements<E>(of_key[key] + d, used);
         for (int64_t row = 0; row < rows; ++row) {
@@ -175,7 +180,7 @@ void multiply_keys(const Attention<T>& args, const Scratch<E>& scratch, int64_t 
     if (whole < args.sizes.head_dim) {
       add(whole, args.sizes.head_dim - whole);
     }
-    const vec<A> sums = sums_of_lanes(products);
+    const vec<A> sums = sums_of_each(products);
     for (int64_t row = 0; row < rows; ++row) {
       __builtin_memcpy(scores + row * key_block + first, reinterpret_cast<const A*>(&sums) + row * keys_at_once,
                        keys_at_once * sizeof(A));
@@ -340,7 +345,7 @@ void decode(const Attention<T>& args, void* partials, void* scratch, int64_t beg
     const int64_t batch = head / sizes.num_kv_heads, kv_head = head % sizes.num_kv_heads;
     const Sequence sequence = args.sequence(batch);
     const Range keys =
-        keys_of_piece(visible_keys(args.span, sequence, Range{0, sizes.num_queries}), piece, pieces);
+        keys_of_piece(visible_keys(args.span, sequence, Range{0, sizes.num_queries}), piece, pieces, key_block);
     if (keys.empty()) {
       continue;
     }
@@ -373,7 +378,7 @@ void decode_merge(const AttentionForward<T>& args, void* partials, int64_t begin
     const A sink = inputs.sink == nullptr ? minus_infinity<A> : inputs.sink[head];
     int64_t used = 0;
     A largest = minus_infinity<A>;
-    for (; used < pieces && !keys_of_piece(keys, used, pieces).empty(); ++used) {
+    for (; used < pieces && !keys_of_piece(keys, used, pieces, key_block).empty(); ++used) {
       largest = largest_of[used] > largest ? largest_of[used] : largest;
     }
     largest = sink > largest ? sink : largest;
