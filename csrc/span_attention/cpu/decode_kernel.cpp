@@ -12,9 +12,9 @@ constexpr int64_t key_block = 128;
 // Pieces have this many keys at least, and there are no more than it takes to give many threads equal shares.
 constexpr int64_t least_piece = 512;
 constexpr int64_t most_units = 256;
-// Up to so many rows the products are not worth packing keys for.
-constexpr int64_t most_rows = 64;
-static_assert(most_rows <= query_tile);
+// More rows are worth packing the keys; for as many as a tile has, a head that is the only one is split all the same.
+constexpr int64_t most_rows = 16;
+constexpr int64_t most_rows_of_one_head = query_tile;
 
 template <typename A>
 constexpr A minus_infinity = -static_cast<A>(__builtin_inf());
@@ -149,13 +149,14 @@ inline __attribute__((always_inline)) Vector sums_of_each(Vector (&rows)[size]) 
   return rows[0];
 }
 
-// Products of queries with a block of keys, as scores. Behind the last key the products are its own again.
-template <int rows, typename E, typename T>
+// Products of queries with a block of keys, as scores. Behind the last key the products are its own again. `has_rest`:
+// rows are no whole number of vectors.
+template <int rows, bool has_rest, typename E, typename T>
 void multiply_keys(const Attention<T>& args, const Scratch<E>& scratch, int64_t first_row, const T* keys,
                    int64_t num_keys, Ahead<T>& ahead) {
   using A = sum_t<E>;
   constexpr int64_t keys_at_once = lanes<A> / rows, step = Scratch<E>::step;
-  const int64_t vectors = Scratch<E>::vectors(args.sizes), whole = args.sizes.head_dim / step * step;
+  const int64_t vectors = Scratch<E>::vectors(args.sizes), rest = args.sizes.head_dim - (vectors - 1) * step;
   const auto* const queries = scratch.queries + first_row * vectors;
   A* const scores = scratch.scores + first_row * key_block;
   for (int64_t first = 0; first < num_keys; first += keys_at_once) {
@@ -164,21 +165,28 @@ void multiply_keys(const Attention<T>& args, const Scratch<E>& scratch, int64_t 
       of_key[key] = keys + (first + key < num_keys ? first + key : num_keys - 1) * args.key.row_stride;
     }
     ahead.fetch(keys_at_once);
-    vec<A> products[lanes<A>] = {};
-    const auto add = [&](int64_t d, int64_t used) __attribute__((always_inline)) {
+    vec<A> products[lanes<A>];
+    for (auto& product : products) {
+      product = vec<A>{};
+    }
+    const auto* query = queries;
+    int64_t d = 0;
+    const auto add = [&](int64_t used) __attribute__((always_inline)) {
       for (int64_t key = 0; key < keys_at_once; ++key) {
         const auto elements = load_elements<E>(of_key[key] + d, used);
         for (int64_t row = 0; row < rows; ++row) {
           vec<A>& sum = products[row * keys_at_once + key];
-          sum = multiply_add_lanes(queries[row * vectors + d / step], elements, sum);
+          sum = multiply_add_lanes(query[row * vectors], elements, sum);
         }
       }
+      d += step;
+      ++query;
     };
-    for (int64_t d = 0; d < whole; d += step) {
-      add(d, step);
+    for (int64_t vector = has_rest ? 1 : 0; vector < vectors; ++vector) {
+      add(step);
     }
-    if (whole < args.sizes.head_dim) {
-      add(whole, args.sizes.head_dim - whole);
+    if constexpr (has_rest) {
+      add(rest);
     }
     const vec<A> sums = sums_of_each(products);
     for (int64_t row = 0; row < rows; ++row) {
@@ -235,7 +243,12 @@ inline __attribute__((always_inline)) void add_columns(const Attention<T>& args,
                                                        int64_t num_keys, Ahead<T>& ahead, const Load& load_value) {
   using A = sum_t<E>;
   const A* const weights = scratch.scores + first_row * key_block;
-  vec<A> sums[rows][vectors] = {};
+  vec<A> sums[rows][vectors];
+  for (auto& of_row : sums) {
+    for (auto& sum : of_row) {
+      sum = vec<A>{};
+    }
+  }
   const T* from = values + first;
   for (int64_t key = 0; key < num_keys; ++key, from += args.value.row_stride) {
     ahead.fetch(1);
@@ -296,8 +309,12 @@ void compute_piece(const Attention<T>& args, const Scratch<E>& scratch, int64_t 
     const T* const values = args.value.row(batch, kv_head, first);
     Ahead<T> next_values{values, args.value.row_stride, sizes.value_dim, num_keys};
     for_row_groups<most>(num_rows, [&](auto rows, int64_t row) {
-      multiply_keys<decltype(rows)::value>(args, scratch, row, args.key.row(batch, kv_head, first), num_keys,
-                                           next_values);
+      const T* const of_block = args.key.row(batch, kv_head, first);
+      if (sizes.head_dim % Scratch<E>::step == 0) {
+        multiply_keys<decltype(rows)::value, false>(args, scratch, row, of_block, num_keys, next_values);
+      } else {
+        multiply_keys<decltype(rows)::value, true>(args, scratch, row, of_block, num_keys, next_values);
+      }
     });
     const A* const bias = args.key_bias == nullptr ? nullptr : args.key_bias + batch * sizes.num_keys + first;
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -315,7 +332,9 @@ void compute_piece(const Attention<T>& args, const Scratch<E>& scratch, int64_t 
 
 template <typename T>
 int64_t decode_pieces(const Attention<T>& args) {
-  return rows_of(args.sizes) <= most_rows ? num_pieces(args.sizes, args.span) : 0;
+  const bool one_head = args.sizes.batch * args.sizes.num_kv_heads == 1;
+  const bool few = rows_of(args.sizes) <= (one_head ? most_rows_of_one_head : most_rows);
+  return few ? num_pieces(args.sizes, args.span) : 0;
 }
 
 template <typename T>
