@@ -12,8 +12,10 @@ constexpr int64_t key_block = 128;
 // Pieces have this many keys at least, and there are no more than it takes to give many threads equal shares.
 constexpr int64_t least_piece = 512;
 constexpr int64_t most_units = 256;
-// More rows are worth packing the keys; for as many as a tile has, a head that is the only one is split all the same.
-constexpr int64_t most_rows = 16;
+// More rows are worth packing the keys, those of 16 bits sooner, for they are widened on the way; for as many as a tile
+// has, a head that is the only one is split all the same.
+template <typename T>
+constexpr int64_t most_rows = sizeof(T) == 2 ? 8 : 16;
 constexpr int64_t most_rows_of_one_head = query_tile;
 
 template <typename A>
@@ -333,7 +335,7 @@ void compute_piece(const Attention<T>& args, const Scratch<E>& scratch, int64_t 
 template <typename T>
 int64_t decode_pieces(const Attention<T>& args) {
   const bool one_head = args.sizes.batch * args.sizes.num_kv_heads == 1;
-  const bool few = rows_of(args.sizes) <= (one_head ? most_rows_of_one_head : most_rows);
+  const bool few = rows_of(args.sizes) <= (one_head ? most_rows_of_one_head : most_rows<T>);
   return few ? num_pieces(args.sizes, args.span) : 0;
 }
 
@@ -423,11 +425,11 @@ void decode_merge(const AttentionForward<T>& args, void* partials, int64_t begin
   }
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                                    \
-  template int64_t decode_pieces(const Attention<T>&);                             \
-  template int64_t decode_partial_bytes(const Attention<T>&);                      \
-  template int64_t decode_scratch_bytes(const Attention<T>&);                      \
-  template void decode(const Attention<T>&, void*, void*, int64_t, int64_t);       \
+#define TORCHOPS_INSTANTIATE(T)                                              \
+  template int64_t decode_pieces(const Attention<T>&);                       \
+  template int64_t decode_partial_bytes(const Attention<T>&);                \
+  template int64_t decode_scratch_bytes(const Attention<T>&);                \
+  template void decode(const Attention<T>&, void*, void*, int64_t, int64_t); \
   template void decode_merge(const AttentionForward<T>&, void*, int64_t, int64_t);
 TORCHOPS_INSTANTIATE(double)
 TORCHOPS_INSTANTIATE(float)

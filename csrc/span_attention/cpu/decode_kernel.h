@@ -10,22 +10,22 @@
 
 namespace torchops::kernels::span_attention {
 
-#define TORCHOPS_DECLARE(level)                                                                            \
-  namespace level {                                                                                        \
-  /* Pieces for each key-value head, or 0 where the kernels of forward_kernel.h are the faster ones. */    \
-  template <typename T>                                                                                    \
-  int64_t decode_pieces(const Attention<T>& args);                                                         \
-  /* Of what all pieces give. */                                                                           \
-  template <typename T>                                                                                    \
-  int64_t decode_partial_bytes(const Attention<T>& args);                                                  \
-  template <typename T>                                                                                    \
-  int64_t decode_scratch_bytes(const Attention<T>& args);                                                  \
-  /* Units are pieces: (b * Hkv + head) * decode_pieces + piece. */                                        \
-  template <typename T>                                                                                    \
-  void decode(const Attention<T>& args, void* partials, void* scratch, int64_t begin, int64_t end);        \
-  /* Units are rows of the output: (b * Hq + head) * Lq + query. It overwrites their partials. */          \
-  template <typename T>                                                                                    \
-  void decode_merge(const AttentionForward<T>& args, void* partials, int64_t begin, int64_t end);          \
+#define TORCHOPS_DECLARE(level)                                                                         \
+  namespace level {                                                                                     \
+  /* Pieces for each key-value head, or 0 where the kernels of forward_kernel.h are the faster ones. */ \
+  template <typename T>                                                                                 \
+  int64_t decode_pieces(const Attention<T>& args);                                                      \
+  /* Of what all pieces give. */                                                                        \
+  template <typename T>                                                                                 \
+  int64_t decode_partial_bytes(const Attention<T>& args);                                               \
+  template <typename T>                                                                                 \
+  int64_t decode_scratch_bytes(const Attention<T>& args);                                               \
+  /* Units are pieces: (b * Hkv + head) * decode_pieces + piece. */                                     \
+  template <typename T>                                                                                 \
+  void decode(const Attention<T>& args, void* partials, void* scratch, int64_t begin, int64_t end);     \
+  /* Units are rows of the output: (b * Hq + head) * Lq + query. It overwrites their partials. */       \
+  template <typename T>                                                                                 \
+  void decode_merge(const AttentionForward<T>& args, void* partials, int64_t begin, int64_t end);       \
   }
 TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)
 #undef TORCHOPS_DECLARE

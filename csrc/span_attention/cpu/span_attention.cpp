@@ -56,8 +56,7 @@ void parallel_tiles(int64_t count, int64_t cost, int64_t scratch_bytes, const Wo
 template <typename T>
 bool decode(const kernels::span_attention::AttentionForward<T>& args) {
   const Sizes& sizes = args.inputs.sizes;
-  const auto pieces =
-      args.normalizer != nullptr ? 0 : TORCHOPS_KERNEL(span_attention, decode_pieces<T>)(args.inputs);
+  const auto pieces = args.normalizer != nullptr ? 0 : TORCHOPS_KERNEL(span_attention, decode_pieces<T>)(args.inputs);
   if (pieces == 0) {
     return false;
   }

@@ -107,18 +107,17 @@ __global__ void __launch_bounds__(decode_threads)
   const Range keys =
       keys_of_piece(visible_keys(visible.span, visible.sequence, Range{0, num_queries}), piece, pieces, decode_block);
   device::SharedMemory memory;
-  A* queries = memory.take<A>(rows * 256);           // [rows][D]
-  A* scores = memory.take<A>(rows * decode_block);   // then exp(score - largest)
-  A* factors = memory.take<A>(rows);                 // what was summed up before is to be multiplied by
+  A* queries = memory.take<A>(rows * 256);          // [rows][D]
+  A* scores = memory.take<A>(rows * decode_block);  // then exp(score - largest)
+  A* factors = memory.take<A>(rows);                // what was summed up before is to be multiplied by
   int2* of_row = memory.take<int2>(rows);
   A* shares = memory.take<A>(decode_threads * rows);
 
   for (int i = static_cast<int>(threadIdx.x); i < rows * head_dim; i += decode_threads) {
     const int row = first_row + i / head_dim;
-    queries[i] = row < num_rows
-                     ? device::widen(args.query.row(batch, kv_head * sizes.group_size() + row / num_queries,
-                                                    row % num_queries)[i % head_dim])
-                     : A(0);
+    queries[i] = row < num_rows ? device::widen(args.query.row(batch, kv_head * sizes.group_size() + row / num_queries,
+                                                               row % num_queries)[i % head_dim])
+                                : A(0);
   }
   for (int i = static_cast<int>(threadIdx.x); i < rows; i += decode_threads) {
     const Range seen = first_row + i < num_rows ? visible((first_row + i) % num_queries) : Range{0, 0};

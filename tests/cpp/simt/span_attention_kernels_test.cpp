@@ -145,7 +145,15 @@ const std::vector<Case> decoding_cases = {
     {"blocks", {1, 2, 1, 4, 300, 16, 200}, 150, 1, 0, false, true, true, false, Layout::rows_first},
     {"longest rows", {1, 2, 2, 1, 260, 256, 256}, 1, -1, -1, true, false, false, false, Layout::heads_first},
     {"odd rows", {1, 2, 1, 1, 260, 255, 129}, 1, -1, -1, true, false, true, false, Layout::odd},
-    {"queries of which some see nothing", {1, 1, 1, 8, 260, 8, 8}, 100, 0, 0, true, false, true, true,
+    {"queries of which some see nothing",
+     {1, 1, 1, 8, 260, 8, 8},
+     100,
+     0,
+     0,
+     true,
+     false,
+     true,
+     true,
      Layout::heads_first},
 #endif
 };
