@@ -10,6 +10,7 @@
 #include "core/parallel.h"
 #include "span_attention/arguments.h"
 #include "span_attention/cpu/backward_kernel.h"
+#include "span_attention/cpu/decode_kernel.h"
 #include "span_attention/cpu/delta_kernel.h"
 #include "span_attention/cpu/forward_kernel.h"
 
@@ -51,6 +52,29 @@ void parallel_tiles(int64_t count, int64_t cost, int64_t scratch_bytes, const Wo
   });
 }
 
+// Few queries without a backward to come; whether they are few enough.
+template <typename T>
+bool decode(const kernels::span_attention::AttentionForward<T>& args) {
+  const Sizes& sizes = args.inputs.sizes;
+  const auto pieces = args.normalizer != nullptr ? 0 : TORCHOPS_KERNEL(span_attention, decode_pieces<T>)(args.inputs);
+  if (pieces == 0) {
+    return false;
+  }
+  AlignedBuffer<char> partials(
+      static_cast<size_t>(TORCHOPS_KERNEL(span_attention, decode_partial_bytes<T>)(args.inputs)));
+  const auto scratch_bytes = TORCHOPS_KERNEL(span_attention, decode_scratch_bytes<T>)(args.inputs);
+  const int64_t rows = sizes.num_queries * sizes.group_size();
+  parallel_tiles(sizes.batch * sizes.num_kv_heads * pieces, tile_cost(sizes, rows + 3, sizes.num_keys / pieces),
+                 scratch_bytes, [&](char* scratch, int64_t begin, int64_t end) {
+                   TORCHOPS_KERNEL(span_attention, decode<T>)(args.inputs, partials.data(), scratch, begin, end);
+                 });
+  parallel_units(sizes.batch * sizes.num_heads * sizes.num_queries, pieces * sizes.value_dim,
+                 [&](int64_t begin, int64_t end) {
+                   TORCHOPS_KERNEL(span_attention, decode_merge<T>)(args, partials.data(), begin, end);
+                 });
+  return true;
+}
+
 void forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const SpanOptions& options,
              const at::Tensor& output, const at::Tensor& logsumexp, const at::Tensor& normalizer) {
   if (output.numel() == 0) {
@@ -63,6 +87,9 @@ void forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& v
     const kernels::span_attention::AttentionForward<T> args{
         tensors.arguments<T>(), mutable_heads<T>(output),
         logsumexp.defined() ? logsumexp.mutable_data_ptr<A>() : nullptr, normalizers<A>(normalizer)};
+    if (decode(args)) {
+      return;
+    }
     const Sizes& sizes = args.inputs.sizes;
     const auto pack_bytes = TORCHOPS_KERNEL(span_attention, forward_pack_bytes<T>)(sizes);
     const auto pack_units = TORCHOPS_KERNEL(span_attention, forward_pack_units<T>)(sizes);

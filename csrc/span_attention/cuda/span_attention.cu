@@ -1,3 +1,4 @@
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "span_attention/arguments.h"
@@ -7,6 +8,21 @@
 namespace torchops {
 namespace {
 
+template <typename T>
+void forward(const kernels::span_attention::AttentionForward<T>& args, const at::Tensor& output) {
+  if (!kernels::span_attention::decodes(args)) {
+    return kernels::span_attention::launch_forward(args);
+  }
+  using A = kernels::accumulate_t<T>;
+  const auto& sizes = args.inputs.sizes;
+  const auto pieces = kernels::span_attention::decode_pieces(sizes, args.inputs.span);
+  const auto options = output.options().dtype(c10::CppTypeToScalarType<A>::value);
+  const auto results = at::empty({output.numel() / sizes.value_dim, pieces, sizes.value_dim}, options);
+  const auto softmax = at::empty({output.numel() / sizes.value_dim, pieces, 2}, options);
+  kernels::span_attention::launch_decode(
+      args, {results.template mutable_data_ptr<A>(), softmax.template mutable_data_ptr<A>(), pieces});
+}
+
 at::Tensor span_attention_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const SpanOptions& options, const at::Tensor& logsumexp, const at::Tensor& normalizer) {
   const SpanTensors inputs(query, key, value, value.size(3), options);
@@ -14,9 +30,9 @@ at::Tensor span_attention_cuda(const at::Tensor& query, const at::Tensor& key, c
   for_dtype(query.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = kernels::accumulate_t<T>;
-    kernels::span_attention::launch_forward<T>({inputs.arguments<T>(), mutable_heads<T>(output),
-                                                logsumexp.defined() ? logsumexp.mutable_data_ptr<A>() : nullptr,
-                                                normalizers<A>(normalizer)});
+    forward<T>({inputs.arguments<T>(), mutable_heads<T>(output),
+                logsumexp.defined() ? logsumexp.mutable_data_ptr<A>() : nullptr, normalizers<A>(normalizer)},
+               output);
   });
   return output;
 }
