@@ -7,7 +7,17 @@ import cases
 import pytest
 import torch
 from cases import PUBLIC_OPS
-from contract import Inputs, OpCase, assert_close, assert_same_bits, cotangents, given, outputs_of, require_grad, subsets
+from contract import (
+    Inputs,
+    OpCase,
+    assert_close,
+    assert_same_bits,
+    cotangents,
+    given,
+    outputs_of,
+    require_grad,
+    subsets,
+)
 from torch import Tensor
 
 
