@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <cstdint>
 #include <tuple>
 
 #include "span_attention/arguments.h"
@@ -90,10 +91,17 @@ at::Tensor delta_of_rows(const Device& device, const SpanBackward& args) {
   return delta;
 }
 
+// As kernels read it: contiguous, and aligned to two numbers, which rows of a wider tensor need not be.
+inline at::Tensor aligned_normalizer(const at::Tensor& normalizer) {
+  const auto result = normalizer.contiguous();
+  const auto alignment = 2 * static_cast<uintptr_t>(result.element_size());
+  return reinterpret_cast<uintptr_t>(result.const_data_ptr()) % alignment == 0 ? result : result.clone();
+}
+
 // In the accumulation dtype.
 template <typename Device>
 at::Tensor gradient_to_sink(const Device& device, const SpanBackward& args, const at::Tensor& delta) {
-  const auto normalizer = args.normalizer.contiguous();
+  const auto normalizer = aligned_normalizer(args.normalizer);
   const auto sink = args.options.sink->to(normalizer.scalar_type()).contiguous();
   auto gradient = at::empty(sink.sizes(), sink.options());
   const auto compute = [&](auto zero) {
@@ -128,7 +136,7 @@ SpanGradients span_attention_backward_on(const SpanBackward& args) {
                            args.value_dim(), args.options);
   const auto sizes = inputs.sizes();
   const auto grad = args.grad_output ? with_contiguous_rows(*args.grad_output) : at::Tensor();
-  const auto normalizer = args.normalizer.contiguous();
+  const auto normalizer = aligned_normalizer(args.normalizer);
   const auto shares = mask.key_bias()
                           ? at::empty({sizes.batch, sizes.num_kv_heads, sizes.num_keys}, normalizer.options())
                           : at::Tensor();
