@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import torchops
+from torchops._namespace import operators
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Relative to the largest magnitude in the expected tensor. Rounding of the result dominates in 16 bits.
@@ -96,11 +97,11 @@ class OpCase:
     @property
     def op(self) -> Callable:
         """The function a user calls, resp. the registered operator of an internal one."""
-        return getattr(torch.ops.torchops, self.name).default if self.is_internal else getattr(torchops, self.name)
+        return getattr(operators, self.name).default if self.is_internal else getattr(torchops, self.name)
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.torchops, self.name).default
+        return getattr(operators, self.name).default
 
     def __str__(self) -> str:
         return self.name

@@ -8,6 +8,7 @@ import torch
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
+from torchops._namespace import operators
 from torchops.reference import span_attention as reference
 
 HUGE = 2**62
@@ -405,7 +406,7 @@ def span_attention_autocast(device: str) -> tuple[Inputs, Inputs]:
 def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:
     options = {"block_size": 1, "left": -1, "right": -1, "is_causal": False, "scale": None}
     options |= dict.fromkeys(("key_bias", "sink", "query_start", "key_start"))
-    output, logsumexp, normalizer = torch.ops.torchops._span_attention_forward(**inputs)
+    output, logsumexp, normalizer = operators._span_attention_forward(**inputs)
     if grad_output is None:
         generator = torch.Generator().manual_seed(5)
         grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
