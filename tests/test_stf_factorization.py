@@ -120,7 +120,9 @@ def test_awkward_weights(rows: int, cols: int, dtype: torch.dtype, scales: tuple
             bound = exact if nnz >= rank else 1 + exact
             assert (dense(basis, values / scale, indices) - expected).norm() <= bound * norm, what
             # Of a given basis the right vectors are not always found.
-            assert (projected.double() / scale - expected).norm() <= (20 * exact if bound == exact else bound) * norm, what
+            assert (projected.double() / scale - expected).norm() <= (20 * exact if bound == exact else bound) * norm, (
+                what
+            )
 
 
 def test_factorization_of_equal_rows_and_of_more_vectors_than_columns() -> None:
