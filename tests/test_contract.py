@@ -155,7 +155,7 @@ def test_opcheck(case: OpCase, device: str) -> None:
         names = given(sample.inputs, case.differentiable)
         inputs = require_grad(sample.inputs, names)
         schema = case.overload._schema.arguments
-        positional = tuple(inputs[a.name] for a in schema if not a.kwarg_only and a.name in inputs)
+        positional = tuple(inputs.get(a.name, a.default_value) for a in schema if not a.kwarg_only)
         keywords = {a.name: inputs[a.name] for a in schema if a.kwarg_only and a.name in inputs}
         torch.library.opcheck(case.overload, positional, keywords)
 
