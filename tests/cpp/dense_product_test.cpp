@@ -99,7 +99,7 @@ std::vector<Kernel<T>> kernels_here() {
                        &torchops::kernels::core::level::dense_product_scratch_bytes<T>, \
                        &torchops::kernels::core::level::dense_product<T>});             \
   }
-  TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_ADD)
+  TORCHOPS_FOR_EACH_LEVEL_NAME(TORCHOPS_ADD)
 #undef TORCHOPS_ADD
   return kernels;
 }
