@@ -13,6 +13,7 @@ typedef double __m512d __attribute__((vector_size(64)));
 typedef long long __m512i __attribute__((vector_size(64)));
 typedef short __m512bh __attribute__((vector_size(64)));
 typedef long long __m256i __attribute__((vector_size(32)));
+typedef uint32_t __mmask32;
 typedef uint16_t __mmask16;
 typedef uint8_t __mmask8;
 
@@ -139,6 +140,16 @@ SIMD_FUNCTION __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 from) {
 }
 SIMD_FUNCTION __m512d _mm512_maskz_expand_pd(__mmask8 mask, __m512d from) {
   return emulated::expand<double>(mask, from);
+}
+// Numbers that no bit of the mask takes are not read.
+SIMD_FUNCTION __m512i _mm512_maskz_expandloadu_epi16(__mmask32 mask, const void* from) {
+  emulated::Lanes<uint16_t, __m512i> result;
+  for (int lane = 0, next = 0; lane < result.count; ++lane) {
+    if (mask >> lane & 1) {
+      __builtin_memcpy(&result.lane[lane], static_cast<const char*>(from) + 2 * next++, 2);
+    }
+  }
+  return result.vector();
 }
 SIMD_FUNCTION __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 from) {
   return emulated::compress<float>(mask, from);
