@@ -124,4 +124,75 @@ inline __attribute__((always_inline)) void add_to_block(Tiles& tiles, LeftTiles 
   }
 }
 
+// Rows of the operand that stays packed while blocks of the other one pass by: it fits in the second-level cache.
+constexpr int64_t rows_to_keep_packed(int64_t depth_tiles) {
+  constexpr int64_t most_numbers = int64_t{1} << 19, fewest = 128, most = 512;
+  const int64_t fitting = most_numbers / ((depth_tiles + 1) * tile_depth) / block_side * block_side;
+  return fitting < fewest ? fewest : fitting < most ? fitting : most;
+}
+
+// `count` rows or columns, the depth along them, padded with zeros into [padded_count / 16][tiles] tiles from `packed`
+// on, `row_step` numbers between those of 16 rows.
+template <bool as_right>
+void pack_count_along(const bfloat16* from, int64_t stride, int64_t count, int64_t padded_count, int64_t depth,
+                      int64_t row_step, bfloat16* packed) {
+  for (int64_t first = 0; first < padded_count; first += tile_side, packed += row_step) {
+    for (int64_t d = 0; d < depth; d += tile_depth) {
+      pack_tile_along<as_right>(from + first * stride + d, stride, {0, count - first}, depth - d,
+                                packed + d / tile_depth * tile_numbers);
+    }
+  }
+}
+
+// Blocks of 32 columns times packed rows.
+struct PanelProduct {
+  int64_t depth_tiles;
+  // Whether the rows are the right operand and the columns the left one: then sums are turned.
+  bool is_transposed;
+  float* sums;    // [32][32]
+  float* turned;  // [32][32], where is_transposed
+
+  template <typename Arena>
+  PanelProduct(Arena* arena, int64_t tiles, bool transposed)
+      : depth_tiles(tiles),
+        is_transposed(transposed),
+        sums(arena->template take<float>(block_side * block_side)),
+        turned(arena->template take<float>(transposed ? block_side * block_side : 0)) {}
+
+  // Numbers between the tiles of 16 packed rows or columns.
+  int64_t step() const { return depth_tiles * tile_numbers; }
+  LeftTiles packed_left(const bfloat16* data) const { return {data, 2 * tile_depth, step(), tile_numbers}; }
+  RightTiles packed_right(const bfloat16* data) const { return {data, step(), tile_numbers}; }
+
+  // finish(row, sums of 32 columns) for each of `num_rows` rows. The columns are left where is_transposed, else right.
+  template <typename Finish>
+  void run(Tiles& tiles, const bfloat16* rows, int64_t num_rows, LeftTiles left, RightTiles right,
+           const Finish& finish) const {
+    for (int64_t row = 0; row < num_rows; row += block_side) {
+      const bfloat16* const of_rows = rows + row / tile_side * step();
+      zero_block(tiles);
+      add_to_block(tiles, is_transposed ? left : packed_left(of_rows), is_transposed ? packed_right(of_rows) : right,
+                   depth_tiles);
+      store_block(tiles, sums, block_side);
+      if (is_transposed) {
+        turn_sums();
+      }
+      const float* const of_block = is_transposed ? turned : sums;
+      for (int64_t r = 0; r < block_side && row + r < num_rows; ++r) {
+        finish(row + r, of_block + r * block_side);
+      }
+    }
+  }
+
+ private:
+  void turn_sums() const {
+    for (int64_t row = 0; row < block_side; row += tile_side) {
+      for (int64_t column = 0; column < block_side; column += tile_side) {
+        turn<float>([&](int lane) { return load(sums + (column + lane) * block_side + row); },
+                    [&](int lane, vfloat numbers) { store(turned + (row + lane) * block_side + column, numbers); });
+      }
+    }
+  }
+};
+
 }  // namespace torchops::kernels::inline TORCHOPS_LEVEL
