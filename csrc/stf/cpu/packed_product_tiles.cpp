@@ -63,7 +63,8 @@ struct Product {
   int64_t num_units() const { return (args.to_atoms ? args.factor.num_blocks : 1) * token_tiles.count * num_panels; }
 
   bool run(int64_t begin, int64_t end) {
-    if (!masks_are_right(begin, end)) {
+    const int64_t groups = args.factor.num_groups();
+    if (args.to_atoms && !masks_are_right(0, groups)) {
       return false;
     }
     Tiles tiles;
@@ -73,6 +74,10 @@ struct Product {
       const int64_t first = unit / num_panels % token_tiles.count * token_tiles.size;
       const int64_t count = smaller(token_tiles.size, args.num_tokens - first);
       const int64_t column = unit % num_panels * block_side;
+      const int64_t group = column / rows_per_group;
+      if (!args.to_atoms && !masks_are_right(group, smaller(group + block_side / rows_per_group, groups))) {
+        return false;
+      }
       if (unit / num_panels != packed) {
         pack_tokens(first, count);
         packed = unit / num_panels;
@@ -90,20 +95,11 @@ struct Product {
   }
 
  private:
+  // Whether the masks of groups have as many bits as there are values.
   bool masks_are_right(int64_t begin, int64_t end) const {
-    const int64_t groups = args.factor.num_groups(), of_panel = block_side / rows_per_group;
-    const bool all = args.to_atoms || end - begin >= num_panels;
-    for (int64_t unit = begin; unit < (all ? begin + num_panels : end); ++unit) {
-      const int64_t first = unit % num_panels * of_panel;
-      const int64_t from = args.to_atoms ? 0 : first;
-      const int64_t to = args.to_atoms ? groups : smaller(first + of_panel, groups);
-      for (int64_t group = from; group < to; ++group) {
-        if (!counts_are_right(args.factor, group)) {
-          return false;
-        }
-      }
-      if (args.to_atoms) {
-        break;
+    for (int64_t group = begin; group < end; ++group) {
+      if (!counts_are_right(args.factor, group)) {
+        return false;
       }
     }
     return true;
