@@ -26,9 +26,7 @@ def test_numeric_rows_at(level: str, record_property: Callable[[str, object], No
 
 @pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
 @pytest.mark.parametrize("level", [level for level in EMULATED if level not in torchops.utils.cpu_capabilities()])
-def test_numeric_rows_at_emulated(
-    level: str, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_numeric_rows_at_emulated(level: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """In plain C++ in place of the instructions: tests/cpp/emulated."""
     run_pytest(
         *("-m", "numeric", *rows_at_emulated(level), str(TESTS)),
@@ -39,7 +37,7 @@ def test_numeric_rows_at_emulated(
 
 
 def rows_at_emulated(level: str) -> tuple[str, ...]:
-    """amx executes the kernels of avx512_bf16 but those that it has on tiles, which are bfloat16's: the rest of those."""
+    """Those whose kernels amx has on tiles, all in bfloat16: of the others it executes the same as avx512_bf16."""
     return ("-k", "bfloat16 and (span_attention or stf)") if level == "avx512_bf16" else ()
 
 
