@@ -316,12 +316,10 @@ struct BackwardHead {
     return exp_of_negative(distance > 0.0f ? vfloat{} : distance) * load(meeting.inverse_sum + vector * tile_side);
   }
 
-  // Leaves the numbers of the queries that see a key.
+  // Leaves the numbers of the queries that see a key. One behind the last is zeros, which add nothing.
   template <int64_t vectors>
   void hide(int64_t first_query, int64_t key, vfloat (&numbers)[vectors]) const {
-    const Range seeing = key < sizes().num_keys
-                             ? visible_queries(args.inputs.span, sequence, key).within(first_query, query_block)
-                             : Range{0, 0};
+    const Range seeing = visible_queries(args.inputs.span, sequence, key).within(first_query, query_block);
     for (int64_t v = 0; v < vectors; ++v) {
       const vint query = lane_numbers<int32_t>() + static_cast<int32_t>(v * tile_side);
       numbers[v] = (query >= static_cast<int32_t>(seeing.begin)) & (query < static_cast<int32_t>(seeing.end))
