@@ -101,6 +101,10 @@ std::vector<Kernel<T>> kernels_here() {
   }
   TORCHOPS_FOR_EACH_LEVEL_NAME(TORCHOPS_ADD)
 #undef TORCHOPS_ADD
+  if (!std::is_same_v<T, torchops::kernels::bfloat16>) {
+    // On tiles there are products of bfloat16 only, the others are avx512_bf16's.
+    std::erase_if(kernels, [](const auto& kernel) { return kernel.level == "amx"; });
+  }
   return kernels;
 }
 
