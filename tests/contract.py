@@ -24,9 +24,9 @@ FOR_ONE_LEVEL = bool(os.environ.get("TORCHOPS_CPU_CAPABILITY"))
 # conftest.py lists it at the end of a run.
 EXECUTED = "executed"
 CUDA_ON_HOST = "CUDA on the host"
-# The CPU level that tests/cpp/emulated builds without its instructions.
-EMULATED = "avx512_bf16"
-BY_EMULATION = f"{EMULATED} by emulation"
+# The CPU levels that tests/cpp/emulated builds without their instructions.
+EMULATED = ("avx512_bf16", "amx")
+BY_EMULATION = "by emulation: "
 
 Inputs = dict[str, Any]
 

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "core/cpu/exponential.h"
+#include "span_attention/cpu/finish_row.h"
 #include "span_attention/cpu/packing.h"
 #include "span_attention/cpu/tiles.h"
 
@@ -183,36 +184,6 @@ void compute_weights(const Scratch<E>& scratch, W* weights, int64_t num_rows, in
   }
 }
 
-// Brings in the sink, and divides by the sum.
-template <typename E, typename T>
-void finish_row(const AttentionForward<T>& args, const Scratch<E>& scratch, int64_t row, int64_t batch, int64_t head,
-                int64_t query) {
-  using A = sum_t<E>;
-  const Sizes& sizes = args.inputs.sizes;
-  A sum = sum_lanes<A>(scratch.sum[row]);
-  A largest = scratch.largest[row];
-  A rescale = 1;
-  if (args.inputs.sink != nullptr) {
-    const A sink = args.inputs.sink[head], before = largest;
-    largest = sink > largest ? sink : largest;
-    const A shift = largest == -static_cast<A>(__builtin_inf()) ? A(0) : largest;
-    rescale = exp_of(before - shift);
-    sum = sum * rescale + exp_of(sink - shift);
-  }
-  const int64_t index = (batch * sizes.num_heads + head) * sizes.num_queries + query;
-  if (args.logsumexp != nullptr) {
-    args.logsumexp[index] = largest + log(sum);
-  }
-  if (args.normalizer != nullptr) {
-    args.normalizer[index] = make_normalizer(largest, sum);
-  }
-  const A factor = sum == 0 ? A(0) : rescale / sum;
-  T* const to = args.output.row(batch, head, query);
-  const A* const from = scratch.output + row * columns_of<E>(sizes.value_dim);
-  for_each_vector<T>(sizes.value_dim,
-                     [&](int64_t d, int lanes_used) { store_piece(to + d, load(from + d) * factor, lanes_used); });
-}
-
 // Queries [first_query, first_query + query_tile) of num_heads heads; `packed` is the head's of the wave, or null.
 template <typename E, typename T>
 void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const Scratch<E>& scratch, int64_t batch,
@@ -276,7 +247,8 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
   }
 
   for (int64_t row = 0; row < num_rows; ++row) {
-    finish_row(args, scratch, row, batch, first_head + row / num_queries, first_query + row % num_queries);
+    finish_row(args, batch, first_head + row / num_queries, first_query + row % num_queries, scratch.largest[row],
+               sum_lanes<A>(scratch.sum[row]), scratch.output + row * columns);
   }
 }
 
