@@ -246,7 +246,7 @@ def decode_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     for tensor in behind.values():
         tensor[:, :, 700:] = math.nan
     yield Sample("decode-unseen", inputs | behind | filled)
-    # Scores whose exponentials are infinite or 0, the largest in the last piece. Products are 0, for they would be rounded.
+    # Scores whose exponentials are infinite or 0, the largest in the last piece; products would be rounded.
     large = torch.full((1, 1300), -1024.0 if dtype == torch.float64 else -89.0, dtype=side_dtype, device=device)
     large[:, 1200:] *= -1
     yield Sample("decode-large-scores", inputs | {"query": torch.zeros_like(inputs["query"]), "key_bias": large + bias})
