@@ -494,8 +494,9 @@ def backward_large(device: str) -> Inputs:
 
 DIFFERENTIABLE = ("query", "key", "value", "key_bias", "sink")
 
-# The backward takes exponentials of scores less their log-sum-exp, which has been rounded.
-GRADIENT_TOLERANCE = {torch.float32: 2e-5}
+# The backward takes exponentials of scores less their log-sum-exp, which has been rounded; that to a sink is made of an
+# output that has been.
+GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 
 CASES = [
     OpCase(

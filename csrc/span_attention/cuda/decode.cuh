@@ -54,17 +54,33 @@ inline constexpr size_t decode_shared_bytes =
     device::shared_size<A>(rows * 256) + device::shared_size<A>(rows * decode_block) + device::shared_size<A>(rows) +
     device::shared_size<int2>(rows) + device::shared_size<A>(decode_threads * rows);
 
+// Neighbours in memory, read at once where they are aligned to that: how they lie must not change what is added to
+// what.
+template <int width, typename T>
+__device__ __forceinline__ device::Pack<T, width> load_neighbours(const T* from, bool aligned) {
+  if (aligned) {
+    return device::load_pack<width>(from);
+  }
+  device::Pack<T, width> pack;
+#pragma unroll
+  for (int e = 0; e < width; ++e) {
+    pack.element[e] = from[e];
+  }
+  return pack;
+}
+
 // The scores of a block of keys, of which the first `count` are there: a key to each eight threads of the block.
 template <int width, int rows, typename T, typename A>
 __device__ __forceinline__ void decode_scores(A* scores, const A* queries, const device::MatrixRows<const T>& key,
-                                              int first, int count, A scale, const A* bias, const int2* of_row) {
+                                              bool aligned, int first, int count, A scale, const A* bias,
+                                              const int2* of_row) {
   const int side = static_cast<int>(threadIdx.x) % decode_side;
   for (int j = static_cast<int>(threadIdx.x) / decode_side; j < decode_block; j += decode_threads / decode_side) {
     A sum[rows] = {};
     if (j < count) {
       const T* from = key.data + (first + j) * key.row_stride;
       for (int d = side * width; d < key.size; d += decode_side * width) {
-        const auto pack = device::load_pack<width>(from + d);
+        const auto pack = load_neighbours<width>(from + d, aligned);
 #pragma unroll
         for (int e = 0; e < width; ++e) {
 #pragma unroll
@@ -90,11 +106,11 @@ __device__ __forceinline__ void decode_scores(A* scores, const A* queries, const
   }
 }
 
-// Of Attention, a piece of the keys. A block for each, grid [B * Hkv * row tiles * pieces]. `width` divides D and Dv,
-// and all keys and values are aligned to width elements.
+// Of Attention, a piece of the keys. A block for each, grid [B * Hkv * row tiles * pieces]. `width` divides D and Dv;
+// `aligned` says whether all keys and values are aligned to so many elements.
 template <typename T, int width, int rows>
 __global__ void __launch_bounds__(decode_threads)
-    decode_piece(Attention<T> args, DecodePartials<accumulate_t<T>> partials) {
+    decode_piece(Attention<T> args, DecodePartials<accumulate_t<T>> partials, bool aligned) {
   using A = accumulate_t<T>;
   const Sizes& sizes = args.sizes;
   const int pieces = static_cast<int>(partials.pieces), num_rows = static_cast<int>(rows_of(sizes));
@@ -141,7 +157,7 @@ __global__ void __launch_bounds__(decode_threads)
   const int end = static_cast<int>(keys.end);
   for (int first = static_cast<int>(keys.begin); first < end; first += decode_block) {
     const int count = end - first < decode_block ? end - first : decode_block;
-    decode_scores<width, rows>(scores, queries, key, first, count, args.scale, bias, of_row);
+    decode_scores<width, rows>(scores, queries, key, aligned, first, count, args.scale, bias, of_row);
     device::syncthreads();  // the scores are there
 #pragma unroll
     for (int i = 0; i < (rows + decode_warps - 1) / decode_warps; ++i) {
@@ -180,7 +196,7 @@ __global__ void __launch_bounds__(decode_threads)
       for (int p = 0; p < packs; ++p) {
         const int column = own_column + p * columns * width;
         if (column < value_dim) {
-          const auto pack = device::load_pack<width>(from + column);
+          const auto pack = load_neighbours<width>(from + column, aligned);
 #pragma unroll
           for (int row = 0; row < rows; ++row) {
 #pragma unroll

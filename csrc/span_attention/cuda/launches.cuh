@@ -91,15 +91,17 @@ void launch_decode(const AttentionForward<T>& args, const DecodePartials<accumul
   const Attention<T>& inputs = args.inputs;
   const Sizes& sizes = inputs.sizes;
   const int64_t units = sizes.batch * sizes.num_kv_heads * decode_row_tiles(sizes) * partials.pieces;
+  const bool aligned = is_wide(inputs.key, sizes.head_dim) && is_wide(inputs.value, sizes.value_dim);
   const auto launch = [&](auto width, auto rows) {
     device::launch({units, decode_threads, decode_shared_bytes<accumulate_t<T>, rows()>},
-                   decode_piece<T, width(), rows()>, inputs, partials);
+                   decode_piece<T, width(), rows()>, inputs, partials, aligned);
   };
   const auto with_width = [&](auto width) {
     rows_of(sizes) == 1 ? launch(width, int_constant<1>{}) : launch(width, int_constant<most_decode_rows>{});
   };
-  const bool wide = is_wide(inputs.key, sizes.head_dim) && is_wide(inputs.value, sizes.value_dim);
-  wide ? with_width(int_constant<device::widest<T>>{}) : with_width(int_constant<1>{});
+  constexpr int widest = device::widest<T>;
+  sizes.head_dim % widest == 0 && sizes.value_dim % widest == 0 ? with_width(int_constant<widest>{})
+                                                                : with_width(int_constant<1>{});
   device::launch({sizes.batch * sizes.num_heads * sizes.num_queries, decode_threads}, decode_merge<T>, args, partials);
 }
 
