@@ -109,7 +109,7 @@ __device__ __forceinline__ void decode_scores(A* scores, const A* queries, const
 // Of Attention, a piece of the keys. A block for each, grid [B * Hkv * row tiles * pieces]. `width` divides D and Dv;
 // `aligned` says whether all keys and values are aligned to so many elements.
 template <typename T, int width, int rows>
-__global__ void __launch_bounds__(decode_threads)
+__global__ void __launch_bounds__(decode_threads, 1)
     decode_piece(Attention<T> args, DecodePartials<accumulate_t<T>> partials, bool aligned) {
   using A = accumulate_t<T>;
   const Sizes& sizes = args.sizes;
