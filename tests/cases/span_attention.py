@@ -233,7 +233,8 @@ def decode_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     for name, (shape, options) in DECODING.items():
         yield Sample(name, attention_inputs(*shape, dtype=dtype, device=device, **options))
     inputs = attention_inputs(1, 2, 1, 1, 1300, 8, 8, dtype=dtype, device=device)
-    sink = {"sink": random(2, dtype=side_dtype, device=device, seed=3)}
+    # Columns by which the sum for a sink, a product with the rounded output, does not cancel.
+    sink = {"sink": random(2, dtype=side_dtype, device=device, seed=3), "value": inputs["value"].roll(2, -1)}
     bias = random(1, 1300, dtype=side_dtype, device=device)
     for name, begin, end in (("first", 0, 600), ("middle", 500, 1100), ("last", 700, 1300), ("every", 0, 1300)):
         hidden = bias.clone()
@@ -494,9 +495,8 @@ def backward_large(device: str) -> Inputs:
 
 DIFFERENTIABLE = ("query", "key", "value", "key_bias", "sink")
 
-# The backward takes exponentials of scores less their log-sum-exp, which has been rounded; that to a sink is made of an
-# output that has been.
-GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
+# The backward takes exponentials of scores less their log-sum-exp, which has been rounded.
+GRADIENT_TOLERANCE = {torch.float32: 2e-5}
 
 CASES = [
     OpCase(
