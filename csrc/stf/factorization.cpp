@@ -83,8 +83,8 @@ Factorization refine(const at::Tensor& weight, Factorization best, int64_t nnz, 
   constexpr int64_t shares[] = {6, 12, 24, 48};  // of the atoms, that are replaced in turn
   constexpr int64_t most_idle_iterations = std::size(shares);
   constexpr double least_gain = 1e-4;
-  // With many nonzeros in a row replacing seldom helps.
-  int64_t attempts_left = !replacing ? 0 : nnz <= few_nonzeros ? num_iterations : 2;
+  // With many nonzeros in a row replacing seldom helps: it is given up after that many attempts without a gain.
+  const int64_t most_vain_attempts = nnz <= few_nonzeros ? num_iterations : 2;
   double error = total_error(weight, best);
   const auto take_if_better = [&](const Factorization& candidate) {
     const double of_candidate = total_error(weight, candidate);
@@ -95,17 +95,17 @@ Factorization refine(const at::Tensor& weight, Factorization best, int64_t nnz, 
     }
     return better;
   };
-  int64_t idle = 0;
+  int64_t idle = 0, vain_attempts = 0;
   for (int64_t iteration = 0; iteration < num_iterations && idle < most_idle_iterations; ++iteration) {
     const double before = error;
     take_if_better(refine(weight, best, nnz));
-    if (attempts_left > 0) {
+    if (replacing && vain_attempts < most_vain_attempts) {
       const auto count = std::max<int64_t>(1, best.basis.size(0) / shares[iteration % std::size(shares)]);
       auto candidate = replace_atoms(weight, best, nnz, count);
       for (int64_t round = 0; round < 2; ++round) {
         candidate = refine(weight, candidate, nnz);
       }
-      attempts_left -= take_if_better(candidate) && nnz > few_nonzeros ? 0 : 1;
+      vain_attempts += take_if_better(candidate) ? 0 : 1;
     }
     idle = error < (1 - least_gain) * before ? 0 : idle + 1;
   }

@@ -98,6 +98,12 @@ at::Tensor swapped(const at::Tensor& weight, const at::Tensor& products, const a
   return refit(weight, products, gram, kept, support_of(kept), nnz, steps_to_fit);
 }
 
+// next_code, of a weight's products with the basis and of the basis's own.
+at::Tensor next_code_of(const at::Tensor& weight, const at::Tensor& products, const at::Tensor& gram,
+                        const at::Tensor& code, int64_t nnz) {
+  return nnz <= few_nonzeros ? matching_pursuit(products, gram, nnz) : swapped(weight, products, gram, code, nnz);
+}
+
 }  // namespace
 
 at::Tensor keep_largest(const at::Tensor& code, int64_t nnz) {
@@ -116,8 +122,7 @@ at::Tensor better_rows(const at::Tensor& weight, const at::Tensor& basis, const 
 }
 
 at::Tensor next_code(const at::Tensor& weight, const at::Tensor& basis, const at::Tensor& code, int64_t nnz) {
-  const auto products = weight.matmul(basis.t()), gram = basis.matmul(basis.t());
-  return nnz <= few_nonzeros ? matching_pursuit(products, gram, nnz) : swapped(weight, products, gram, code, nnz);
+  return next_code_of(weight, weight.matmul(basis.t()), basis.matmul(basis.t()), code, nnz);
 }
 
 at::Tensor fitted_code(const at::Tensor& weight, const at::Tensor& basis, const at::Tensor& code, int64_t nnz) {
@@ -127,7 +132,7 @@ at::Tensor fitted_code(const at::Tensor& weight, const at::Tensor& basis, const 
 }
 
 at::Tensor first_code(const at::Tensor& weight, const at::Tensor& basis, int64_t nnz) {
-  const auto gram = basis.matmul(basis.t());
+  const auto products = weight.matmul(basis.t()), gram = basis.matmul(basis.t());
   const auto ridge = gram.diagonal().mean() * 1e-4 + 1e-30;
   const auto dense =
       std::get<0>(at::linalg_solve_ex(gram + ridge * at::eye(gram.size(0), gram.options()), basis.matmul(weight.t())));
@@ -135,9 +140,9 @@ at::Tensor first_code(const at::Tensor& weight, const at::Tensor& basis, int64_t
   const auto start = better_rows(weight, basis, at::zeros_like(largest), largest);
   // Around least squares errors are flat: rounding would choose between a code and one that the ridge bends.
   constexpr double slack = 1e-5;
-  auto code = better_rows(weight, basis, start, next_code(weight, basis, start, nnz), slack);
+  auto code = better_rows(weight, basis, start, next_code_of(weight, products, gram, start, nnz), slack);
   for (int64_t round = 0; round < 3 && nnz > few_nonzeros; ++round) {
-    code = better_rows(weight, basis, code, next_code(weight, basis, code, nnz));
+    code = better_rows(weight, basis, code, next_code_of(weight, products, gram, code, nnz));
   }
   return code;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "core/cpu/short_exponential.h"
+#include "span_attention/cpu/backward_rows.h"
 #include "span_attention/cpu/tile_blocks.h"
 
 // The backward of one key-value head on tiles: where blocks of queries and keys meet.
@@ -172,7 +173,7 @@ struct BackwardHead {
     const bool all_visible = visible_keys(args.inputs.span, sequence, rows.end - 1).begin <= first_key + begin &&
                              first_key + end <= visible_keys(args.inputs.span, sequence, first_query).end;
     load_queries(meeting, in_group, first_query);
-    load_bias(meeting, first_key);
+    load_key_bias(args.inputs, batch, first_key, key_block, meeting.bias);
     for (int64_t key = begin; key < end; key += backward_strip) {
       multiply_rows(tiles, pack.keys, pack.queries, sizes().head_dim, first_key + key, packed_row, meeting.scores);
       if (with_scores) {
@@ -204,28 +205,14 @@ struct BackwardHead {
                     [&](int lane, vfloat numbers) { store(turned + lane * columns + d, numbers); });
       }
       for (int64_t row = 0; row < tile_side && first + row < num_rows(first_query); ++row) {
-        store_row(args.grad_query.row(batch, head(in_group), first_query + first + row), turned + row * columns,
-                  sizes().head_dim, args.inputs.scale);
+        store_gradient(args.grad_query.row(batch, head(in_group), first_query + first + row), turned + row * columns,
+                       sizes().head_dim, args.inputs.scale);
       }
     }
   }
 
   void store_key_grads(int64_t first_key, const KeySums& sums) const {
-    const Range keys = key_range(first_key);
-    for (int64_t key = keys.begin; key < keys.end; ++key) {
-      const int64_t row = key - keys.begin;
-      if (args.grad_key.data != nullptr) {
-        store_row(args.grad_key.row(batch, kv_head, key), sums.keys + row * query_columns(), sizes().head_dim,
-                  args.inputs.scale);
-      }
-      if (args.grad_value.data != nullptr) {
-        store_row(args.grad_value.row(batch, kv_head, key), sums.values + row * value_columns(), sizes().value_dim,
-                  1.0f);
-      }
-      if (args.grad_key_bias != nullptr) {
-        args.grad_key_bias[(batch * sizes().num_kv_heads + kv_head) * sizes().num_keys + key] = sums.bias[row];
-      }
-    }
+    store_key_gradients(args, batch, kv_head, key_range(first_key), sums, query_columns(), value_columns());
   }
 
   void clear_key_sums(const KeySums& sums) const {
@@ -240,22 +227,8 @@ struct BackwardHead {
 
  private:
   void load_queries(const Meeting& meeting, int64_t in_group, int64_t first_query) const {
-    const int64_t first = (batch * sizes().num_heads + head(in_group)) * sizes().num_queries + first_query;
-    for (int64_t row = 0; row < query_block; ++row) {
-      const bool there = row < num_rows(first_query);
-      const Normalizer<float> normalizer = there ? args.normalizer[first + row] : make_normalizer(0.0f, 0.0f);
-      meeting.largest[row] = normalizer.largest;
-      meeting.inverse_sum[row] = normalizer.inverse_sum;
-      meeting.delta[row] = there && args.delta != nullptr ? args.delta[first + row] : 0.0f;
-    }
-  }
-
-  void load_bias(const Meeting& meeting, int64_t first_key) const {
-    const float* const biases = args.inputs.key_bias;
-    for (int64_t key = 0; key < key_block; ++key) {
-      const bool given = biases != nullptr && first_key + key < sizes().num_keys;
-      meeting.bias[key] = given ? biases[batch * sizes().num_keys + first_key + key] : 0.0f;
-    }
+    load_normalizers(args, batch, head(in_group), Range{first_query, first_query + num_rows(first_query)}, query_block,
+                     meeting.largest, meeting.inverse_sum, meeting.delta);
   }
 
   // A strip of rows times the rows of a block of queries.
@@ -367,11 +340,6 @@ struct BackwardHead {
         store_block(tiles, to, query_block);
       }
     }
-  }
-
-  static void store_row(bfloat16* to, const float* sums, int64_t size, float factor) {
-    for_each_vector<bfloat16>(
-        size, [&](int64_t d, int lanes_used) { store_piece(to + d, load(sums + d) * factor, lanes_used); });
   }
 };
 

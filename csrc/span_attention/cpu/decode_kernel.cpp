@@ -124,33 +124,6 @@ inline __attribute__((always_inline)) void for_row_groups(int64_t num_rows, cons
   }
 }
 
-// Pairs of neighbouring vectors are added up, `unit` lanes of either by turns, until there is one vector. Lanes stay
-// within 16 bytes for as long as that is possible: moving them further takes several times as long.
-template <int unit, typename Vector, int size>
-inline __attribute__((always_inline)) void add_pairs(Vector (&rows)[size]) {
-  constexpr int in_place = 16 / sizeof(rows[0][0]), group = in_place > 2 * unit ? in_place : 2 * unit;
-  if constexpr (unit < size) {
-    vec<typename lane_index<sizeof(rows[0][0])>::type> first, second;
-    for (int lane = 0; lane < size; ++lane) {
-      const int turn = lane % group / unit;
-      first[lane] = lane / group * group + turn / 2 * unit + lane % unit + turn % 2 * size;
-      second[lane] = first[lane] + group / 2;
-    }
-    for (int pair = 0; pair < size / 2 / unit; ++pair) {
-      const Vector one = rows[2 * pair], other = rows[2 * pair + 1];
-      rows[pair] = __builtin_shuffle(one, other, first) + __builtin_shuffle(one, other, second);
-    }
-    add_pairs<2 * unit>(rows);
-  }
-}
-
-// The sum of the lanes of each of as many vectors as a vector has lanes, all added up in the same order.
-template <typename Vector, int size>
-inline __attribute__((always_inline)) Vector sums_of_each(Vector (&rows)[size]) {
-  add_pairs<1>(rows);
-  return rows[0];
-}
-
 // Products of queries with a block of keys, as scores. Behind the last key the products are its own again. `has_rest`:
 // rows are no whole number of vectors.
 template <int rows, bool has_rest, typename E, typename T>
@@ -190,7 +163,7 @@ void multiply_keys(const Attention<T>& args, const Scratch<E>& scratch, int64_t 
     if constexpr (has_rest) {
       add(rest);
     }
-    const vec<A> sums = sums_of_each(products);
+    const vec<A> sums = sums_of_lanes(products);
     for (int64_t row = 0; row < rows; ++row) {
       __builtin_memcpy(scores + row * key_block + first, reinterpret_cast<const A*>(&sums) + row * keys_at_once,
                        keys_at_once * sizeof(A));

@@ -96,14 +96,10 @@ struct Scratch {
     __builtin_memset(output, 0, static_cast<size_t>(num_rows * columns) * sizeof(A));
   }
 
-  // Keys behind the last have none.
   template <typename T>
   void load_bias(const Attention<T>& args, int64_t batch, int64_t first, int64_t num_keys) const {
     if (args.key_bias != nullptr) {
-      const A* const from = args.key_bias + batch * args.sizes.num_keys + first;
-      for (int64_t key = 0; key < num_keys; ++key) {
-        bias[key] = first + key < args.sizes.num_keys ? from[key] : A(0);
-      }
+      load_key_bias(args, batch, first, num_keys, bias);
     }
   }
 };

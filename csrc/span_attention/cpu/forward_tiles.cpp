@@ -18,24 +18,17 @@ struct Pack {
   bfloat16* keys;    // columns of a right operand
   bfloat16* values;  // the depth of a right operand
 
-  Pack(void* memory, const Sizes& sizes) {
-    Arena arena(memory);
-    fill(&arena, sizes);
+  Pack(Arena* arena, const Sizes& sizes) {
+    const int64_t num_keys = round_up(sizes.num_keys, packed_keys);
+    keys = arena->take<bfloat16>(num_keys * depth_tiles(sizes.head_dim) * tile_depth);
+    values = arena->take<bfloat16>(num_keys * block_columns(sizes.value_dim));
   }
-  explicit Pack(Arena* arena, const Sizes& sizes) { fill(arena, sizes); }
 
   bfloat16* keys_from(int64_t key, const Sizes& sizes) const {
     return keys + key / tile_side * depth_tiles(sizes.head_dim) * tile_numbers;
   }
   bfloat16* values_from(int64_t key, const Sizes& sizes) const {
     return values + key / tile_depth * (block_columns(sizes.value_dim) / tile_side) * tile_numbers;
-  }
-
- private:
-  void fill(Arena* arena, const Sizes& sizes) {
-    const int64_t num_keys = round_up(sizes.num_keys, packed_keys);
-    keys = arena->take<bfloat16>(num_keys * depth_tiles(sizes.head_dim) * tile_depth);
-    values = arena->take<bfloat16>(num_keys * block_columns(sizes.value_dim));
   }
 };
 
@@ -45,7 +38,8 @@ int64_t pack_bytes(const Sizes& sizes) {
   return arena.bytes();
 }
 Pack pack_of(const Sizes& sizes, void* packs, int64_t in_wave) {
-  return {static_cast<char*>(packs) + in_wave * pack_bytes(sizes), sizes};
+  Arena arena(static_cast<char*>(packs) + in_wave * pack_bytes(sizes));
+  return {&arena, sizes};
 }
 
 // Few queries share a block with those of the other heads of their group.
@@ -77,6 +71,12 @@ struct Block {
     bias = arena->take<float>(key_block);
   }
 
+  static int64_t bytes(const Sizes& sizes) {
+    Arena arena(nullptr);
+    Block(&arena, sizes);
+    return arena.bytes();
+  }
+
   void clear(const Sizes& sizes) const {
     for (int64_t row = 0; row < query_block; ++row) {
       largest[row] = -__builtin_inff();
@@ -104,10 +104,7 @@ struct Block {
 
   void load_bias(const Attention<bfloat16>& args, int64_t batch, int64_t first, int64_t num_keys) const {
     if (args.key_bias != nullptr) {
-      const float* const from = args.key_bias + batch * args.sizes.num_keys + first;
-      for (int64_t key = 0; key < num_keys; ++key) {
-        bias[key] = first + key < args.sizes.num_keys ? from[key] : 0.0f;
-      }
+      load_key_bias(args, batch, first, num_keys, bias);
     }
   }
 
@@ -263,9 +260,7 @@ int64_t forward_pack_bytes(const Sizes& sizes) {
 
 template <typename T>
 int64_t forward_scratch_bytes(const Sizes& sizes) {
-  Arena arena(nullptr);
-  Block(&arena, sizes);
-  return uses_tiles<T>(sizes) ? arena.bytes() : avx512_bf16::forward_scratch_bytes<T>(sizes);
+  return uses_tiles<T>(sizes) ? Block::bytes(sizes) : avx512_bf16::forward_scratch_bytes<T>(sizes);
 }
 
 template <typename T>

@@ -7,10 +7,6 @@
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
 
-constexpr int64_t smaller(int64_t one, int64_t other) {
-  return one < other ? one : other;
-}
-
 // Whether tiles compute this: fewer queries than a tile has rows are the vectors' work. The backward computes scores as
 // the forward did, and delta as it computes dP, so that all ask here, and of nothing but what all of them know.
 template <typename T>

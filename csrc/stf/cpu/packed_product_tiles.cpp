@@ -14,7 +14,6 @@ namespace {
 using core::DenseProduct;
 using core::TORCHOPS_LEVEL::finish;
 using core::TORCHOPS_LEVEL::Pieces;
-using core::TORCHOPS_LEVEL::smaller;
 
 using Halfwords = vec<uint16_t>;
 

@@ -5,6 +5,7 @@
 #include <random>
 #include <vector>
 
+#include "bfloat16_numbers.h"
 #include "catch.h"
 #include "core/cpu/aligned_buffer.h"
 #include "span_attention/cpu/backward_kernel.h"
@@ -19,19 +20,6 @@ using attention::Sizes;
 using attention::Span;
 using torchops::kernels::bfloat16;
 using torchops::kernels::Heads;
-
-bfloat16 rounded(double value) {
-  const auto narrow = static_cast<float>(value);
-  uint32_t bits;
-  std::memcpy(&bits, &narrow, sizeof(bits));
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-double value_of(bfloat16 number) {
-  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 // [B, H, L, D], rows of which lie further apart than they are long; what lies between them is NaN.
 struct Tensor {

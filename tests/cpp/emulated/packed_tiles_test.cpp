@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "bfloat16_numbers.h"
 #include "catch.h"
 #include "core/cpu/aligned_buffer.h"
 
@@ -18,19 +19,6 @@ namespace stf = torchops::kernels::stf;
 using stf::PackedTileProduct;
 using stf::rows_per_group;
 using torchops::kernels::bfloat16;
-
-bfloat16 rounded(double value) {
-  const auto narrow = static_cast<float>(value);
-  uint32_t bits;
-  std::memcpy(&bits, &narrow, sizeof(bits));
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-double value_of(bfloat16 number) {
-  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 struct Sizes {
   int64_t tokens, blocks, basis_size, rows, nnz;
