@@ -37,6 +37,7 @@ compared), + mask (bool; in the Vision Transformer a bias of the activations' dt
 view). FlexAttention is compiled for each shape. That all others agree with torchops was checked before the \
 timing, but for the 16-bit gradients of SDPA among 8192 tokens, which are up to five times as far from those in \
 float64 as torchops's.
+A copy of the keys, beside decoding, moves as many bytes as decoding reads: a bound, not a rival.
 torchops float32, beside bfloat16: the same call on the same numbers in float32.
 Memory is the peak of what torch allocates during a call, results included; that of a target is what the process grows \
 by, so that scratch counts."""
@@ -66,6 +67,7 @@ MASKED = "SDPA + mask"
 RESHAPED = "SDPA reshaped"
 FLEX = "FlexAttention compiled"
 OWN_FLOAT32 = "torchops float32"
+COPY = "copy of the keys"
 
 # Rivals that would take more are absent: of floating-point operations in a call (unless --full), of memory always.
 MOST_OPERATIONS = {"cpu": 3e11, "cuda": 3e14}
@@ -315,17 +317,25 @@ def vision_row(tokens: int, weighted: bool, dtype: torch.dtype, direction: str, 
 
 
 def decoding_rows(dtype: torch.dtype, options: Options) -> Iterator[Row]:
-    """One query, the last of 8192 tokens; SDPA gets the keys that it sees, as a view."""
-    for shape in (Shape(8192), Shape(8192, heads=32, features=128, key_heads=8)):
-        for span in (8192, 1024):
-            yield Row(
-                "decoding, one query",
-                f"Lk={shape.tokens} W={span} {shape}",
-                dtype,
-                FORWARD,
-                partial(decoding_contenders, shape, span, dtype, options.device),
-                {**shape.parameters, "span": span},
-            )
+    """One query, the last of many tokens; SDPA gets the keys that it sees, as a view."""
+    shapes = [
+        (Shape(tokens, heads=heads, key_heads=key_heads), tokens)
+        for tokens in (8192, 65536)
+        for heads, key_heads in ((1, None), (4, None), (8, None), (8, 1))
+    ]
+    model = Shape(8192, heads=32, features=128, key_heads=8)
+    shapes += [(Shape(8192), 1024), (model, 8192), (model, 1024)]
+    if options.quick:
+        shapes = [(Shape(1024), 1024)]
+    for shape, span in shapes:
+        yield Row(
+            "decoding, one query",
+            f"Lk={shape.tokens} W={span} {shape}",
+            dtype,
+            FORWARD,
+            partial(decoding_contenders, shape, span, dtype, options.device),
+            {**shape.parameters, "span": span},
+        )
 
 
 def decoding_contenders(
@@ -334,10 +344,14 @@ def decoding_contenders(
     query, key, value = make_inputs(shape, dtype, device)
     query = query[:, :, -1:].contiguous()
     visible = [cache[:, :, -span:] for cache in (key, value)]
-    attend = own_attention(Window(span))
+    attend, rival = own_attention(Window(span)), eager.masked_sdpa(None, grouped=shape.key_heads is not None)
+    # It moves as many bytes as there are keys and values.
+    copied = torch.empty_like(visible[0])
+    target = 0.7 if span == shape.tokens else None
     return {
         "torchops": Contender(lambda: (attend(query, key, value),)),
-        "SDPA": Contender(lambda: (eager.masked_sdpa(None, grouped=shape.key_heads is not None)(query, *visible),)),
+        "SDPA": Contender(lambda: (rival(query, *visible),), target=1.0),
+        COPY: Contender(lambda: (copied.copy_(visible[0]),), is_bound=True, target=target),
     }
 
 

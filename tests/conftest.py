@@ -6,7 +6,7 @@ from collections.abc import Callable
 import cuda_on_host
 import pytest
 import torch
-from contract import BY_EMULATION, CUDA_ON_HOST, EMULATED, EXECUTED, FOR_ONE_LEVEL
+from contract import BY_EMULATION, CUDA_ON_HOST, EXECUTED, FOR_ONE_LEVEL
 from own_process import POISONED, is_poisoned, poison_memory_of_new_processes
 
 import torchops
@@ -79,8 +79,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.line(f"CUDA operators on the host: {on_host}")
     for level in torchops.utils.cpu_levels:
         if level in levels:
-            note = "executed"
-        elif BY_EMULATION in levels and level == EMULATED:
+            note = "executed on hardware"
+        elif BY_EMULATION + level in levels:
             note = "executed by emulation: this CPU does not have it"
         elif level in torchops.utils.cpu_capabilities():
             note = "NOT executed in this run"

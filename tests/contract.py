@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import torchops
+from torchops._namespace import operators
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Relative to the largest magnitude in the expected tensor. Rounding of the result dominates in 16 bits.
@@ -23,9 +24,9 @@ FOR_ONE_LEVEL = bool(os.environ.get("TORCHOPS_CPU_CAPABILITY"))
 # conftest.py lists it at the end of a run.
 EXECUTED = "executed"
 CUDA_ON_HOST = "CUDA on the host"
-# The CPU level that tests/cpp/emulated builds without its instructions.
-EMULATED = "avx512_bf16"
-BY_EMULATION = f"{EMULATED} by emulation"
+# The CPU levels that tests/cpp/emulated builds without their instructions.
+EMULATED = ("avx512_bf16", "amx")
+BY_EMULATION = "by emulation: "
 
 Inputs = dict[str, Any]
 
@@ -75,6 +76,8 @@ class OpCase:
     # Whether it is composed of torch's dense decompositions, which wait for a CUDA device, and whose bits may differ
     # between numbers of threads.
     decomposes: bool = False
+    # Those of `differentiable` whose gradient torch adds up, which inductor does in an order of its own.
+    summed_by_torch: Sequence[str] = ()
     # The tensor arguments whose first dimension is not the batch.
     unbatched: Sequence[str] = ()
     # The smallest batch of an exported program: torch.export tells sizes that become 1 from others.
@@ -94,11 +97,11 @@ class OpCase:
     @property
     def op(self) -> Callable:
         """The function a user calls, resp. the registered operator of an internal one."""
-        return getattr(torch.ops.torchops, self.name).default if self.is_internal else getattr(torchops, self.name)
+        return getattr(operators, self.name).default if self.is_internal else getattr(torchops, self.name)
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.torchops, self.name).default
+        return getattr(operators, self.name).default
 
     def __str__(self) -> str:
         return self.name

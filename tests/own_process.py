@@ -49,7 +49,7 @@ def run_pytest(*arguments: str, environment: Mapping[str, str], folder: Path | N
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     print(run.stdout.splitlines()[-1])

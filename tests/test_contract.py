@@ -1,5 +1,6 @@
 """Every operator against every contract, driven by the case tables in tests/cases."""
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,15 +27,24 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchops
+from torchops._namespace import NAMESPACE
+
+
+def registered_schemas() -> dict[str, torch.FunctionSchema]:
+    prefix = f"{NAMESPACE}::"
+    schemas = torch._C._jit_get_all_schemas()
+    return {schema.name.removeprefix(prefix): schema for schema in schemas if schema.name.startswith(prefix)}
 
 
 def test_every_registered_operator_has_a_case() -> None:
-    registered = {
-        schema.name.removeprefix("torchops::")
-        for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("torchops::")
-    }
-    assert registered == {case.name for case in cases.ALL}
+    assert registered_schemas().keys() == {case.name for case in cases.ALL}
+
+
+def test_tensors_are_no_keyword_only_arguments() -> None:
+    """torch.library.register_vmap and DTensor's register_sharding refuse those."""
+    for name, schema in registered_schemas().items():
+        keywords = [argument for argument in schema.arguments if argument.kwarg_only]
+        assert not [argument.name for argument in keywords if "Tensor" in str(argument.type)], name
 
 
 SOURCES = Path(__file__).parent.parent / "csrc"
@@ -52,11 +62,10 @@ def test_every_operator_is_on_every_floor(floor: str, suffix: str) -> None:
 def test_names_are_the_same_everywhere(case: OpCase) -> None:
     assert getattr(torchops, case.name).__doc__, f"torchops.{case.name} has no documentation"
     assert case.reference is not None and case.reference.__name__ == case.name
-    wrapper = torch.jit.script(getattr(torchops, case.name)).schema
-    # Optional tensors come before the `*` of a schema, and with the options that they belong to in the wrapper.
-    assert sorted(argument.name for argument in wrapper.arguments) == sorted(
-        argument.name for argument in case.overload._schema.arguments
-    )
+    # The function's order is the reference's, the operator has its tensors first.
+    arguments = [argument.name for argument in torch.jit.script(getattr(torchops, case.name)).schema.arguments]
+    assert arguments == list(inspect.signature(case.reference).parameters)
+    assert sorted(arguments) == sorted(argument.name for argument in case.overload._schema.arguments)
 
 
 # ---- numbers ------------------------------------------------------------------------------------

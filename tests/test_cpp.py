@@ -19,7 +19,8 @@ def programs() -> list[Path]:
         path for path in FOLDER.glob("*_test*") if path.is_file() and path.suffix == "" and "_coverage" not in path.name
     )
     # A program for a level that this CPU does not have would be an illegal instruction.
-    return [p for p in found if not p.name.startswith("simd_test_") or p.name.removeprefix("simd_test_") in LEVELS_HERE]
+    missing = tuple(f"_test_{level}" for level in torchops.utils.cpu_levels if level not in LEVELS_HERE)
+    return [program for program in found if not program.name.endswith(missing)]
 
 
 def cases_of_programs() -> list:
@@ -37,6 +38,8 @@ def test_programs_are_built() -> None:
     folder = Path(__file__).parent / "cpp"
     expected = {path.stem for path in folder.glob("*_test.cpp")} - {"simd_test"}
     expected |= {f"simd_test_{level}" for level in LEVELS_HERE}
+    expected |= {f"{path.stem}_emulated" for path in (folder / "emulated").glob("*_test.cpp")}
+    expected |= {f"{name}_test_emulated" for name in ("dense_product", "span_attention", "stf")}
     if "TORCHOPS_CPP_TESTS" not in os.environ:  # the kernel tests bring sanitizers of their own
         kernel_tests = {path.stem for path in (folder / "simt").glob("*_test.cpp")}
         ways = ("", "_asan", "_tsan")
@@ -52,7 +55,7 @@ def test_cpp(program: Path, name: str) -> None:
     # A comma separates test names on Catch2's command line.
     command = [program, name.replace(",", "\\,")]
     # Sanitizers are loaded before anything else and fill memory themselves.
-    sanitized = "TORCHOPS_CPP_TESTS" in os.environ or program.name.endswith(("_asan", "_tsan"))
+    sanitized = "TORCHOPS_CPP_TESTS" in os.environ or program.name.endswith(("_asan", "_tsan", "mutation_test"))
     environment = unpoisoned() if sanitized else os.environ
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

@@ -54,9 +54,10 @@ def test_a_group_of_one_is_a_copy_bit_for_bit(dtype: torch.dtype, device: str) -
         ([], [(0, math.inf), (1, -math.inf)]),
         ([], [(0, math.nan), (5, math.nan)]),
         ([(0, math.inf), (2, -math.inf), (5, math.nan)], []),
+        ([(1, math.inf)], []),
         ([(3, math.inf), (6, math.nan)], [(4, math.inf), (5, math.inf)]),
     ],
-    ids=["weights-inf", "weights-nan", "rows", "both"],
+    ids=["weights-inf", "weights-nan", "rows", "first-row", "both"],
 )
 def test_what_is_not_finite_matches_reference(
     dtype: torch.dtype, of_input: list[tuple[int, float]], of_weight: list[tuple[int, float]], device: str

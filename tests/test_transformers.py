@@ -399,7 +399,7 @@ def test_training_with_checkpoints() -> None:
 
 @pytest.mark.parametrize("name", ["GPT2", "Bert"])
 def test_checkpoints_that_enter_autograd_again(name: str) -> None:
-    """use_reentrant=True detaches the mask."""
+    """use_reentrant detaches the mask. The first forward, without gradients, has another kernel for few queries."""
     model = (
         pair("GPT2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)[1]
         if name == "GPT2"
@@ -413,7 +413,8 @@ def test_checkpoints_that_enter_autograd_again(name: str) -> None:
         model(tokens(), attention_mask=PADDINGS["left"])[0].sin().sum().backward()
         gradients.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision() -> None:

@@ -24,7 +24,9 @@ def _other_copy() -> Optional[str]:
     """
     import torch
 
-    if not hasattr(torch.ops.torchops, "merge_tokens"):
+    from ._namespace import operators
+
+    if not hasattr(operators, "merge_tokens"):
         return None
     maps = Path("/proc/self/maps")  # also names what was loaded without torch, by dlopen or as a dependency
     mapped = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()

@@ -44,6 +44,7 @@ def cpu_capabilities() -> List[str]:
 
 def config() -> Dict[str, Optional[str]]:
     """Versions and instruction set, as :func:`show_config` prints them."""
+    why = _C.why_no_higher_level()
     return {
         "torchops": _build.VERSION,
         "built against torch": _build.TORCH_VERSION,
@@ -51,12 +52,13 @@ def config() -> Dict[str, Optional[str]]:
         "compiler": _build.COMPILER,
         "build type": _build.BUILD_TYPE,
         "CUDA": _build.CUDA_VERSION or "not built",
-        "CPU level": f"{cpu_capability()} (of {', '.join(cpu_capabilities())})",
+        "CPU level": f"{cpu_capability()} (of {', '.join(cpu_capabilities())})" + (f"; not {why}" if why else ""),
         "library": library_path,
     }
 
 
 def show_config() -> None:
-    """Prints version, torch it was built against, CUDA or not, and the instruction set in use."""
+    """Prints version, torch it was built against, CUDA or not, and the instruction set in use, with what the next
+    higher one lacks."""
     for name, value in config().items():
         print(f"{name + ':':21}{value}")

@@ -26,10 +26,10 @@ inline bool any_requires_grad(std::initializer_list<at::Tensor> tensors) {
          });
 }
 
-// Which gradients a backward has to compute. AutogradContext::needs_input_grad counts only those
-// tensor arguments that were given, so an absent optional tensor shifts all behind it; this keeps
-// the positions in the operator's own list of tensor arguments.
-class TensorArguments {
+// Which tensor arguments were given, and so which gradients a backward has to compute:
+// AutogradContext::needs_input_grad counts only those, an absent optional tensor shifts all behind it. Here positions
+// are those in the operator's own list of tensor arguments.
+class GivenTensors {
  public:
   // In forward: all tensor arguments in schema order, absent ones as undefined tensors.
   static void save(torch::autograd::AutogradContext* ctx, std::initializer_list<at::Tensor> arguments) {

@@ -73,13 +73,13 @@ void Checks::sizes(const char* name, const at::Tensor& tensor, c10::SymIntArrayR
                     shape_string(actual));
 }
 
-void Checks::index(const char* name, const at::Tensor& tensor) const {
+void Checks::index_dtype(const char* name, const at::Tensor& tensor) const {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kByte || dtype == at::kShort, op_, ": expected ", name,
                     " of dtype Byte or Short, got ", dtype);
 }
 
-void Checks::integer(const char* name, const at::Tensor& tensor) const {
+void Checks::integer_dtype(const char* name, const at::Tensor& tensor) const {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kLong || dtype == at::kInt, op_, ": expected ", name, " of dtype Long or Int, got ",
                     dtype);

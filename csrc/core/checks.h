@@ -32,9 +32,9 @@ class Checks {
   // Sizes that have no names of their own.
   void sizes(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected) const;
   // uint8 or int16.
-  void index(const char* name, const at::Tensor& tensor) const;
+  void index_dtype(const char* name, const at::Tensor& tensor) const;
   // int64 or int32.
-  void integer(const char* name, const at::Tensor& tensor) const;
+  void integer_dtype(const char* name, const at::Tensor& tensor) const;
   void at_least(const char* name, const c10::SymInt& value, int64_t lowest) const;
   // 0 <= value <= highest, where highest_name says what the bound is.
   void at_most(const char* name, const c10::SymInt& value, const char* highest_name, const c10::SymInt& highest) const;

@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_capability", &torchops::cpu_capability);
   m.def("cpu_capabilities", &torchops::cpu_capabilities);
+  m.def("why_no_higher_level", &torchops::why_no_higher_level);
 }

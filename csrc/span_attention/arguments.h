@@ -18,23 +18,28 @@ namespace torchops {
 // What a tile of every kernel has room for.
 inline constexpr int64_t largest_head_dim = 256;
 
-// The keyword arguments of span_attention.
+// The arguments of span_attention behind query, key and value.
 struct SpanOptions {
+  const std::optional<at::Tensor>& key_bias;     // [B, Lk]
+  const std::optional<at::Tensor>& sink;         // [Hq]
+  const std::optional<at::Tensor>& query_start;  // [B]
+  const std::optional<at::Tensor>& key_start;    // [B]
   const c10::SymInt& block_size;
   const c10::SymInt& left;
   const c10::SymInt& right;
   bool is_causal;
   std::optional<double> scale;
-  const std::optional<at::Tensor>& key_bias;     // [B, Lk]
-  const std::optional<at::Tensor>& sink;         // [Hq]
-  const std::optional<at::Tensor>& query_start;  // [B]
-  const std::optional<at::Tensor>& key_start;    // [B]
+
+  auto members() const {
+    return std::tie(key_bias, sink, query_start, key_start, block_size, left, right, is_causal, scale);
+  }
 };
 
 // Which of query, key, value, key_bias and sink have gradients, and what those are made of.
 struct SpanMask {
   std::array<bool, 5> wanted;
 
+  auto members() const { return std::tie(wanted); }
   bool query() const { return wanted[0]; }
   bool key() const { return wanted[1]; }
   bool value() const { return wanted[2]; }
@@ -60,6 +65,9 @@ struct SpanBackward {
   SpanOptions options;
   SpanMask mask;
 
+  auto members() const {
+    return std::tie(grad_output, grad_logsumexp, query, key, value, output, normalizer, options, mask);
+  }
   // Without a gradient to the output, values and outputs are as if they had no columns.
   int64_t value_dim() const { return grad_output ? grad_output->size(3) : 0; }
   // Those of rows of queries; the others are not looked at.

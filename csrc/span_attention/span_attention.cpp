@@ -1,35 +1,34 @@
 #include <ATen/OpMathType.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/forward_mode.h"
+#include "core/library.h"
 #include "span_attention/arguments.h"
 #include "span_attention/span_attention.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def(
-      "span_attention(Tensor query, Tensor key, Tensor value, *, SymInt block_size=1, SymInt left=-1, SymInt right=-1,"
-      " bool is_causal=False, float? scale=None, Tensor? key_bias=None, Tensor? sink=None, Tensor? query_start=None,"
-      " Tensor? key_start=None) -> Tensor");
+      "span_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias=None, Tensor? sink=None,"
+      " Tensor? query_start=None, Tensor? key_start=None, *, SymInt block_size=1, SymInt left=-1, SymInt right=-1,"
+      " bool is_causal=False, float? scale=None) -> Tensor");
   m.def(
-      "span_attention_lse(Tensor query, Tensor key, Tensor value, *, SymInt block_size=1, SymInt left=-1,"
-      " SymInt right=-1, bool is_causal=False, float? scale=None, Tensor? key_bias=None, Tensor? sink=None,"
-      " Tensor? query_start=None, Tensor? key_start=None) -> (Tensor output, Tensor logsumexp)");
+      "span_attention_lse(Tensor query, Tensor key, Tensor value, Tensor? key_bias=None, Tensor? sink=None,"
+      " Tensor? query_start=None, Tensor? key_start=None, *, SymInt block_size=1, SymInt left=-1, SymInt right=-1,"
+      " bool is_causal=False, float? scale=None) -> (Tensor output, Tensor logsumexp)");
   // What the backward needs beside: attention.h has the normalizer.
   m.def(
-      "_span_attention_forward(Tensor query, Tensor key, Tensor value, *, SymInt block_size=1, SymInt left=-1,"
-      " SymInt right=-1, bool is_causal=False, float? scale=None, Tensor? key_bias=None, Tensor? sink=None,"
-      " Tensor? query_start=None, Tensor? key_start=None) -> (Tensor output, Tensor logsumexp, Tensor normalizer)");
+      "_span_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_bias=None, Tensor? sink=None,"
+      " Tensor? query_start=None, Tensor? key_start=None, *, SymInt block_size=1, SymInt left=-1, SymInt right=-1,"
+      " bool is_causal=False, float? scale=None) -> (Tensor output, Tensor logsumexp, Tensor normalizer)");
   m.def(
       "_span_attention_backward(Tensor? grad_output, Tensor? grad_logsumexp, Tensor? query, Tensor? key, Tensor? value,"
-      " Tensor? output, Tensor normalizer, *, SymInt block_size, SymInt left, SymInt right, bool is_causal,"
-      " float? scale, Tensor? key_bias, Tensor? sink, Tensor? query_start, Tensor? key_start, bool[5] output_mask)"
+      " Tensor? output, Tensor normalizer, Tensor? key_bias, Tensor? sink, Tensor? query_start, Tensor? key_start, *,"
+      " SymInt block_size, SymInt left, SymInt right, bool is_causal, float? scale, bool[5] output_mask)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias, Tensor grad_sink)");
 }
 
@@ -77,7 +76,7 @@ void check_span_attention(const char* op, const at::Tensor& query, const at::Ten
        {std::pair{"query_start", &options.query_start}, std::pair{"key_start", &options.key_start}}) {
     if (*start) {
       check.shape(name, **start, "[B]", {{batch}});
-      check.integer(name, **start);
+      check.integer_dtype(name, **start);
       check.same_device(name, **start, "query", query);
     }
   }
@@ -180,51 +179,42 @@ SpanGradients empty_gradients(const SpanBackward& args, const SpanMask& mask) {
 namespace {
 
 at::Tensor span_attention_meta(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                               c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
-                               std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-                               const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
-                               const std::optional<at::Tensor>& key_start) {
-  check_span_attention("span_attention", query, key, value,
-                       {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
+                               const SpanOptions& options) {
+  check_span_attention("span_attention", query, key, value, options);
   return empty_with_layout_of(query, value.sym_size(3));
 }
 
-std::tuple<at::Tensor, at::Tensor> span_attention_lse_meta(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
-    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
-    const std::optional<at::Tensor>& key_start) {
-  check_span_attention("span_attention_lse", query, key, value,
-                       {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
+std::tuple<at::Tensor, at::Tensor> span_attention_lse_meta(const at::Tensor& query, const at::Tensor& key,
+                                                           const at::Tensor& value, const SpanOptions& options) {
+  check_span_attention("span_attention_lse", query, key, value, options);
   return {empty_with_layout_of(query, value.sym_size(3)), empty_logsumexp(query)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_forward_meta(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
-    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
-    const std::optional<at::Tensor>& key_start) {
-  check_span_attention("_span_attention_forward", query, key, value,
-                       {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
+std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_forward_meta(const at::Tensor& query,
+                                                                           const at::Tensor& key,
+                                                                           const at::Tensor& value,
+                                                                           const SpanOptions& options) {
+  check_span_attention("_span_attention_forward", query, key, value, options);
   return {empty_with_layout_of(query, value.sym_size(3)), empty_logsumexp(query), empty_normalizer(query)};
 }
 
-SpanGradients span_attention_backward_meta(
-    const std::optional<at::Tensor>& grad_output, const std::optional<at::Tensor>& grad_logsumexp,
-    const std::optional<at::Tensor>& query, const std::optional<at::Tensor>& key,
-    const std::optional<at::Tensor>& value, const std::optional<at::Tensor>& output, const at::Tensor& normalizer,
-    c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal, std::optional<double> scale,
-    const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& sink,
-    const std::optional<at::Tensor>& query_start, const std::optional<at::Tensor>& key_start,
-    std::array<bool, 5> output_mask) {
-  const SpanBackward args{
-      grad_output,  grad_logsumexp,
-      query,        key,
-      value,        output,
-      normalizer,   {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start},
-      {output_mask}};
+SpanGradients span_attention_backward_meta(const SpanBackward& args) {
   check_span_attention_backward(args);
   return empty_gradients(args, args.mask);
+}
+
+// ---- calls ------------------------------------------------------------------------------------
+
+at::Tensor call_span_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               const SpanOptions& options) {
+  static const auto op = find_operator<decltype(span_attention_meta)>("span_attention");
+  return op(query, key, value, options);
+}
+
+std::tuple<at::Tensor, at::Tensor> call_span_attention_lse(const at::Tensor& query, const at::Tensor& key,
+                                                           const at::Tensor& value, const SpanOptions& options) {
+  static const auto op = find_operator<decltype(span_attention_lse_meta)>("span_attention_lse");
+  return op(query, key, value, options);
 }
 
 // ---- gradient ---------------------------------------------------------------------------------
@@ -233,148 +223,136 @@ SpanGradients span_attention_backward_meta(
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// key_bias and sink, which have gradients, stand among the options too.
 struct SpanAttention : torch::autograd::Function<SpanAttention> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key,
-                               const at::Tensor& value, c10::SymInt block_size, c10::SymInt left, c10::SymInt right,
-                               bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-                               const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
-                               const std::optional<at::Tensor>& key_start) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("torchops::_span_attention_forward", "")
-            .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, bool,
-                std::optional<double>, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&)>();
+                               const at::Tensor& value, const std::optional<at::Tensor>& key_bias,
+                               const std::optional<at::Tensor>& sink, const SpanOptions& options) {
+    static const auto op = find_operator<decltype(span_attention_forward_meta)>("_span_attention_forward");
     const auto bias = value_or_undefined(key_bias), logit = value_or_undefined(sink);
     const auto wants = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
     const SpanMask mask{{wants(query), wants(key), wants(value), wants(bias), wants(logit)}};
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, logsumexp, normalizer] =
-        op.call(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start);
+    auto [output, logsumexp, normalizer] = op(query, key, value, options);
     const auto needed = [](bool is_needed, const at::Tensor& tensor) { return is_needed ? tensor : at::Tensor(); };
     ctx->save_for_backward({needed(mask.probabilities(), query), needed(mask.probabilities(), key),
                             needed(mask.scores(), value), needed(mask.delta(), output), normalizer,
                             needed(mask.probabilities(), bias), needed(mask.sink(), logit),
-                            needed(mask.probabilities(), value_or_undefined(query_start)),
-                            needed(mask.probabilities(), value_or_undefined(key_start))});
-    ctx->saved_data["block_size"] = block_size;
-    ctx->saved_data["left"] = left;
-    ctx->saved_data["right"] = right;
-    ctx->saved_data["is_causal"] = is_causal;
-    ctx->saved_data["scale"] = scale;
-    TensorArguments::save(ctx, {query, key, value, bias, logit});
+                            needed(mask.probabilities(), value_or_undefined(options.query_start)),
+                            needed(mask.probabilities(), value_or_undefined(options.key_start))});
+    ctx->saved_data["block_size"] = options.block_size;
+    ctx->saved_data["left"] = options.left;
+    ctx->saved_data["right"] = options.right;
+    ctx->saved_data["is_causal"] = options.is_causal;
+    ctx->saved_data["scale"] = options.scale;
+    GivenTensors::save(ctx, {query, key, value, bias, logit});
     // Most losses do not use the log-sum-exp: its gradient then stays undefined.
     ctx->set_materialize_grads(false);
     return {output, logsumexp};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("torchops::_span_attention_backward", "")
-            .typed<SpanGradients(
-                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                const at::Tensor&, c10::SymInt, c10::SymInt, c10::SymInt, bool, std::optional<double>,
-                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                const std::optional<at::Tensor>&, std::array<bool, 5>)>();
-    variable_list result(12);
+    static const auto op = find_operator<decltype(span_attention_backward_meta)>("_span_attention_backward");
     if (!grads[0].defined() && !grads[1].defined()) {
-      return result;
+      return variable_list(6);
     }
     const auto saved = ctx->get_saved_variables();
-    std::array<bool, 5> output_mask;
+    SpanMask mask;
     for (int position = 0; position < 5; ++position) {
-      output_mask[position] = TensorArguments::needs_grad(ctx, position);
+      mask.wanted[position] = GivenTensors::needs_grad(ctx, position);
     }
     // The log-sum-exp does not depend on values.
-    output_mask[2] = output_mask[2] && grads[0].defined();
-    std::tie(result[0], result[1], result[2], result[8], result[9]) = op.call(
-        optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), optional_tensor(saved[1]),
-        optional_tensor(saved[2]), optional_tensor(saved[3]), saved[4], ctx->saved_data["block_size"].toSymInt(),
-        ctx->saved_data["left"].toSymInt(), ctx->saved_data["right"].toSymInt(), ctx->saved_data["is_causal"].toBool(),
-        ctx->saved_data["scale"].toOptional<double>(), optional_tensor(saved[5]), optional_tensor(saved[6]),
-        optional_tensor(saved[7]), optional_tensor(saved[8]), output_mask);
-    return result;
+    mask.wanted[2] = mask.wanted[2] && grads[0].defined();
+    const auto block_size = ctx->saved_data["block_size"].toSymInt(), left = ctx->saved_data["left"].toSymInt(),
+               right = ctx->saved_data["right"].toSymInt();
+    const auto key_bias = optional_tensor(saved[5]), sink = optional_tensor(saved[6]),
+               query_start = optional_tensor(saved[7]), key_start = optional_tensor(saved[8]);
+    const SpanOptions options{key_bias,
+                              sink,
+                              query_start,
+                              key_start,
+                              block_size,
+                              left,
+                              right,
+                              ctx->saved_data["is_causal"].toBool(),
+                              ctx->saved_data["scale"].toOptional<double>()};
+    const auto [grad_query, grad_key, grad_value, grad_bias, grad_sink] =
+        op(optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), optional_tensor(saved[1]),
+           optional_tensor(saved[2]), optional_tensor(saved[3]), saved[4], options, mask);
+    return {grad_query, grad_key, grad_value, grad_bias, grad_sink, {}};
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> span_attention_lse_autograd(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
-    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
-    const std::optional<at::Tensor>& key_start) {
-  refuse_tangents("span_attention_lse", {query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)});
-  if (any_requires_grad({query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)})) {
-    check_span_attention("span_attention_lse", query, key, value,
-                         {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
-    const auto outputs = SpanAttention::apply(query, key, value, block_size, left, right, is_causal, scale, key_bias,
-                                              sink, query_start, key_start);
+// The output and the log-sum-exp where autograd will ask for gradients, else nothing.
+variable_list recorded(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                       const SpanOptions& options) {
+  const auto bias = value_or_undefined(options.key_bias), sink = value_or_undefined(options.sink);
+  refuse_tangents(op, {query, key, value, bias, sink});
+  if (!any_requires_grad({query, key, value, bias, sink})) {
+    return {};
+  }
+  check_span_attention(op, query, key, value, options);
+  return SpanAttention::apply(query, key, value, options.key_bias, options.sink, options);
+}
+
+std::tuple<at::Tensor, at::Tensor> span_attention_lse_autograd(const at::Tensor& query, const at::Tensor& key,
+                                                               const at::Tensor& value, const SpanOptions& options) {
+  if (const auto outputs = recorded("span_attention_lse", query, key, value, options); !outputs.empty()) {
     return {outputs[0], outputs[1]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return span_attention_lse(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start,
-                            key_start);
+  return call_span_attention_lse(query, key, value, options);
 }
 
 at::Tensor span_attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                   c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
-                                   std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-                                   const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
-                                   const std::optional<at::Tensor>& key_start) {
-  refuse_tangents("span_attention", {query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)});
-  if (any_requires_grad({query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)})) {
-    check_span_attention("span_attention", query, key, value,
-                         {block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start});
-    return SpanAttention::apply(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink,
-                                query_start, key_start)[0];
+                                   const SpanOptions& options) {
+  if (const auto outputs = recorded("span_attention", query, key, value, options); !outputs.empty()) {
+    return outputs[0];
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return span_attention(query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start,
-                        key_start);
+  return call_span_attention(query, key, value, options);
 }
 
 // ---- autocast ---------------------------------------------------------------------------------
 
 // Scores are computed in float32 whatever the inputs: biases and sinks keep their dtype.
 template <auto op, c10::DeviceType device, c10::DispatchKey dispatch_key>
-auto lowered(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size,
-             c10::SymInt left, c10::SymInt right, bool is_causal, std::optional<double> scale,
-             const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& sink,
-             const std::optional<at::Tensor>& query_start, const std::optional<at::Tensor>& key_start) {
+auto lowered(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const SpanOptions& options) {
   const c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);
   const auto lower = [dtype = at::autocast::get_autocast_dtype(device)](const at::Tensor& tensor) {
     return at::autocast::cached_cast(dtype, tensor, device);
   };
-  return op(lower(query), lower(key), lower(value), block_size, left, right, is_causal, scale, key_bias, sink,
-            query_start, key_start);
+  return op(lower(query), lower(key), lower(value), options);
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+void register_autocast(torch::Library& m) {
+  m.impl("span_attention", flattened<lowered<call_span_attention, device, key>>);
+  m.impl("span_attention_lse", flattened<lowered<call_span_attention_lse, device, key>>);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
-  m.impl("span_attention", span_attention_meta);
-  m.impl("span_attention_lse", span_attention_lse_meta);
-  m.impl("_span_attention_forward", span_attention_forward_meta);
-  m.impl("_span_attention_backward", span_attention_backward_meta);
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
+  m.impl("span_attention", flattened<span_attention_meta>);
+  m.impl("span_attention_lse", flattened<span_attention_lse_meta>);
+  m.impl("_span_attention_forward", flattened<span_attention_forward_meta>);
+  m.impl("_span_attention_backward", flattened<span_attention_backward_meta>);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
-  m.impl("span_attention", span_attention_autograd);
-  m.impl("span_attention_lse", span_attention_lse_autograd);
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
+  m.impl("span_attention", flattened<span_attention_autograd>);
+  m.impl("span_attention_lse", flattened<span_attention_lse_autograd>);
   m.impl("_span_attention_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_span_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {
-  m.impl("span_attention", lowered<span_attention, at::kCPU, c10::DispatchKey::AutocastCPU>);
-  m.impl("span_attention_lse", lowered<span_attention_lse, at::kCPU, c10::DispatchKey::AutocastCPU>);
+TORCHOPS_LIBRARY_IMPL(AutocastCPU, m) {
+  register_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>(m);
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
-  m.impl("span_attention", lowered<span_attention, at::kCUDA, c10::DispatchKey::AutocastCUDA>);
-  m.impl("span_attention_lse", lowered<span_attention_lse, at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+TORCHOPS_LIBRARY_IMPL(AutocastCUDA, m) {
+  register_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
 }
 
 // ---- C++ API ----------------------------------------------------------------------------------
@@ -384,10 +362,8 @@ at::Tensor span_attention(const at::Tensor& query, const at::Tensor& key, const 
                           std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
                           const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
                           const std::optional<at::Tensor>& key_start) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::span_attention", "").typed<decltype(span_attention)>();
-  return op.call(query, key, value, std::move(block_size), std::move(left), std::move(right), is_causal, scale,
-                 key_bias, sink, query_start, key_start);
+  return call_span_attention(query, key, value,
+                             {key_bias, sink, query_start, key_start, block_size, left, right, is_causal, scale});
 }
 
 std::tuple<at::Tensor, at::Tensor> span_attention_lse(const at::Tensor& query, const at::Tensor& key,
@@ -397,11 +373,8 @@ std::tuple<at::Tensor, at::Tensor> span_attention_lse(const at::Tensor& query, c
                                                       const std::optional<at::Tensor>& sink,
                                                       const std::optional<at::Tensor>& query_start,
                                                       const std::optional<at::Tensor>& key_start) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchops::span_attention_lse", "")
-                             .typed<decltype(span_attention_lse)>();
-  return op.call(query, key, value, std::move(block_size), std::move(left), std::move(right), is_causal, scale,
-                 key_bias, sink, query_start, key_start);
+  return call_span_attention_lse(query, key, value,
+                                 {key_bias, sink, query_start, key_start, block_size, left, right, is_causal, scale});
 }
 
 }  // namespace torchops

@@ -22,7 +22,7 @@ void check_lists(const char* op, const TopkInputs& inputs) {
   check.at_least("block_size", inputs.options.block_size, 1);
   check.between("query_block", query_block, 1, int64_t{1} << 62);
   check.rank("indices", indices, "[B, Hi, Nq, k]");
-  check.integer("indices", indices);
+  check.integer_dtype("indices", indices);
   check.same_device("indices", indices, "query", inputs.query);
   const auto list_heads = indices.sym_size(1), num_listed = indices.sym_size(3);
   TORCH_CHECK_VALUE(equal(list_heads, 1) || equal(list_heads, num_kv_heads) || equal(list_heads, num_heads), op,
@@ -90,7 +90,7 @@ void check_topk_attention(const char* op, const TopkInputs& inputs) {
        {std::pair{"query_start", &options.query_start}, std::pair{"key_start", &options.key_start}}) {
     if (*start) {
       check.shape(name, **start, "[B]", {{batch}});
-      check.integer(name, **start);
+      check.integer_dtype(name, **start);
       check.same_device(name, **start, "query", query);
     }
   }

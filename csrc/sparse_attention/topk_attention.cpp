@@ -123,7 +123,7 @@ struct TopkAttention : torch::autograd::Function<TopkAttention> {
     ctx->saved_data["query_block"] = options.query_block;
     ctx->saved_data["is_causal"] = options.is_causal;
     ctx->saved_data["scale"] = options.scale;
-    TensorArguments::save(ctx, {query, key, value, key_bias, pair_bias, sink});
+    GivenTensors::save(ctx, {query, key, value, key_bias, pair_bias, sink});
     // Most losses do not use the log-sum-exp: its gradient then stays undefined.
     ctx->set_materialize_grads(false);
     return {output, logsumexp};
@@ -140,7 +140,7 @@ struct TopkAttention : torch::autograd::Function<TopkAttention> {
     const auto tensor = [&saved](int position) { return optional_tensor(saved[position]); };
     std::array<bool, 6> output_mask;
     for (int position = 0; position < 6; ++position) {
-      output_mask[position] = TensorArguments::needs_grad(ctx, position);
+      output_mask[position] = GivenTensors::needs_grad(ctx, position);
     }
     // The log-sum-exp does not depend on values.
     output_mask[2] = output_mask[2] && grads[0].defined();

@@ -83,28 +83,33 @@ Factorization refine(const at::Tensor& weight, Factorization best, int64_t nnz, 
   constexpr int64_t shares[] = {6, 12, 24, 48};  // of the atoms, that are replaced in turn
   constexpr int64_t most_idle_iterations = std::size(shares);
   constexpr double least_gain = 1e-4;
+  // With many nonzeros in a row replacing seldom helps: it is given up after that many attempts without a gain.
+  const int64_t most_vain_attempts = nnz <= few_nonzeros ? num_iterations : 2;
   double error = total_error(weight, best);
   const auto take_if_better = [&](const Factorization& candidate) {
     const double of_candidate = total_error(weight, candidate);
-    if (of_candidate < error) {
+    const bool better = of_candidate < error;
+    if (better) {
       best = candidate;
       error = of_candidate;
     }
+    return better;
   };
-  int64_t idle = 0;
+  int64_t idle = 0, vain_attempts = 0;
   for (int64_t iteration = 0; iteration < num_iterations && idle < most_idle_iterations; ++iteration) {
     const double before = error;
     take_if_better(refine(weight, best, nnz));
-    if (replacing && nnz <= few_nonzeros) {
+    if (replacing && vain_attempts < most_vain_attempts) {
       const auto count = std::max<int64_t>(1, best.basis.size(0) / shares[iteration % std::size(shares)]);
       auto candidate = replace_atoms(weight, best, nnz, count);
       for (int64_t round = 0; round < 2; ++round) {
         candidate = refine(weight, candidate, nnz);
       }
-      take_if_better(candidate);
+      vain_attempts += take_if_better(candidate) ? 0 : 1;
     }
     idle = error < (1 - least_gain) * before ? 0 : idle + 1;
   }
+  best.code = fitted_code(weight, best.basis, best.code, nnz);
   return best;
 }
 
@@ -207,7 +212,7 @@ Factorization factorize_from(const at::Tensor& weight, const at::Tensor& basis, 
   }
   Factorization start{unit, first_code(weight, unit, nnz)};
   if (num_iterations == 0) {
-    return {basis, start.code / lengths.t()};
+    return {basis, fitted_code(weight, unit, start.code, nnz) / lengths.t()};
   }
   // Least squares leave a zero where it is.
   if (const auto missing = is_zero(unit).sum().item<int64_t>(); missing > 0) {

@@ -41,8 +41,8 @@ Factorization factorize_from(const at::Tensor& weight, const at::Tensor& basis, 
 
 // stf_factorize, stf_project and _stf_project_to_factors on every device.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> factorize_weight(const at::Tensor& weight, int64_t basis_size,
-                                                                int64_t nnz, int64_t num_blocks, int64_t num_iterations,
-                                                                const std::optional<at::Tensor>& gram);
+                                                                int64_t nnz, const std::optional<at::Tensor>& gram,
+                                                                int64_t num_blocks, int64_t num_iterations);
 std::tuple<at::Tensor, at::Tensor> project_weight(const at::Tensor& weight, const at::Tensor& basis, int64_t nnz,
                                                   int64_t num_iterations);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> project_weight_to_factors(const at::Tensor& weight,

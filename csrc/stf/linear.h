@@ -34,6 +34,26 @@ struct StfGradientNeeds {
         atoms(output_mask[transpose ? 1 : 2]) {}
 };
 
+// The arguments of _stf_linear_backward; absent is what the gradients are not made of. to_latent: every pair of a row
+// and an atom has a gradient, not only the nonzeros.
+struct StfBackward {
+  const at::Tensor& grad_output;             // [..., out]
+  const std::optional<at::Tensor>& input;    // [..., in]
+  const std::optional<at::Tensor>& basis;    // [blocks, K, cols / blocks]
+  const std::optional<at::Tensor>& values;   // [rows, blocks, nnz]
+  const std::optional<at::Tensor>& indices;  // [rows, blocks, nnz]
+  const std::optional<at::Tensor>& atoms;    // [blocks, T, K]
+  c10::SymIntArrayRef basis_sizes;
+  bool transpose;
+  bool to_latent;
+  std::array<bool, 4> output_mask;
+
+  auto members() const {
+    return std::tie(grad_output, input, basis, values, indices, atoms, basis_sizes, transpose, to_latent, output_mask);
+  }
+  StfGradientNeeds needs() const { return {transpose, to_latent, output_mask}; }
+};
+
 at::ScalarType index_dtype(const c10::SymInt& basis_size);
 c10::SymDimVector output_sizes(const at::Tensor& input, const at::Tensor& basis, const c10::SymInt& num_rows,
                                bool transpose);
@@ -42,11 +62,7 @@ void check_layer(const char* op, const at::Tensor& input, const at::Tensor& basi
                  const std::optional<at::Tensor>& bias, bool transpose);
 void check_stf_linear(const char* op, const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
                       const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose);
-void check_stf_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-                               const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
-                               const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
-                               c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
-                               std::array<bool, 4> output_mask);
+void check_stf_linear_backward(const StfBackward& args);
 void check_stf_linear_straight_through(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& latent,
                                        const c10::SymInt& nnz, const std::optional<at::Tensor>& bias, bool transpose);
 void check_stf_select(const at::Tensor& latent, const c10::SymInt& nnz);
@@ -62,11 +78,7 @@ void check_stf_linear_packed(const at::Tensor& input, const at::Tensor& basis, c
 std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms(const at::Tensor& input, const at::Tensor& basis,
                                                          const at::Tensor& values, const at::Tensor& indices,
                                                          const std::optional<at::Tensor>& bias, bool transpose);
-StfGradients stf_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-                                 const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
-                                 const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
-                                 c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
-                                 std::array<bool, 4> output_mask);
+StfGradients stf_linear_backward(const StfBackward& args);
 
 // For a Function's forward and backward: keeps what the gradients that may be asked for take, and computes those that
 // are. Without a gradient to the output there is none.
@@ -147,49 +159,48 @@ std::tuple<at::Tensor, at::Tensor> stf_linear_forward(const Sparse& sparse, cons
   return {with_leading_sizes_of(input, joined_product<Sparse>(atoms, vectors, bias)), atoms};
 }
 
-// to_latent: every pair of a row and an atom has a gradient, not only the nonzeros. What StfGradientNeeds does not name
-// may be undefined.
 template <typename Sparse>
-StfGradients stf_linear_gradients(const Sparse& sparse, const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& basis, const at::Tensor& atoms, int64_t num_blocks, bool transpose,
-                                  bool to_latent, std::array<bool, 4> output_mask) {
-  const auto grad = as_tokens(grad_output);
-  const auto tokens = input.defined() ? as_tokens(input) : input;
-  const auto vectors = basis.defined() ? basis.contiguous() : basis;
+StfGradients stf_linear_gradients(const Sparse& sparse, const StfBackward& args) {
+  const auto num_blocks = args.basis_sizes[0].expect_int();
+  const auto& output_mask = args.output_mask;
+  const auto grad = as_tokens(args.grad_output);
+  const auto tokens = args.input ? as_tokens(*args.input) : at::Tensor();
+  const auto vectors = args.basis ? args.basis->contiguous() : at::Tensor();
+  const auto atoms = args.atoms ? args.atoms->contiguous() : at::Tensor();
   const auto to_values = [&](const at::Tensor& rows, const at::Tensor& of_atoms) {
-    if (!to_latent) {
+    if (!args.to_latent) {
       return sparse.value_gradient(rows, of_atoms);
     }
     const auto row_blocks = rows.t().unsqueeze(0).expand({num_blocks, rows.size(1), rows.size(0)});
     return joined_product<Sparse>(row_blocks, of_atoms).view({rows.size(1), num_blocks, of_atoms.size(2)});
   };
   at::Tensor grad_input, grad_basis, grad_values;
-  if (!transpose) {
+  if (!args.transpose) {
     if (output_mask[0] || output_mask[1]) {
       const auto grad_atoms = sparse.rows_to_atoms(grad);
       if (output_mask[0]) {
-        grad_input = with_leading_sizes_of(grad_output, joined_product<Sparse>(grad_atoms, vectors));
+        grad_input = with_leading_sizes_of(args.grad_output, joined_product<Sparse>(grad_atoms, vectors));
       }
       if (output_mask[1]) {
         grad_basis = product<Sparse>(grad_atoms.transpose(1, 2), split_blocks(tokens, num_blocks));
       }
     }
     if (output_mask[2]) {
-      grad_values = to_values(grad, atoms.contiguous());
+      grad_values = to_values(grad, atoms);
     }
   } else {
     const auto blocks = split_blocks(grad, num_blocks);
     if (output_mask[0] || output_mask[2]) {
       const auto grad_atoms = product<Sparse>(blocks, vectors.transpose(1, 2));
       if (output_mask[0]) {
-        grad_input = with_leading_sizes_of(grad_output, sparse.atoms_to_rows(grad_atoms, std::nullopt));
+        grad_input = with_leading_sizes_of(args.grad_output, sparse.atoms_to_rows(grad_atoms, std::nullopt));
       }
       if (output_mask[2]) {
         grad_values = to_values(tokens, grad_atoms);
       }
     }
     if (output_mask[1]) {
-      grad_basis = product<Sparse>(atoms.contiguous().transpose(1, 2), blocks);
+      grad_basis = product<Sparse>(atoms.transpose(1, 2), blocks);
     }
   }
   return {grad_input, grad_basis, grad_values, output_mask[3] ? grad.sum(0) : at::Tensor()};

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "stf/stf.h"
@@ -15,15 +16,13 @@ double rounding_of(const at::Tensor& tensor) {
                                              : std::numeric_limits<float>::epsilon();
 }
 
-// Least squares for the nonzeros of every row on their support, by conjugate gradients: each row is a system of
-// its own. A row rests where its residual, or the curvature along its direction, is no more than rounding leaves: a
-// step would then be of any length. Atoms have length 1.
+// Towards least squares for the entries of every row on its support, 1 or 0, by conjugate gradients: each row is a
+// system of its own. A row rests where its residual, or the curvature along its direction, is no more than rounding
+// leaves: a step would then be of any length. Atoms have length 1.
 at::Tensor refit(const at::Tensor& weight, const at::Tensor& products, const at::Tensor& gram, at::Tensor code,
-                 int64_t nnz) {
-  constexpr int64_t steps = 8;
+                 const at::Tensor& support, int64_t nnz, int64_t steps) {
   const double rounding = rounding_of(products), least_curvature = 4 * rounding * static_cast<double>(nnz);
   const auto least_norm = weight.square().sum(1, true).mul_(16 * rounding * rounding * static_cast<double>(nnz));
-  const auto support = code.ne(0).to(code.scalar_type());
   auto residual = (products - code.matmul(gram)).mul_(support);
   auto direction = residual.clone();
   auto norm = residual.square().sum(1, true);
@@ -43,11 +42,30 @@ at::Tensor refit(const at::Tensor& weight, const at::Tensor& products, const at:
   return code;
 }
 
+// The code that is least squares on the support, [rows, nnz] positions; not finite in rows whose atoms depend too much
+// on each other.
+at::Tensor solved_on(const at::Tensor& support, const at::Tensor& products, const at::Tensor& gram) {
+  constexpr int64_t numbers_at_once = int64_t{1} << 24;
+  const double relative_ridge = products.scalar_type() == at::kDouble ? 1e-14 : 1e-6;
+  const int64_t nnz = support.size(1), rows_at_once = std::max<int64_t>(1, numbers_at_once / (nnz * nnz));
+  auto code = at::zeros_like(products);
+  for (int64_t first = 0; first < support.size(0); first += rows_at_once) {
+    const auto rows = std::min(rows_at_once, support.size(0) - first);
+    const auto positions = support.narrow(0, first, rows);
+    const auto system = gram.index({positions.unsqueeze(2), positions.unsqueeze(1)});
+    const auto ridge = system.diagonal(0, 1, 2).mean(1).view({-1, 1, 1}) * relative_ridge + 1e-30;
+    const auto solution =
+        std::get<0>(at::linalg_solve_ex(system + ridge * at::eye(nnz, gram.options()),
+                                        products.narrow(0, first, rows).gather(1, positions).unsqueeze(2)));
+    code.narrow(0, first, rows).scatter_(1, positions, solution.squeeze(2));
+  }
+  return code;
+}
+
 // Orthogonal matching pursuit of all rows at once: the atom that explains most of what is left joins the support,
 // and the code is solved for anew. Where atoms depend on each other so much that this fails, the row's code stays
 // without the new one.
 at::Tensor matching_pursuit(const at::Tensor& products, const at::Tensor& gram, int64_t nnz) {
-  const double relative_ridge = products.scalar_type() == at::kDouble ? 1e-14 : 1e-6;
   const auto inverse_norm = gram.diagonal().clamp_min(1e-20).rsqrt();
   auto correlation = products;
   auto used = at::zeros_like(products, at::kBool);
@@ -56,26 +74,34 @@ at::Tensor matching_pursuit(const at::Tensor& products, const at::Tensor& gram, 
     const auto best = (correlation * inverse_norm).abs().masked_fill(used, -1).argmax(1, true);
     used = used.scatter(1, best, true);
     support = size == 1 ? best : at::cat({support, best}, 1);
-    const auto system = gram.index({support.unsqueeze(2), support.unsqueeze(1)});
-    const auto ridge = system.diagonal(0, 1, 2).mean(1).view({-1, 1, 1}) * relative_ridge + 1e-30;
-    const auto solution = std::get<0>(
-        at::linalg_solve_ex(system + ridge * at::eye(size, gram.options()), products.gather(1, support).unsqueeze(2)));
-    const auto solved = at::isfinite(solution).all(1);
-    code = at::where(solved, at::zeros_like(products).scatter(1, support, solution.squeeze(2)), code);
+    const auto solution = solved_on(support, products, gram);
+    code = at::where(at::isfinite(solution).all(1, true), solution, code);
     correlation = products - code.matmul(gram);
   }
   return code;
 }
 
-// Gradient steps to the dense code, of which the largest entries are kept.
-at::Tensor thresholded(const at::Tensor& weight, const at::Tensor& products, const at::Tensor& gram, at::Tensor code,
-                       int64_t nnz) {
-  constexpr int64_t steps = 2;
-  const auto step_length = at::linalg_eigvalsh(gram)[-1].clamp_min(1e-30).reciprocal();
-  for (int64_t step = 0; step < steps; ++step) {
-    code = keep_largest(code + (products - code.matmul(gram)) * step_length, nnz);
-  }
-  return refit(weight, products, gram, code, nnz);
+at::Tensor support_of(const at::Tensor& code) {
+  return code.ne(0).to(code.scalar_type());
+}
+
+// Entries of the largest gradients join a row's support, and the least ones of the fit to all of them leave it.
+at::Tensor swapped(const at::Tensor& weight, const at::Tensor& products, const at::Tensor& gram, const at::Tensor& code,
+                   int64_t nnz) {
+  const int64_t joining = std::min((nnz + 9) / 10, code.size(1) - nnz);
+  const auto infinity = std::numeric_limits<double>::infinity();
+  const auto gradient = (products - code.matmul(gram)).masked_fill(code.ne(0), infinity);
+  constexpr int64_t steps_to_choose = 4, steps_to_fit = 8;
+  const auto candidates = support_of(keep_largest(gradient, nnz + joining));
+  const auto grown = refit(weight, products, gram, code, candidates, nnz + joining, steps_to_choose);
+  const auto kept = keep_largest(grown, nnz);
+  return refit(weight, products, gram, kept, support_of(kept), nnz, steps_to_fit);
+}
+
+// next_code, of a weight's products with the basis and of the basis's own.
+at::Tensor next_code_of(const at::Tensor& weight, const at::Tensor& products, const at::Tensor& gram,
+                        const at::Tensor& code, int64_t nnz) {
+  return nnz <= few_nonzeros ? matching_pursuit(products, gram, nnz) : swapped(weight, products, gram, code, nnz);
 }
 
 }  // namespace
@@ -96,12 +122,17 @@ at::Tensor better_rows(const at::Tensor& weight, const at::Tensor& basis, const 
 }
 
 at::Tensor next_code(const at::Tensor& weight, const at::Tensor& basis, const at::Tensor& code, int64_t nnz) {
+  return next_code_of(weight, weight.matmul(basis.t()), basis.matmul(basis.t()), code, nnz);
+}
+
+at::Tensor fitted_code(const at::Tensor& weight, const at::Tensor& basis, const at::Tensor& code, int64_t nnz) {
   const auto products = weight.matmul(basis.t()), gram = basis.matmul(basis.t());
-  return nnz <= few_nonzeros ? matching_pursuit(products, gram, nnz) : thresholded(weight, products, gram, code, nnz);
+  const auto support = std::get<1>(stf_select(code.unsqueeze(1), nnz)).squeeze(1).to(at::kLong);
+  return better_rows(weight, basis, code, solved_on(support, products, gram));
 }
 
 at::Tensor first_code(const at::Tensor& weight, const at::Tensor& basis, int64_t nnz) {
-  const auto gram = basis.matmul(basis.t());
+  const auto products = weight.matmul(basis.t()), gram = basis.matmul(basis.t());
   const auto ridge = gram.diagonal().mean() * 1e-4 + 1e-30;
   const auto dense =
       std::get<0>(at::linalg_solve_ex(gram + ridge * at::eye(gram.size(0), gram.options()), basis.matmul(weight.t())));
@@ -109,7 +140,11 @@ at::Tensor first_code(const at::Tensor& weight, const at::Tensor& basis, int64_t
   const auto start = better_rows(weight, basis, at::zeros_like(largest), largest);
   // Around least squares errors are flat: rounding would choose between a code and one that the ridge bends.
   constexpr double slack = 1e-5;
-  return better_rows(weight, basis, start, next_code(weight, basis, start, nnz), slack);
+  auto code = better_rows(weight, basis, start, next_code_of(weight, products, gram, start, nnz), slack);
+  for (int64_t round = 0; round < 3 && nnz > few_nonzeros; ++round) {
+    code = better_rows(weight, basis, code, next_code_of(weight, products, gram, code, nnz));
+  }
+  return code;
 }
 
 }  // namespace torchops

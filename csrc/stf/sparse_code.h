@@ -27,4 +27,7 @@ at::Tensor first_code(const at::Tensor& weight, const at::Tensor& basis, int64_t
 // Another code, from the one there is. Rows of it may be worse.
 at::Tensor next_code(const at::Tensor& weight, const at::Tensor& basis, const at::Tensor& code, int64_t nnz);
 
+// The code with least squares for its nonzeros. No row gets worse.
+at::Tensor fitted_code(const at::Tensor& weight, const at::Tensor& basis, const at::Tensor& code, int64_t nnz);
+
 }  // namespace torchops

@@ -1,19 +1,18 @@
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/library.h"
 #include "stf/factorization.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def(
-      "stf_factorize(Tensor weight, SymInt basis_size, SymInt nnz, *, SymInt num_blocks=1, SymInt num_iterations=20,"
-      " Tensor? gram=None) -> (Tensor basis, Tensor values, Tensor indices)");
+      "stf_factorize(Tensor weight, SymInt basis_size, SymInt nnz, Tensor? gram=None, *, SymInt num_blocks=1,"
+      " SymInt num_iterations=20) -> (Tensor basis, Tensor values, Tensor indices)");
 }
 
 // ---- checks -----------------------------------------------------------------------------------
@@ -48,8 +47,8 @@ using Factors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // ---- shapes -----------------------------------------------------------------------------------
 
-Factors stf_factorize_meta(const at::Tensor& weight, c10::SymInt basis_size, c10::SymInt nnz, c10::SymInt num_blocks,
-                           c10::SymInt num_iterations, const std::optional<at::Tensor>& gram) {
+Factors stf_factorize_meta(const at::Tensor& weight, c10::SymInt basis_size, c10::SymInt nnz,
+                           const std::optional<at::Tensor>& gram, c10::SymInt num_blocks, c10::SymInt num_iterations) {
   check_stf_factorize(weight, basis_size, nnz, num_blocks, num_iterations, gram);
   const c10::SymInt sizes[] = {weight.sym_size(0), num_blocks, nnz};
   return {at::empty_symint({num_blocks, basis_size, weight.sym_size(1) / num_blocks}, weight.options()),
@@ -63,8 +62,8 @@ Factors stf_factorize_meta(const at::Tensor& weight, c10::SymInt basis_size, c10
 
 // With a gram matrix X^T X of the layer's inputs, the error of its outputs is what counts: that of weight L, where
 // gram = L L^T. Blocks are weighed each by its own part of gram.
-Factors factorize_weight(const at::Tensor& weight, int64_t basis_size, int64_t nnz, int64_t num_blocks,
-                         int64_t num_iterations, const std::optional<at::Tensor>& gram) {
+Factors factorize_weight(const at::Tensor& weight, int64_t basis_size, int64_t nnz,
+                         const std::optional<at::Tensor>& gram, int64_t num_blocks, int64_t num_iterations) {
   check_stf_factorize(weight, basis_size, nnz, num_blocks, num_iterations, gram);
   check_finite("stf_factorize", "weight", weight);
   if (gram) {
@@ -105,12 +104,12 @@ Factors factorize_weight(const at::Tensor& weight, int64_t basis_size, int64_t n
   return {at::stack(bases).to(weight.scalar_type()), values.to(weight.scalar_type()), indices};
 }
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("stf_factorize", stf_factorize_meta);
 }
 
 // A start point of training, not a step of it.
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("stf_factorize", torch::autograd::autogradNotImplementedFallback());
 }
 
@@ -118,9 +117,8 @@ TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
 
 Factors stf_factorize(const at::Tensor& weight, c10::SymInt basis_size, c10::SymInt nnz, c10::SymInt num_blocks,
                       c10::SymInt num_iterations, const std::optional<at::Tensor>& gram) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::stf_factorize", "").typed<decltype(stf_factorize)>();
-  return op.call(weight, std::move(basis_size), std::move(nnz), std::move(num_blocks), std::move(num_iterations), gram);
+  static const auto op = find_operator<decltype(stf_factorize_meta)>("stf_factorize");
+  return op(weight, basis_size, nnz, gram, num_blocks, num_iterations);
 }
 
 }  // namespace torchops

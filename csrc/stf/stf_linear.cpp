@@ -1,18 +1,17 @@
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/forward_mode.h"
+#include "core/library.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def(
       "stf_linear(Tensor input, Tensor basis, Tensor values, Tensor indices, Tensor? bias=None, *, bool "
       "transpose=False)"
@@ -79,15 +78,13 @@ void check_stf_linear(const char* op, const at::Tensor& input, const at::Tensor&
   check.same_device("values", values, "input", input);
   check.at_most("values' last dimension nnz", values.sym_size(2), "K", basis.sym_size(1));
   check.shape("indices", indices, "[rows, blocks, nnz]", values.sym_sizes());
-  check.index("indices", indices);
+  check.index_dtype("indices", indices);
   check.same_device("indices", indices, "input", input);
 }
 
-void check_stf_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-                               const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
-                               const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
-                               c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
-                               std::array<bool, 4> output_mask) {
+void check_stf_linear_backward(const StfBackward& args) {
+  const auto& [grad_output, input, basis, values, indices, atoms, basis_sizes, transpose, to_latent, output_mask] =
+      args;
   constexpr const char* op = "_stf_linear_backward";
   const Checks check(op);
   if (input && basis && values && indices) {
@@ -97,7 +94,7 @@ void check_stf_linear_backward(const at::Tensor& grad_output, const std::optiona
   check.not_scalar("grad_output", grad_output, "[..., out]");
   check.floating("grad_output", grad_output);
   check.equal("basis_sizes' length", static_cast<int64_t>(basis_sizes.size()), "that of [blocks, K, cols / blocks]", 3);
-  const StfGradientNeeds needs(transpose, to_latent, output_mask);
+  const auto needs = args.needs();
   for (const auto& [name, needed, tensor] :
        {std::tuple{"input", needs.input, &input}, std::tuple{"basis", needs.basis, &basis},
         std::tuple{"values", needs.values, &values}, std::tuple{"indices", needs.indices, &indices},
@@ -136,7 +133,7 @@ void check_stf_linear_backward(const at::Tensor& grad_output, const std::optiona
   if (indices) {
     check.rank("indices", *indices, "[rows, blocks, nnz]");
     check.shape("indices", *indices, "[rows, blocks, nnz]", {{num_rows, num_blocks, indices->sym_size(2)}});
-    check.index("indices", *indices);
+    check.index_dtype("indices", *indices);
   }
   if (values && indices) {
     check.shape("values", *values, "[rows, blocks, nnz]", indices->sym_sizes());
@@ -169,14 +166,11 @@ std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms_meta(const at::Tensor& 
           at::empty_symint({basis.sym_size(0), num_tokens(input), basis.sym_size(1)}, input.options())};
 }
 
-StfGradients stf_linear_backward_meta(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-                                      const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
-                                      const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
-                                      c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
-                                      std::array<bool, 4> output_mask) {
-  check_stf_linear_backward(grad_output, input, basis, values, indices, atoms, basis_sizes, transpose, to_latent,
-                            output_mask);
-  const auto empty = [&](c10::SymIntArrayRef sizes) { return at::empty_symint(sizes, grad_output.options()); };
+StfGradients stf_linear_backward_meta(const StfBackward& args) {
+  check_stf_linear_backward(args);
+  const auto& [grad_output, input, basis, values, indices, atoms, basis_sizes, transpose, to_latent, output_mask] =
+      args;
+  const auto empty = [&args](c10::SymIntArrayRef sizes) { return at::empty_symint(sizes, args.grad_output.options()); };
   StfGradients grads;
   if (output_mask[0]) {
     c10::SymDimVector sizes(grad_output.sym_sizes());
@@ -206,21 +200,13 @@ using torch::autograd::variable_list;
 std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms(const at::Tensor& input, const at::Tensor& basis,
                                                          const at::Tensor& values, const at::Tensor& indices,
                                                          const std::optional<at::Tensor>& bias, bool transpose) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchops::_stf_linear_with_atoms", "")
-                             .typed<decltype(stf_linear_with_atoms)>();
-  return op.call(input, basis, values, indices, bias, transpose);
+  static const auto op = find_operator<decltype(stf_linear_with_atoms)>("_stf_linear_with_atoms");
+  return op(input, basis, values, indices, bias, transpose);
 }
 
-StfGradients stf_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-                                 const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
-                                 const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
-                                 c10::SymIntArrayRef basis_sizes, bool transpose, bool to_latent,
-                                 std::array<bool, 4> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchops::_stf_linear_backward", "")
-                             .typed<decltype(stf_linear_backward)>();
-  return op.call(grad_output, input, basis, values, indices, atoms, basis_sizes, transpose, to_latent, output_mask);
+StfGradients stf_linear_backward(const StfBackward& args) {
+  static const auto op = find_operator<decltype(stf_linear_backward)>("_stf_linear_backward");
+  return op(args);
 }
 
 void save_for_stf_backward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& basis,
@@ -241,10 +227,11 @@ StfGradients gradients_of_saved(AutogradContext* ctx, const at::Tensor& grad_out
     return {};
   }
   const auto saved = ctx->get_saved_variables();
-  return stf_linear_backward(grad_output, optional_tensor(saved[0]), optional_tensor(saved[1]),
-                             optional_tensor(saved[2]), optional_tensor(saved[3]), optional_tensor(saved[4]),
-                             ctx->saved_data["basis_sizes"].toSymIntVector(), ctx->saved_data["transpose"].toBool(),
-                             ctx->saved_data["to_latent"].toBool(), output_mask);
+  const auto basis_sizes = ctx->saved_data["basis_sizes"].toSymIntVector();
+  return stf_linear_backward({grad_output, optional_tensor(saved[0]), optional_tensor(saved[1]),
+                              optional_tensor(saved[2]), optional_tensor(saved[3]), optional_tensor(saved[4]),
+                              basis_sizes, ctx->saved_data["transpose"].toBool(), ctx->saved_data["to_latent"].toBool(),
+                              output_mask});
 }
 
 namespace {
@@ -257,15 +244,15 @@ struct StfLinearFunction : torch::autograd::Function<StfLinearFunction> {
     const auto [output, atoms] = stf_linear_with_atoms(input, basis, values, indices, bias, transpose);
     save_for_stf_backward(ctx, input, basis, values, indices, atoms, transpose, /*to_latent=*/false,
                           {input.requires_grad(), basis.requires_grad(), values.requires_grad(), false});
-    TensorArguments::save(ctx, {input, basis, values, indices, value_or_undefined(bias)});
+    GivenTensors::save(ctx, {input, basis, values, indices, value_or_undefined(bias)});
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto [grad_input, grad_basis, grad_values, grad_bias] =
         gradients_of_saved(ctx, grads[0],
-                           {TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 1),
-                            TensorArguments::needs_grad(ctx, 2), TensorArguments::needs_grad(ctx, 4)});
+                           {GivenTensors::needs_grad(ctx, 0), GivenTensors::needs_grad(ctx, 1),
+                            GivenTensors::needs_grad(ctx, 2), GivenTensors::needs_grad(ctx, 4)});
     return {grad_input, grad_basis, grad_values, {}, grad_bias, {}};
   }
 };
@@ -317,23 +304,23 @@ at::Tensor stf_linear_autocast(const at::Tensor& input, const at::Tensor& basis,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("stf_linear", stf_linear_meta);
   m.impl("_stf_linear_with_atoms", stf_linear_with_atoms_meta);
-  m.impl("_stf_linear_backward", stf_linear_backward_meta);
+  m.impl("_stf_linear_backward", flattened<stf_linear_backward_meta>);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("stf_linear", stf_linear_autograd);
   m.impl("_stf_linear_with_atoms", torch::autograd::autogradNotImplementedFallback());
   m.impl("_stf_linear_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {
+TORCHOPS_LIBRARY_IMPL(AutocastCPU, m) {
   m.impl("stf_linear", stf_linear_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
+TORCHOPS_LIBRARY_IMPL(AutocastCUDA, m) {
   m.impl("stf_linear", stf_linear_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
@@ -341,9 +328,8 @@ TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
 
 at::Tensor stf_linear(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
                       const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::stf_linear", "").typed<decltype(stf_linear)>();
-  return op.call(input, basis, values, indices, bias, transpose);
+  static const auto op = find_operator<decltype(stf_linear)>("stf_linear");
+  return op(input, basis, values, indices, bias, transpose);
 }
 
 }  // namespace torchops

@@ -1,11 +1,10 @@
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/forward_mode.h"
+#include "core/library.h"
 #include "stf/linear.h"
 #include "stf/packed_factor.h"
 #include "stf/stf.h"
@@ -14,7 +13,7 @@ namespace torchops {
 
 using kernels::stf::rows_per_group;
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def(
       "stf_linear_packed(Tensor input, Tensor basis, Tensor packed_values, Tensor mask, SymInt rows, Tensor? bias=None,"
       " *, bool transpose=False) -> Tensor");
@@ -68,25 +67,25 @@ struct StfLinearPacked : torch::autograd::Function<StfLinearPacked> {
     ctx->set_materialize_grads(false);
     ctx->saved_data["rows"] = std::move(rows);
     ctx->saved_data["transpose"] = transpose;
-    TensorArguments::save(ctx, {input, basis, packed_values, mask, value_or_undefined(bias)});
+    GivenTensors::save(ctx, {input, basis, packed_values, mask, value_or_undefined(bias)});
     return output;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     TORCH_CHECK_NOT_IMPLEMENTED(
-        !TensorArguments::needs_grad(ctx, 1) && !TensorArguments::needs_grad(ctx, 2),
+        !GivenTensors::needs_grad(ctx, 1) && !GivenTensors::needs_grad(ctx, 2),
         "derivative for torchops::stf_linear_packed is not implemented with respect to basis and packed_values");
     torch::autograd::variable_list result(7);
     if (!grads[0].defined()) {
       return result;
     }
-    if (TensorArguments::needs_grad(ctx, 0)) {
+    if (GivenTensors::needs_grad(ctx, 0)) {
       const auto saved = ctx->get_saved_variables();
       result[0] = stf_linear_packed(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["rows"].toSymInt(),
                                     std::nullopt, !ctx->saved_data["transpose"].toBool());
     }
-    if (TensorArguments::needs_grad(ctx, 4)) {
+    if (GivenTensors::needs_grad(ctx, 4)) {
       result[5] = grads[0].dim() == 1 ? grads[0] : grads[0].flatten(0, -2).sum(0);
     }
     return result;
@@ -126,19 +125,19 @@ at::Tensor stf_linear_packed_autocast(const at::Tensor& input, const at::Tensor&
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("stf_linear_packed", stf_linear_packed_meta);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("stf_linear_packed", stf_linear_packed_autograd);
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {
+TORCHOPS_LIBRARY_IMPL(AutocastCPU, m) {
   m.impl("stf_linear_packed", stf_linear_packed_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
+TORCHOPS_LIBRARY_IMPL(AutocastCUDA, m) {
   m.impl("stf_linear_packed", stf_linear_packed_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
@@ -147,10 +146,8 @@ TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
 at::Tensor stf_linear_packed(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& packed_values,
                              const at::Tensor& mask, c10::SymInt rows, const std::optional<at::Tensor>& bias,
                              bool transpose) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchops::stf_linear_packed", "")
-                             .typed<decltype(stf_linear_packed)>();
-  return op.call(input, basis, packed_values, mask, std::move(rows), bias, transpose);
+  static const auto op = find_operator<decltype(stf_linear_packed)>("stf_linear_packed");
+  return op(input, basis, packed_values, mask, rows, bias, transpose);
 }
 
 }  // namespace torchops

@@ -1,17 +1,16 @@
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/forward_mode.h"
+#include "core/library.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def(
       "stf_linear_straight_through(Tensor input, Tensor basis, Tensor latent, SymInt nnz, Tensor? bias=None, *,"
       " bool transpose=False) -> Tensor");
@@ -53,7 +52,7 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
     const auto [output, atoms] = stf_linear_with_atoms(input, basis, values, indices, bias, transpose);
     save_for_stf_backward(ctx, input, basis, values, indices, atoms, transpose, /*to_latent=*/true,
                           {input.requires_grad(), basis.requires_grad(), latent.requires_grad(), false});
-    TensorArguments::save(ctx, {input, basis, latent, value_or_undefined(bias)});
+    GivenTensors::save(ctx, {input, basis, latent, value_or_undefined(bias)});
     return output;
   }
 
@@ -61,8 +60,8 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
                                                  const torch::autograd::variable_list& grads) {
     const auto [grad_input, grad_basis, grad_latent, grad_bias] =
         gradients_of_saved(ctx, grads[0],
-                           {TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 1),
-                            TensorArguments::needs_grad(ctx, 2), TensorArguments::needs_grad(ctx, 3)});
+                           {GivenTensors::needs_grad(ctx, 0), GivenTensors::needs_grad(ctx, 1),
+                            GivenTensors::needs_grad(ctx, 2), GivenTensors::needs_grad(ctx, 3)});
     return {grad_input, grad_basis, grad_latent, {}, grad_bias, {}};
   }
 };
@@ -95,19 +94,19 @@ at::Tensor stf_linear_straight_through_autocast(const at::Tensor& input, const a
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("stf_linear_straight_through", stf_linear_straight_through_meta);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("stf_linear_straight_through", stf_linear_straight_through_autograd);
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {
+TORCHOPS_LIBRARY_IMPL(AutocastCPU, m) {
   m.impl("stf_linear_straight_through", stf_linear_straight_through_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
+TORCHOPS_LIBRARY_IMPL(AutocastCUDA, m) {
   m.impl("stf_linear_straight_through",
          stf_linear_straight_through_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }
@@ -116,10 +115,8 @@ TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
 
 at::Tensor stf_linear_straight_through(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& latent,
                                        c10::SymInt nnz, const std::optional<at::Tensor>& bias, bool transpose) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchops::stf_linear_straight_through", "")
-                             .typed<decltype(stf_linear_straight_through)>();
-  return op.call(input, basis, latent, std::move(nnz), bias, transpose);
+  static const auto op = find_operator<decltype(stf_linear_straight_through)>("stf_linear_straight_through");
+  return op(input, basis, latent, nnz, bias, transpose);
 }
 
 }  // namespace torchops

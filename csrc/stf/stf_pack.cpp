@@ -1,9 +1,8 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
+#include "core/library.h"
 #include "stf/linear.h"
 #include "stf/packed_factor.h"
 #include "stf/stf.h"
@@ -12,7 +11,7 @@ namespace torchops {
 
 using kernels::stf::rows_per_group;
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def("stf_pack(Tensor values, Tensor indices, SymInt basis_size) -> (Tensor packed_values, Tensor mask)");
 }
 
@@ -23,7 +22,7 @@ void check_stf_pack(const at::Tensor& values, const at::Tensor& indices, const c
   check.rank("values", values, "[rows, blocks, nnz]");
   check.floating("values", values);
   check.shape("indices", indices, "[rows, blocks, nnz]", values.sym_sizes());
-  check.index("indices", indices);
+  check.index_dtype("indices", indices);
   check.same_device("indices", indices, "values", values);
   check.between("basis_size", basis_size, 1, largest_basis_size);
   check.at_most("values' last dimension nnz", values.sym_size(2), "basis_size", basis_size);
@@ -47,11 +46,11 @@ std::tuple<at::Tensor, at::Tensor> stf_pack_meta(const at::Tensor& values, const
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("stf_pack", stf_pack_meta);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("stf_pack", torch::autograd::autogradNotImplementedFallback());
 }
 
@@ -59,9 +58,8 @@ TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
 
 std::tuple<at::Tensor, at::Tensor> stf_pack(const at::Tensor& values, const at::Tensor& indices,
                                             c10::SymInt basis_size) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::stf_pack", "").typed<decltype(stf_pack)>();
-  return op.call(values, indices, std::move(basis_size));
+  static const auto op = find_operator<decltype(stf_pack)>("stf_pack");
+  return op(values, indices, basis_size);
 }
 
 }  // namespace torchops

@@ -1,17 +1,16 @@
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/forward_mode.h"
+#include "core/library.h"
 #include "stf/factorization.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def(
       "stf_project(Tensor weight, Tensor basis, SymInt nnz, *, SymInt num_iterations=1)"
       " -> (Tensor projected, Tensor refined_basis)");
@@ -138,12 +137,12 @@ Factors project_weight_to_factors(const at::Tensor& weight, const at::Tensor& ba
   return {refined, values, indices};
 }
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("stf_project", stf_project_meta);
   m.impl("_stf_project_to_factors", stf_project_to_factors_meta);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("stf_project", stf_project_autograd);
   m.impl("_stf_project_to_factors", torch::autograd::autogradNotImplementedFallback());
 }
@@ -152,9 +151,8 @@ TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
 
 std::tuple<at::Tensor, at::Tensor> stf_project(const at::Tensor& weight, const at::Tensor& basis, c10::SymInt nnz,
                                                c10::SymInt num_iterations) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::stf_project", "").typed<decltype(stf_project)>();
-  return op.call(weight, basis, std::move(nnz), std::move(num_iterations));
+  static const auto op = find_operator<decltype(stf_project)>("stf_project");
+  return op(weight, basis, nnz, num_iterations);
 }
 
 }  // namespace torchops

@@ -1,17 +1,16 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gather.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/forward_mode.h"
+#include "core/library.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def("stf_select(Tensor latent, SymInt nnz) -> (Tensor values, Tensor indices)");
   m.def("_stf_select_backward(Tensor grad_values, Tensor indices, SymInt basis_size) -> Tensor");
 }
@@ -32,7 +31,7 @@ void check_stf_select_backward(const at::Tensor& grad_values, const at::Tensor& 
   check.rank("grad_values", grad_values, "[rows, blocks, nnz]");
   check.floating("grad_values", grad_values);
   check.shape("indices", indices, "[rows, blocks, nnz]", grad_values.sym_sizes());
-  check.index("indices", indices);
+  check.index_dtype("indices", indices);
   check.same_device("indices", indices, "grad_values", grad_values);
   check.between("basis_size", basis_size, 1, largest_basis_size);
   check.at_most("grad_values' last dimension nnz", grad_values.sym_size(2), "basis_size", basis_size);
@@ -71,13 +70,11 @@ struct StfSelect : torch::autograd::Function<StfSelect> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("torchops::_stf_select_backward", "")
-                               .typed<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymInt)>();
+    static const auto op = find_operator<decltype(stf_select_backward_meta)>("_stf_select_backward");
     if (!grads[0].defined()) {
       return {{}, {}};
     }
-    return {op.call(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["basis_size"].toSymInt()), {}};
+    return {op(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["basis_size"].toSymInt()), {}};
   }
 };
 
@@ -96,12 +93,12 @@ std::tuple<at::Tensor, at::Tensor> stf_select_autograd(const at::Tensor& latent,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("stf_select", stf_select_meta);
   m.impl("_stf_select_backward", stf_select_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("stf_select", stf_select_autograd);
   m.impl("_stf_select_backward", torch::autograd::autogradNotImplementedFallback());
 }
@@ -109,9 +106,8 @@ TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
 // ---- C++ API ----------------------------------------------------------------------------------
 
 std::tuple<at::Tensor, at::Tensor> stf_select(const at::Tensor& latent, c10::SymInt nnz) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::stf_select", "").typed<decltype(stf_select)>();
-  return op.call(latent, std::move(nnz));
+  static const auto op = find_operator<decltype(stf_select)>("stf_select");
+  return op(latent, nnz);
 }
 
 }  // namespace torchops

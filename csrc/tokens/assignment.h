@@ -14,7 +14,7 @@ inline constexpr int64_t largest_num_groups = std::numeric_limits<int32_t>::max(
 
 // The tokens of each group: group m of row b has members[b, offsets[b, m]] ... members[b, offsets[b, m + 1] - 1],
 // in ascending order.
-struct GroupMembers {
+struct TokensOfGroups {
   at::Tensor offsets;  // [B, M + 1]
   at::Tensor members;  // [B, N]
 };

@@ -35,6 +35,8 @@ constexpr double integer_scale(double bound) {
 inline constexpr float similarity_steps = 65536;
 // Below every similarity: that of a row with a NaN or an infinity in it.
 inline constexpr int32_t nan_similarity = -131072;
+// Of a source that has met no destination.
+inline constexpr int32_t no_similarity = nan_similarity - 1;
 
 // Sources per unit of work.
 inline constexpr int64_t source_block = 64;

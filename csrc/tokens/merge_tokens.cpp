@@ -1,21 +1,20 @@
 #include "tokens/merge_tokens.h"
 
 #include <ATen/OpMathType.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/forward_mode.h"
+#include "core/library.h"
 #include "tokens/assignment.h"
 #include "tokens/tokens.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def(
-      "merge_tokens(Tensor input, Tensor assign, SymInt num_groups, *, Tensor? weight=None, bool normalize=True)"
+      "merge_tokens(Tensor input, Tensor assign, SymInt num_groups, Tensor? weight=None, *, bool normalize=True)"
       " -> (Tensor merged, Tensor total)");
   // The gradients that come in may be absent. The one to the weights has the accumulation dtype.
   m.def(
@@ -43,17 +42,14 @@ void check_merge_tokens(const at::Tensor& input, const at::Tensor& assign, const
   }
 }
 
-void check_merge_tokens_backward(const std::optional<at::Tensor>& grad_merged,
-                                 const std::optional<at::Tensor>& grad_total, const std::optional<at::Tensor>& input,
-                                 const at::Tensor& assign, const std::optional<at::Tensor>& weight,
-                                 const std::optional<at::Tensor>& total, bool normalize,
-                                 std::array<bool, 2> output_mask) {
+void check_merge_tokens_backward(const MergeBackward& args) {
+  const auto& [grad_merged, grad_total, input, assign, weight, total, normalize, output_mask] = args;
   const Checks check("_merge_tokens_backward");
   if (!grad_merged) {
     check.given("grad_total", grad_total, "grad_merged is None");
   }
   const char* const known_name = grad_merged ? "grad_merged" : "grad_total";
-  const at::Tensor& known = grad_merged ? *grad_merged : *grad_total;
+  const at::Tensor& known = args.given_grad();
   check.rank(known_name, known, grad_merged ? "[B, M, C]" : "[B, M]");
   check.floating(known_name, known);
   check.rank("assign", assign, "[B, N]");
@@ -101,18 +97,14 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_meta(const at::Tensor& input, co
           at::empty_symint({batch, num_groups}, input.options().dtype(at::toOpMathType(input.scalar_type())))};
 }
 
-std::tuple<at::Tensor, at::Tensor> merge_tokens_backward_meta(
-    const std::optional<at::Tensor>& grad_merged, const std::optional<at::Tensor>& grad_total,
-    const std::optional<at::Tensor>& input, const at::Tensor& assign, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& total, bool normalize, std::array<bool, 2> output_mask) {
-  check_merge_tokens_backward(grad_merged, grad_total, input, assign, weight, total, normalize, output_mask);
+std::tuple<at::Tensor, at::Tensor> merge_tokens_backward_meta(const MergeBackward& args) {
+  check_merge_tokens_backward(args);
+  const at::Tensor &known = args.given_grad(), &assign = args.assign;
   at::Tensor grad_input, grad_weight;
-  if (output_mask[0] && grad_merged) {
-    grad_input =
-        at::empty_symint({assign.sym_size(0), assign.sym_size(1), grad_merged->sym_size(2)}, grad_merged->options());
+  if (args.output_mask[0] && args.grad_merged) {
+    grad_input = at::empty_symint({assign.sym_size(0), assign.sym_size(1), known.sym_size(2)}, known.options());
   }
-  if (output_mask[1]) {
-    const at::Tensor& known = grad_merged ? *grad_merged : *grad_total;
+  if (args.output_mask[1]) {
     grad_weight = at::empty_symint(assign.sym_sizes(), known.options().dtype(at::toOpMathType(known.scalar_type())));
   }
   return {grad_input, grad_weight};
@@ -138,7 +130,7 @@ struct MergeTokens : torch::autograd::Function<MergeTokens> {
       ctx->mark_non_differentiable({total});
     }
     ctx->saved_data["normalize"] = normalize;
-    TensorArguments::save(ctx, {input, assign, value_or_undefined(weight)});
+    GivenTensors::save(ctx, {input, assign, value_or_undefined(weight)});
     // What nobody's loss depends on is absent rather than zeros, which times an infinity are NaN.
     ctx->set_materialize_grads(false);
     return {merged, total};
@@ -146,21 +138,15 @@ struct MergeTokens : torch::autograd::Function<MergeTokens> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("torchops::_merge_tokens_backward", "")
-            .typed<std::tuple<at::Tensor, at::Tensor>(
-                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, bool,
-                std::array<bool, 2>)>();
-    const std::array<bool, 2> output_mask{TensorArguments::needs_grad(ctx, 0), TensorArguments::needs_grad(ctx, 2)};
+    static const auto op = find_operator<decltype(merge_tokens_backward_meta)>("_merge_tokens_backward");
+    const std::array<bool, 2> output_mask{GivenTensors::needs_grad(ctx, 0), GivenTensors::needs_grad(ctx, 2)};
     if (!grads[0].defined() && !(grads[1].defined() && output_mask[1])) {
       return torch::autograd::variable_list(5);
     }
     const auto saved = ctx->get_saved_variables();
-    auto [grad_input, grad_weight] = op.call(
-        optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), saved[1],
-        optional_tensor(saved[2]), optional_tensor(saved[3]), ctx->saved_data["normalize"].toBool(), output_mask);
+    auto [grad_input, grad_weight] =
+        op(optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), saved[1],
+           optional_tensor(saved[2]), optional_tensor(saved[3]), ctx->saved_data["normalize"].toBool(), output_mask);
     if (output_mask[1]) {
       grad_weight = grad_weight.to(ctx->saved_data["weight_dtype"].toScalarType());
     }
@@ -187,12 +173,12 @@ std::tuple<at::Tensor, at::Tensor> merge_tokens_autograd(const at::Tensor& input
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("merge_tokens", merge_tokens_meta);
-  m.impl("_merge_tokens_backward", merge_tokens_backward_meta);
+  m.impl("_merge_tokens_backward", flattened<merge_tokens_backward_meta>);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("merge_tokens", merge_tokens_autograd);
   m.impl("_merge_tokens_backward", torch::autograd::autogradNotImplementedFallback());
 }
@@ -202,9 +188,8 @@ TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
 std::tuple<at::Tensor, at::Tensor> merge_tokens(const at::Tensor& input, const at::Tensor& assign,
                                                 c10::SymInt num_groups, const std::optional<at::Tensor>& weight,
                                                 bool normalize) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::merge_tokens", "").typed<decltype(merge_tokens)>();
-  return op.call(input, assign, std::move(num_groups), weight, normalize);
+  static const auto op = find_operator<decltype(merge_tokens)>("merge_tokens");
+  return op(input, assign, num_groups, weight, normalize);
 }
 
 }  // namespace torchops

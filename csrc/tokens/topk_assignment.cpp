@@ -1,19 +1,18 @@
 #include "tokens/topk_assignment.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/checks.h"
+#include "core/library.h"
 #include "tokens/assignment.h"
 #include "tokens/tokens.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
+TORCHOPS_LIBRARY(m) {
   m.def(
-      "topk_assignment(Tensor scores, SymInt k, *, SymInt num_protected=0, bool fuse=False,"
-      " Tensor? padding_mask=None) -> Tensor");
+      "topk_assignment(Tensor scores, SymInt k, Tensor? padding_mask=None, *, SymInt num_protected=0, bool fuse=False)"
+      " -> Tensor");
 }
 
 void check_topk_assignment(const at::Tensor& scores, const c10::SymInt& k, const c10::SymInt& num_protected,
@@ -33,29 +32,27 @@ void check_topk_assignment(const at::Tensor& scores, const c10::SymInt& k, const
 
 namespace {
 
-at::Tensor topk_assignment_meta(const at::Tensor& scores, c10::SymInt k, c10::SymInt num_protected, bool /*fuse*/,
-                                const std::optional<at::Tensor>& padding_mask) {
+at::Tensor topk_assignment_meta(const at::Tensor& scores, c10::SymInt k, const std::optional<at::Tensor>& padding_mask,
+                                c10::SymInt num_protected, bool /*fuse*/) {
   check_topk_assignment(scores, k, num_protected, padding_mask);
   return at::empty_symint(scores.sym_sizes(), scores.options().dtype(at::kLong));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("topk_assignment", topk_assignment_meta);
 }
 
 // Integers have no gradient.
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("topk_assignment", torch::CppFunction::makeFallthrough());
 }
 
 at::Tensor topk_assignment(const at::Tensor& scores, c10::SymInt k, c10::SymInt num_protected, bool fuse,
                            const std::optional<at::Tensor>& padding_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchops::topk_assignment", "")
-                             .typed<decltype(topk_assignment)>();
-  return op.call(scores, std::move(k), std::move(num_protected), fuse, padding_mask);
+  static const auto op = find_operator<decltype(topk_assignment_meta)>("topk_assignment");
+  return op(scores, k, padding_mask, num_protected, fuse);
 }
 
 }  // namespace torchops

@@ -1,20 +1,19 @@
 #include "tokens/unmerge_tokens.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/forward_mode.h"
+#include "core/library.h"
 #include "tokens/assignment.h"
 #include "tokens/tokens.h"
 
 namespace torchops {
 
-TORCH_LIBRARY_FRAGMENT(torchops, m) {
-  m.def("unmerge_tokens(Tensor merged, Tensor assign, *, Tensor? residual=None) -> Tensor");
+TORCHOPS_LIBRARY(m) {
+  m.def("unmerge_tokens(Tensor merged, Tensor assign, Tensor? residual=None) -> Tensor");
   m.def("_unmerge_tokens_backward(Tensor grad, Tensor assign, SymInt num_groups) -> Tensor");
 }
 
@@ -80,20 +79,18 @@ struct UnmergeTokens : torch::autograd::Function<UnmergeTokens> {
     ctx->save_for_backward({merged.requires_grad() ? assign : at::Tensor()});
     ctx->set_materialize_grads(false);
     ctx->saved_data["num_groups"] = merged.sym_size(1);
-    TensorArguments::save(ctx, {merged, assign, value_or_undefined(residual)});
+    GivenTensors::save(ctx, {merged, assign, value_or_undefined(residual)});
     return torchops::unmerge_tokens(merged, assign, residual);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("torchops::_unmerge_tokens_backward", "")
-                               .typed<at::Tensor(const at::Tensor&, const at::Tensor&, c10::SymInt)>();
+    static const auto op = find_operator<decltype(unmerge_tokens_backward_meta)>("_unmerge_tokens_backward");
     at::Tensor grad_merged, grad_residual;
-    if (TensorArguments::needs_grad(ctx, 0) && grads[0].defined()) {
-      grad_merged = op.call(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["num_groups"].toSymInt());
+    if (GivenTensors::needs_grad(ctx, 0) && grads[0].defined()) {
+      grad_merged = op(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["num_groups"].toSymInt());
     }
-    if (TensorArguments::needs_grad(ctx, 2)) {
+    if (GivenTensors::needs_grad(ctx, 2)) {
       grad_residual = grads[0];
     }
     return {grad_merged, {}, grad_residual};
@@ -131,21 +128,21 @@ at::Tensor unmerge_tokens_autocast(const at::Tensor& merged, const at::Tensor& a
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, Meta, m) {
+TORCHOPS_LIBRARY_IMPL(Meta, m) {
   m.impl("unmerge_tokens", unmerge_tokens_meta);
   m.impl("_unmerge_tokens_backward", unmerge_tokens_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(torchops, Autograd, m) {
+TORCHOPS_LIBRARY_IMPL(Autograd, m) {
   m.impl("unmerge_tokens", unmerge_tokens_autograd);
   m.impl("_unmerge_tokens_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCPU, m) {
+TORCHOPS_LIBRARY_IMPL(AutocastCPU, m) {
   m.impl("unmerge_tokens", unmerge_tokens_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
-TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
+TORCHOPS_LIBRARY_IMPL(AutocastCUDA, m) {
   m.impl("unmerge_tokens", unmerge_tokens_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }
 
@@ -153,9 +150,8 @@ TORCH_LIBRARY_IMPL(torchops, AutocastCUDA, m) {
 
 at::Tensor unmerge_tokens(const at::Tensor& merged, const at::Tensor& assign,
                           const std::optional<at::Tensor>& residual) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torchops::unmerge_tokens", "").typed<decltype(unmerge_tokens)>();
-  return op.call(merged, assign, residual);
+  static const auto op = find_operator<decltype(unmerge_tokens)>("unmerge_tokens");
+  return op(merged, assign, residual);
 }
 
 }  // namespace torchops

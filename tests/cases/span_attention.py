@@ -8,6 +8,7 @@ import torch
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
+from torchops._namespace import operators
 from torchops.reference import span_attention as reference
 
 HUGE = 2**62
@@ -213,12 +214,52 @@ def extreme_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield Sample("lowest-sink-alone", inputs | behind | {"sink": sink})
 
 
+# (B, Hq, Hkv, Lq, Lk, D, Dv), options. The keys that few queries see are cut into pieces of 512 and more on the CPU, of
+# 128 and more on CUDA.
+DECODING: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "decode-two-pieces": ((1, 1, 1, 1, 1024, 8, 8), {}),
+    "decode-one-key-more": ((1, 2, 1, 1, 1025, 8, 8), {"is_causal": True}),
+    "decode-odd-group": ((1, 3, 1, 1, 1301, 13, 7), {}),
+    "decode-group-of-8": ((2, 8, 1, 1, 1100, 16, 24), {"is_causal": True}),
+    "decode-several-queries": ((1, 2, 2, 7, 1100, 6, 5), {"is_causal": True}),
+    "decode-window-in-a-piece": ((1, 2, 2, 2, 1300, 8, 9), {"left": 200, "right": 0, "is_causal": True}),
+    "decode-blocks": ((1, 4, 2, 3, 1300, 4, 4), {"block_size": 600, "left": 1, "right": 0}),
+}
+
+
+def decode_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    """Few queries and keys of several pieces."""
+    side_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, (shape, options) in DECODING.items():
+        yield Sample(name, attention_inputs(*shape, dtype=dtype, device=device, **options))
+    inputs = attention_inputs(1, 2, 1, 1, 1300, 8, 8, dtype=dtype, device=device)
+    # Columns by which the sum for a sink, a product with the rounded output, does not cancel.
+    sink = {"sink": random(2, dtype=side_dtype, device=device, seed=3), "value": inputs["value"].roll(2, -1)}
+    bias = random(1, 1300, dtype=side_dtype, device=device)
+    for name, begin, end in (("first", 0, 600), ("middle", 500, 1100), ("last", 700, 1300), ("every", 0, 1300)):
+        hidden = bias.clone()
+        hidden[:, begin:end] = -math.inf
+        yield Sample(f"decode-{name}-piece-hidden", inputs | {"key_bias": hidden})
+        yield Sample(f"decode-{name}-piece-hidden-sink", inputs | {"key_bias": hidden} | sink)
+    # A static cache of which the first 700 slots are filled; what lies behind holds no numbers.
+    filled = {"query_start": torch.tensor([699], device=device), "is_causal": True}
+    behind = {name: inputs[name].clone() for name in ("key", "value")}
+    for tensor in behind.values():
+        tensor[:, :, 700:] = math.nan
+    yield Sample("decode-unseen", inputs | behind | filled)
+    # Scores whose exponentials are infinite or 0, the largest in the last piece; products would be rounded.
+    large = torch.full((1, 1300), -1024.0 if dtype == torch.float64 else -89.0, dtype=side_dtype, device=device)
+    large[:, 1200:] *= -1
+    yield Sample("decode-large-scores", inputs | {"query": torch.zeros_like(inputs["query"]), "key_bias": large + bias})
+
+
 def span_attention_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     yield from span_samples(dtype, device)
     yield from place_samples(dtype, device)
     yield from side_samples(dtype, device)
     yield from unseen_samples(dtype, device)
     yield from extreme_samples(dtype, device)
+    yield from decode_samples(dtype, device)
 
 
 # The log-sum-exp comes from the kernels that span_attention runs.
@@ -241,6 +282,11 @@ LSE_SAMPLES = {
     "unseen-all-sink",
     "lowest-bias",
     "lowest-sink-alone",
+    "decode-odd-group",
+    "decode-several-queries",
+    "decode-first-piece-hidden",
+    "decode-every-piece-hidden-sink",
+    "decode-unseen",
 }
 
 
@@ -359,7 +405,7 @@ def span_attention_autocast(device: str) -> tuple[Inputs, Inputs]:
 def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:
     options = {"block_size": 1, "left": -1, "right": -1, "is_causal": False, "scale": None}
     options |= dict.fromkeys(("key_bias", "sink", "query_start", "key_start"))
-    output, logsumexp, normalizer = torch.ops.torchops._span_attention_forward(**inputs)
+    output, logsumexp, normalizer = operators._span_attention_forward(**inputs)
     if grad_output is None:
         generator = torch.Generator().manual_seed(5)
         grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)

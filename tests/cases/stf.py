@@ -7,6 +7,7 @@ import torch
 from contract import Inputs, Invalid, OpCase, Sample, random
 from torch import Tensor
 
+from torchops._namespace import operators
 from torchops.reference import stf as reference
 
 from .stf_sparse_factor import invalid_indices, random_indices
@@ -241,7 +242,7 @@ def with_atoms_invalid(device: str) -> Iterator[Invalid]:
 
 
 def backward_inputs(inputs: Inputs) -> Inputs:
-    output, atoms = torch.ops.torchops._stf_linear_with_atoms(**inputs)
+    output, atoms = operators._stf_linear_with_atoms(**inputs)
     return {name: value for name, value in inputs.items() if name != "bias"} | {
         "grad_output": random(*output.shape, dtype=output.dtype, device=output.device.type, seed=5),
         "atoms": atoms,
@@ -492,6 +493,7 @@ CASES = [
         packed_sized,
         reference=reference.stf_linear_packed,
         differentiable=("input", "bias"),
+        summed_by_torch=("bias",),
         unbatched=("basis", "packed_values", "mask", "bias"),
         autocast=packed_autocast,
         launches=2,

@@ -7,6 +7,7 @@ import torch
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
+from torchops._namespace import operators
 from torchops.reference import tokens as reference
 
 
@@ -353,7 +354,7 @@ def merge_large(device: str) -> Inputs:
 
 
 def merge_backward_inputs(inputs: Inputs) -> Inputs:
-    merged, total = torch.ops.torchops.merge_tokens(**inputs)
+    merged, total = operators.merge_tokens(**inputs)
     return {
         "grad_merged": torch.ones_like(merged),
         "grad_total": torch.ones_like(total),

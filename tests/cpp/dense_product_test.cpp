@@ -9,6 +9,7 @@
 #include <array>
 #include <cmath>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "catch.h"
@@ -99,8 +100,12 @@ std::vector<Kernel<T>> kernels_here() {
                        &torchops::kernels::core::level::dense_product_scratch_bytes<T>, \
                        &torchops::kernels::core::level::dense_product<T>});             \
   }
-  TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_ADD)
+  TORCHOPS_FOR_EACH_LEVEL_NAME(TORCHOPS_ADD)
 #undef TORCHOPS_ADD
+  if (!std::is_same_v<T, torchops::kernels::bfloat16>) {
+    // On tiles there are products of bfloat16 only, the others are avx512_bf16's.
+    std::erase_if(kernels, [](const auto& kernel) { return kernel.level == "amx"; });
+  }
   return kernels;
 }
 

@@ -5,6 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from .._namespace import operators
 from ..ops.stf import stf_factorize, stf_project
 from .stf import STFLinear, choose_sizes
 
@@ -107,7 +108,7 @@ class STFProjectedLinear(nn.Module):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        basis, values, indices = torch.ops.torchops._stf_project_to_factors(
+        basis, values, indices = operators._stf_project_to_factors(
             self._matrix(), self.basis, self.nnz, num_iterations=0
         )
         layer.basis.copy_(basis)

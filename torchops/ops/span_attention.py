@@ -23,8 +23,9 @@ Cost and memory grow with the number of visible pairs: there is no mask.
 
 from typing import Optional, Tuple
 
-import torch
 from torch import Tensor
+
+from .._namespace import operators
 
 __all__ = ["span_attention", "span_attention_lse"]
 
@@ -78,7 +79,7 @@ def span_attention(
     >>> torchops.span_attention(query, key, value, left=3, right=0, is_causal=True).shape
     torch.Size([1, 2, 6, 8])
     """
-    return torch.ops.torchops.span_attention(
+    return operators.span_attention(
         query,
         key,
         value,
@@ -132,7 +133,7 @@ def span_attention_lse(
     >>> merged = first * weight + second * (1 - weight)
     >>> torch.testing.assert_close(merged, torchops.span_attention(query, key, value))
     """
-    return torch.ops.torchops.span_attention_lse(
+    return operators.span_attention_lse(
         query,
         key,
         value,

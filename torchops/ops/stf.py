@@ -22,8 +22,9 @@ Source: DSFormer: Effective Compression of Text-Transformers by Dense-Sparse Wei
 
 from typing import Optional, Tuple
 
-import torch
 from torch import Tensor
+
+from .._namespace import operators
 
 __all__ = [
     "stf_factorize",
@@ -73,7 +74,7 @@ def stf_factorize(
     >>> basis.shape, values.shape, indices.dtype
     (torch.Size([1, 12, 16]), torch.Size([64, 1, 6]), torch.uint8)
     """
-    return torch.ops.torchops.stf_factorize(
+    return operators.stf_factorize(
         weight, basis_size, nnz, num_blocks=num_blocks, num_iterations=num_iterations, gram=gram
     )
 
@@ -114,7 +115,7 @@ def stf_linear(
     >>> torchops.stf_linear(torch.tensor([1.0, 10.0]), basis, values, indices, transpose=True)
     tensor([33., -8.])
     """
-    return torch.ops.torchops.stf_linear(input, basis, values, indices, bias, transpose=transpose)
+    return operators.stf_linear(input, basis, values, indices, bias, transpose=transpose)
 
 
 def stf_linear_straight_through(
@@ -152,7 +153,7 @@ def stf_linear_straight_through(
     >>> latent.grad.count_nonzero()
     tensor(80)
     """
-    return torch.ops.torchops.stf_linear_straight_through(input, basis, latent, nnz, bias, transpose=transpose)
+    return operators.stf_linear_straight_through(input, basis, latent, nnz, bias, transpose=transpose)
 
 
 def stf_select(latent: Tensor, nnz: int) -> Tuple[Tensor, Tensor]:
@@ -175,7 +176,7 @@ def stf_select(latent: Tensor, nnz: int) -> Tuple[Tensor, Tensor]:
     >>> torchops.stf_select(torch.tensor([[[1.0, -3.0, 0.0, 2.0]]]), nnz=2)
     (tensor([[[-3.,  2.]]]), tensor([[[1, 3]]], dtype=torch.uint8))
     """
-    return torch.ops.torchops.stf_select(latent, nnz)
+    return operators.stf_select(latent, nnz)
 
 
 def stf_pack(values: Tensor, indices: Tensor, basis_size: int) -> Tuple[Tensor, Tensor]:
@@ -206,7 +207,7 @@ def stf_pack(values: Tensor, indices: Tensor, basis_size: int) -> Tuple[Tensor, 
     >>> mask[0, 0] & 3
     tensor([1, 2, 3], dtype=torch.int16)
     """
-    return torch.ops.torchops.stf_pack(values, indices, basis_size)
+    return operators.stf_pack(values, indices, basis_size)
 
 
 def stf_linear_packed(
@@ -240,7 +241,7 @@ def stf_linear_packed(
     >>> packed = torchops.stf_linear_packed(input, basis, packed_values, mask, rows=8)
     >>> torch.testing.assert_close(packed, torchops.stf_linear(input, basis, values, indices))
     """
-    return torch.ops.torchops.stf_linear_packed(input, basis, packed_values, mask, rows, bias, transpose=transpose)
+    return operators.stf_linear_packed(input, basis, packed_values, mask, rows, bias, transpose=transpose)
 
 
 def stf_project(weight: Tensor, basis: Tensor, nnz: int, num_iterations: int = 1) -> Tuple[Tensor, Tensor]:
@@ -271,4 +272,4 @@ def stf_project(weight: Tensor, basis: Tensor, nnz: int, num_iterations: int = 1
     >>> torch.equal(weight.grad, 2 * projected)
     True
     """
-    return torch.ops.torchops.stf_project(weight, basis, nnz, num_iterations=num_iterations)
+    return operators.stf_project(weight, basis, nnz, num_iterations=num_iterations)

@@ -8,8 +8,9 @@ one; token merging, pruning and routing methods are short compositions of the tw
 
 from typing import Optional, Tuple
 
-import torch
 from torch import Tensor
+
+from .._namespace import operators
 
 __all__ = [
     "bipartite_assignment",
@@ -84,7 +85,7 @@ def bipartite_assignment(
     >>> torchops.bipartite_assignment(metric, r=1)
     tensor([[0, 1, 1, 2]])
     """
-    return torch.ops.torchops.bipartite_assignment(metric, r, num_protected=num_protected, padding_mask=padding_mask)
+    return operators.bipartite_assignment(metric, r, num_protected=num_protected, padding_mask=padding_mask)
 
 
 def bipartite_pairs(
@@ -109,7 +110,7 @@ def bipartite_pairs(
     >>> torchops.bipartite_pairs(metric, r=2)
     (tensor([[2, 0]]), tensor([[1, 3]]))
     """
-    return torch.ops.torchops.bipartite_pairs(metric, r, num_protected=num_protected, padding_mask=padding_mask)
+    return operators.bipartite_pairs(metric, r, num_protected=num_protected, padding_mask=padding_mask)
 
 
 def topk_assignment(
@@ -146,9 +147,7 @@ def topk_assignment(
     >>> torchops.topk_assignment(torch.tensor([[0.1, 0.7, 0.2, 0.9]]), k=2, fuse=True)
     tensor([[2, 0, 2, 1]])
     """
-    return torch.ops.torchops.topk_assignment(
-        scores, k, num_protected=num_protected, fuse=fuse, padding_mask=padding_mask
-    )
+    return operators.topk_assignment(scores, k, num_protected=num_protected, fuse=fuse, padding_mask=padding_mask)
 
 
 def merge_tokens(
@@ -190,7 +189,7 @@ def merge_tokens(
     (tensor([[[2.],
              [5.]]]), tensor([[2., 1.]]))
     """
-    return torch.ops.torchops.merge_tokens(input, assign, num_groups, weight=weight, normalize=normalize)
+    return operators.merge_tokens(input, assign, num_groups, weight=weight, normalize=normalize)
 
 
 def unmerge_tokens(merged: Tensor, assign: Tensor, residual: Optional[Tensor] = None) -> Tensor:
@@ -213,4 +212,4 @@ def unmerge_tokens(merged: Tensor, assign: Tensor, residual: Optional[Tensor] = 
              [0.],
              [5.]]])
     """
-    return torch.ops.torchops.unmerge_tokens(merged, assign, residual=residual)
+    return operators.unmerge_tokens(merged, assign, residual=residual)

@@ -1,25 +1,10 @@
 #include "core/cpu/dense_product_kernel.h"
 
 #include "core/cpu/arena.h"
-#include "core/cpu/dense_product_packing.h"
+#include "core/cpu/dense_product_output.h"
 
 namespace torchops::kernels::core::TORCHOPS_LEVEL {
 namespace {
-
-// Rounds `count` sums, plus the bias, to the output from [row, column] on.
-template <typename T>
-inline __attribute__((always_inline)) void finish(const DenseProduct<T>& args, int64_t batch, int64_t row,
-                                                  int64_t column, const accumulate_t<T>* sums, int64_t count) {
-  T* const to = args.output + batch * args.output_batch_stride + row * args.output_row_stride + column;
-  const T* const bias = args.bias == nullptr ? nullptr : args.bias + batch * args.bias_batch_stride + column;
-  for_each_vector<T>(count, [&](int64_t first, int used) {
-    auto sum = load(sums + first);
-    if (bias != nullptr) {
-      sum += load_piece(bias + first, used);
-    }
-    store_piece(to + first, sum, used);
-  });
-}
 
 // Up to so many rows packing the right operand costs more than it saves, as measured; with only 16 vector registers
 // the products that do without have fewer sums in them.
@@ -33,18 +18,6 @@ constexpr int64_t few_rows = vector_bytes == 64 ? 48 : 16;
 constexpr int64_t most_tile_rows = 512;
 constexpr int64_t most_panels = 8;
 constexpr int64_t most_depth = 256;
-
-// Count in pieces that are multiples of `unit` and of about the same size.
-struct Pieces {
-  int64_t size;
-  int64_t count;
-
-  Pieces(int64_t total, int64_t most, int64_t unit) {
-    const int64_t wanted = divide_up(total, most);
-    size = round_up(divide_up(total, wanted), unit);
-    count = divide_up(total, size);
-  }
-};
 
 template <typename T>
 struct TileProduct {

@@ -44,7 +44,7 @@ struct DenseProduct {
   template <typename T>                                                                       \
   void dense_product(const DenseProduct<T>& args, void* scratch, int64_t begin, int64_t end); \
   }
-TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)
+TORCHOPS_FOR_EACH_LEVEL_AND_TILES(TORCHOPS_DECLARE)
 #undef TORCHOPS_DECLARE
 
 }  // namespace torchops::kernels::core

@@ -6,10 +6,6 @@
 
 namespace torchops::kernels::core::TORCHOPS_LEVEL {
 
-constexpr int64_t smaller(int64_t one, int64_t other) {
-  return one < other ? one : other;
-}
-
 template <typename E>
 inline void store_elements(E* to, typename element<E>::vector elements) {
   __builtin_memcpy(to, &elements, sizeof(elements));

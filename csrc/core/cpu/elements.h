@@ -26,6 +26,9 @@ inline constexpr bool is_pair = element<E>::depth == 2;
 template <typename E>
 inline constexpr int64_t lane_count = vector_bytes / static_cast<int64_t>(sizeof(E));
 
+constexpr int64_t smaller(int64_t one, int64_t other) {
+  return one < other ? one : other;
+}
 constexpr int64_t divide_up(int64_t count, int64_t size) {
   return (count + size - 1) / size;
 }

@@ -4,7 +4,8 @@
 
 namespace torchops {
 
-// Whether this CPU can execute what cmake/CpuLevels.cmake compiles a level to.
-bool cpu_has_level(const std::string& level);
+// What this CPU, or its operating system, lacks to execute what cmake/CpuLevels.cmake compiles a level to; empty where
+// it lacks nothing.
+std::string missing_for_level(const std::string& level);
 
 }  // namespace torchops

@@ -5,11 +5,16 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <sstream>
 
 namespace torchops {
 namespace {
+
+#define TORCHOPS_LEVEL_NAME(level) #level,
+constexpr std::array level_names{TORCHOPS_FOR_EACH_LEVEL_NAME(TORCHOPS_LEVEL_NAME)};
+#undef TORCHOPS_LEVEL_NAME
 
 std::string choose_level() {
   const auto available = cpu_capabilities();
@@ -31,10 +36,11 @@ std::string choose_level() {
 
 std::vector<std::string> cpu_capabilities() {
   std::vector<std::string> available;
-#define TORCHOPS_ADD_LEVEL(level) \
-  if (cpu_has_level(#level)) available.emplace_back(#level);
-  TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_ADD_LEVEL)
-#undef TORCHOPS_ADD_LEVEL
+  for (const char* const level : level_names) {
+    if (missing_for_level(level).empty()) {
+      available.emplace_back(level);
+    }
+  }
   return available;
 }
 
@@ -43,11 +49,19 @@ const std::string& cpu_capability() {
   return level;
 }
 
+std::string why_no_higher_level() {
+  const auto higher = kernels::level_index() + 1;
+  if (higher == level_names.size()) {
+    return {};
+  }
+  const auto missing = missing_for_level(level_names[higher]);
+  return std::string(level_names[higher]) + ": " +
+         (missing.empty() ? "TORCHOPS_CPU_CAPABILITY asks for a lower level" : missing);
+}
+
 size_t kernels::level_index() {
-#define TORCHOPS_LEVEL_NAME(level) #level,
-  static constexpr const char* names[] = {TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_LEVEL_NAME)};
-#undef TORCHOPS_LEVEL_NAME
-  static const auto index = static_cast<size_t>(std::find(names, names + level_count, cpu_capability()) - names);
+  static const auto index =
+      static_cast<size_t>(std::find(level_names.begin(), level_names.end(), cpu_capability()) - level_names.begin());
   return index;
 }
 

@@ -253,14 +253,30 @@ Lane sum_lanes(vec<Lane> value) {
   return combine_lanes<Lane>(value, [](auto one, auto other) { return one + other; });
 }
 
+// Pairs of neighbouring vectors are added up, `unit` lanes of either by turns, until there is one vector. Lanes stay
+// within 16 bytes for as long as that is possible: moving them further takes several times as long.
+template <int unit, typename Vector, int size>
+inline __attribute__((always_inline)) void add_pairs(Vector (&rows)[size]) {
+  constexpr int in_place = 16 / sizeof(rows[0][0]), group = in_place > 2 * unit ? in_place : 2 * unit;
+  if constexpr (unit < size) {
+    vec<typename lane_index<sizeof(rows[0][0])>::type> first, second;
+    for (int lane = 0; lane < size; ++lane) {
+      const int turn = lane % group / unit;
+      first[lane] = lane / group * group + turn / 2 * unit + lane % unit + turn % 2 * size;
+      second[lane] = first[lane] + group / 2;
+    }
+    for (int pair = 0; pair < size / 2 / unit; ++pair) {
+      const Vector one = rows[2 * pair], other = rows[2 * pair + 1];
+      rows[pair] = __builtin_shuffle(one, other, first) + __builtin_shuffle(one, other, second);
+    }
+    add_pairs<2 * unit>(rows);
+  }
+}
+
 // The sum of the lanes of each of as many vectors as a vector has lanes, all added up in the same order.
 template <typename Vector, int size>
 inline __attribute__((always_inline)) Vector sums_of_lanes(Vector (&rows)[size]) {
-  for (int left = size / 2; left > 0; left /= 2) {
-    for (int row = 0; row < left; ++row) {
-      rows[row] = interleave<0>(rows[row], rows[row + left]) + interleave<1>(rows[row], rows[row + left]);
-    }
-  }
+  add_pairs<1>(rows);
   return rows[0];
 }
 

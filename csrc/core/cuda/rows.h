@@ -1,26 +1,32 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <type_traits>
 
 #include "core/cuda/pack.cuh"
+#include "core/rows.h"
 
 // How a kernel that gives rows [B, N, C] to blocks reads them.
 
 namespace torchops {
 
-// Calls body(std::integral_constant<int, width>{}) with the number of elements that rows of `channels`
-// elements are read and written at once in all of these tensors, which have contiguous rows: 16 bytes
-// where rows are that well aligned, else one. Undefined tensors do not count.
+// Rows that follow each other without a gap, as those of one batch row.
+template <typename T>
+kernels::Rows<const T> packed_rows(const T* data, int64_t channels) {
+  return {data, 0, channels};
+}
+
+// Calls body(std::integral_constant<int, width>{}) with the number of elements that rows of `channels` elements are
+// read and written at once in all of these: 16 bytes where rows are that well aligned, else one. Absent rows do not
+// count.
 template <typename T, typename Body>
-void for_row_width(int64_t channels, std::initializer_list<at::Tensor> tensors, const Body& body) {
+void for_row_width(int64_t channels, std::initializer_list<kernels::Rows<const T>> all, const Body& body) {
   constexpr int widest = device::widest<T>;
-  const bool aligned = std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) {
-    return !tensor.defined() || (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
-                                 tensor.stride(0) % widest == 0 && tensor.stride(1) % widest == 0);
+  const bool aligned = std::all_of(all.begin(), all.end(), [](const kernels::Rows<const T>& rows) {
+    return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % widest == 0 &&
+           rows.row_stride % widest == 0;
   });
   if (aligned && channels % widest == 0) {
     body(std::integral_constant<int, widest>{});

@@ -1,6 +1,7 @@
 #include "span_attention/cpu/backward_kernel.h"
 
 #include "core/cpu/exponential.h"
+#include "span_attention/cpu/backward_rows.h"
 #include "span_attention/cpu/packing.h"
 #include "span_attention/cpu/tiles.h"
 
@@ -131,7 +132,7 @@ struct Head {
             const KeySums<E>* key_sums) const {
     const int64_t rows = round_up(num_rows(first_query), tile_rows);
     load_queries(meeting, in_group, first_query, rows);
-    load_bias(meeting, first_key);
+    load_key_bias(args.inputs, batch, first_key, key_tile<E>, meeting.bias);
     compute_probabilities(meeting, in_group, first_query, first_key, rows);
     const int64_t packed_row = in_group * padded_queries() + first_query;
     if (key_sums != nullptr && args.grad_value.data != nullptr) {
@@ -172,27 +173,13 @@ struct Head {
 
   void store_query_grads(int64_t in_group, int64_t first_query, const A* sums) const {
     for (int64_t row = 0; row < num_rows(first_query); ++row) {
-      store_row(args.grad_query.row(batch, head(in_group), first_query + row), sums + row * query_columns(),
-                sizes().head_dim, args.inputs.scale);
+      store_gradient(args.grad_query.row(batch, head(in_group), first_query + row), sums + row * query_columns(),
+                     sizes().head_dim, args.inputs.scale);
     }
   }
 
   void store_key_grads(int64_t first_key, const KeySums<E>& sums) const {
-    const Range keys = key_range(first_key);
-    for (int64_t key = keys.begin; key < keys.end; ++key) {
-      const int64_t row = key - keys.begin;
-      if (args.grad_key.data != nullptr) {
-        store_row(args.grad_key.row(batch, kv_head, key), sums.keys + row * query_columns(), sizes().head_dim,
-                  args.inputs.scale);
-      }
-      if (args.grad_value.data != nullptr) {
-        store_row(args.grad_value.row(batch, kv_head, key), sums.values + row * value_columns(), sizes().value_dim,
-                  A(1));
-      }
-      if (args.grad_key_bias != nullptr) {
-        args.grad_key_bias[(batch * sizes().num_kv_heads + kv_head) * sizes().num_keys + key] = sums.bias[row];
-      }
-    }
+    store_key_gradients(args, batch, kv_head, key_range(first_key), sums, query_columns(), value_columns());
   }
 
   void clear_key_sums(const KeySums<E>& sums) const {
@@ -203,22 +190,8 @@ struct Head {
 
  private:
   void load_queries(const Meeting<E>& meeting, int64_t in_group, int64_t first_query, int64_t rows) const {
-    const int64_t first = (batch * sizes().num_heads + head(in_group)) * sizes().num_queries + first_query;
-    for (int64_t row = 0; row < rows; ++row) {
-      const bool there = row < num_rows(first_query);
-      const Normalizer<A> normalizer = there ? args.normalizer[first + row] : make_normalizer(A(0), A(0));
-      meeting.largest[row] = normalizer.largest;
-      meeting.inverse_sum[row] = normalizer.inverse_sum;
-      meeting.delta[row] = there && args.delta != nullptr ? args.delta[first + row] : A(0);
-    }
-  }
-
-  void load_bias(const Meeting<E>& meeting, int64_t first_key) const {
-    const A* const biases = args.inputs.key_bias;
-    for (int64_t key = 0; key < key_tile<E>; ++key) {
-      const bool given = biases != nullptr && first_key + key < sizes().num_keys;
-      meeting.bias[key] = given ? biases[batch * sizes().num_keys + first_key + key] : A(0);
-    }
+    load_normalizers(args, batch, head(in_group), Range{first_query, first_query + num_rows(first_query)}, rows,
+                     meeting.largest, meeting.inverse_sum, meeting.delta);
   }
 
   void compute_probabilities(const Meeting<E>& meeting, int64_t in_group, int64_t first_query, int64_t first_key,
@@ -314,11 +287,6 @@ struct Head {
         store(sums + key, load(sums + key) + load(numbers + row * key_tile<E> + key));
       }
     }
-  }
-
-  static void store_row(T* to, const A* sums, int64_t size, A factor) {
-    for_each_vector<T>(size,
-                       [&](int64_t d, int lanes_used) { store_piece(to + d, load(sums + d) * factor, lanes_used); });
   }
 };
 

@@ -38,7 +38,7 @@ namespace torchops::kernels::span_attention {
   void backward_keys(const AttentionBackward<T>& args, int64_t first_head, void* packs, void* scratch, int64_t begin,  \
                      int64_t end);                                                                                     \
   }
-TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)
+TORCHOPS_FOR_EACH_LEVEL_AND_TILES(TORCHOPS_DECLARE)
 #undef TORCHOPS_DECLARE
 
 }  // namespace torchops::kernels::span_attention

@@ -13,7 +13,7 @@ namespace torchops::kernels::span_attention {
   template <typename A>                                                        \
   void sink_gradient(const SinkGradient<A>& args, int64_t begin, int64_t end); \
   }
-TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)
+TORCHOPS_FOR_EACH_LEVEL_AND_TILES(TORCHOPS_DECLARE)
 #undef TORCHOPS_DECLARE
 
 }  // namespace torchops::kernels::span_attention

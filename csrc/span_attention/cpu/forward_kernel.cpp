@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "core/cpu/exponential.h"
+#include "span_attention/cpu/finish_row.h"
 #include "span_attention/cpu/packing.h"
 #include "span_attention/cpu/tiles.h"
 
@@ -95,14 +96,10 @@ struct Scratch {
     __builtin_memset(output, 0, static_cast<size_t>(num_rows * columns) * sizeof(A));
   }
 
-  // Keys behind the last have none.
   template <typename T>
   void load_bias(const Attention<T>& args, int64_t batch, int64_t first, int64_t num_keys) const {
     if (args.key_bias != nullptr) {
-      const A* const from = args.key_bias + batch * args.sizes.num_keys + first;
-      for (int64_t key = 0; key < num_keys; ++key) {
-        bias[key] = first + key < args.sizes.num_keys ? from[key] : A(0);
-      }
+      load_key_bias(args, batch, first, num_keys, bias);
     }
   }
 };
@@ -183,36 +180,6 @@ void compute_weights(const Scratch<E>& scratch, W* weights, int64_t num_rows, in
   }
 }
 
-// Brings in the sink, and divides by the sum.
-template <typename E, typename T>
-void finish_row(const AttentionForward<T>& args, const Scratch<E>& scratch, int64_t row, int64_t batch, int64_t head,
-                int64_t query) {
-  using A = sum_t<E>;
-  const Sizes& sizes = args.inputs.sizes;
-  A sum = sum_lanes<A>(scratch.sum[row]);
-  A largest = scratch.largest[row];
-  A rescale = 1;
-  if (args.inputs.sink != nullptr) {
-    const A sink = args.inputs.sink[head], before = largest;
-    largest = sink > largest ? sink : largest;
-    const A shift = largest == -static_cast<A>(__builtin_inf()) ? A(0) : largest;
-    rescale = exp_of(before - shift);
-    sum = sum * rescale + exp_of(sink - shift);
-  }
-  const int64_t index = (batch * sizes.num_heads + head) * sizes.num_queries + query;
-  if (args.logsumexp != nullptr) {
-    args.logsumexp[index] = largest + log(sum);
-  }
-  if (args.normalizer != nullptr) {
-    args.normalizer[index] = make_normalizer(largest, sum);
-  }
-  const A factor = sum == 0 ? A(0) : rescale / sum;
-  T* const to = args.output.row(batch, head, query);
-  const A* const from = scratch.output + row * columns_of<E>(sizes.value_dim);
-  for_each_vector<T>(sizes.value_dim,
-                     [&](int64_t d, int lanes_used) { store_piece(to + d, load(from + d) * factor, lanes_used); });
-}
-
 // Queries [first_query, first_query + query_tile) of num_heads heads; `packed` is the head's of the wave, or null.
 template <typename E, typename T>
 void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const Scratch<E>& scratch, int64_t batch,
@@ -276,92 +243,9 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
   }
 
   for (int64_t row = 0; row < num_rows; ++row) {
-    finish_row(args, scratch, row, batch, first_head + row / num_queries, first_query + row % num_queries);
+    finish_row(args, batch, first_head + row / num_queries, first_query + row % num_queries, scratch.largest[row],
+               sum_lanes<A>(scratch.sum[row]), scratch.output + row * columns);
   }
-}
-
-// ---- one query --------------------------------------------------------------------------------
-// Keys and values are read where they lie: packing them would cost more than the products of a single row. Products
-// are added up in another order than a tile's, which is the backward's too, so this is for calls without one.
-
-// Scores of a block of keys, and their largest.
-template <typename E, typename T>
-void compute_scores_of_row(const Attention<T>& args, const T* query, const T* keys, const Scratch<E>& scratch,
-                           const TileSpans& spans, int64_t first_key, int64_t num_keys) {
-  using A = sum_t<E>;
-  constexpr int64_t keys_at_once = lanes<A>;
-  const int64_t size = args.sizes.head_dim;
-  vec<A> highest = broadcast(-static_cast<A>(__builtin_inf()));
-  for (int64_t first = 0; first < num_keys; first += keys_at_once) {
-    vec<A> products[keys_at_once] = {};
-    for (int64_t key = 0; key < keys_at_once && first + key < num_keys; ++key) {
-      const T* const of_key = keys + (first + key) * args.key.row_stride;
-      for (int64_t d = 0; d < size; d += lane_count<E> * element<E>::depth) {
-        products[key] = multiply_add_lanes(load_elements<E>(query + d, size - d),
-                                           load_elements<E>(of_key + d, size - d), products[key]);
-      }
-    }
-    vec<A> scores[1] = {sums_of_lanes(products) * args.scale};
-    if (args.key_bias != nullptr) {
-      scores[0] += load(scratch.bias + first);
-    }
-    if (!spans.all_visible(first_key + first, first_key + first + keys_at_once, 1)) {
-      spans.template hide<A>(0, first_key + first, scores, -static_cast<A>(__builtin_inf()));
-    }
-    highest = scores[0] > highest ? scores[0] : highest;
-    store(scratch.scores + first, scores[0]);
-  }
-  scratch.highest[0] = highest;
-}
-
-// The weighted sum of a block of values is added to what was summed up before.
-template <typename E, typename T>
-void add_values_to_row(const Attention<T>& args, const T* values, const Scratch<E>& scratch, int64_t num_keys) {
-  using A = sum_t<E>;
-  const int64_t size = args.sizes.value_dim;
-  const auto add = [&](auto vectors, int64_t first, const auto& load_value) {
-    vec<A> sums[decltype(vectors)::value] = {};
-    const T* from = values + first;
-    for (int64_t key = 0; key < num_keys; ++key, from += args.value.row_stride) {
-      for (int v = 0; v < decltype(vectors)::value; ++v) {
-        sums[v] += scratch.scores[key] * load_value(from + v * lanes<A>);
-      }
-    }
-    A* to = scratch.output + first;
-    for (const auto& sum : sums) {
-      store(to, load(to) * scratch.rescale[0] + sum);
-      to += lanes<A>;
-    }
-  };
-  const int64_t whole = size / lanes<A>;
-  for (int64_t vector = 0; vector < whole; vector += tile_vectors) {
-    with_vectors(whole - vector < tile_vectors ? whole - vector : tile_vectors,
-                 [&](auto vectors) { add(vectors, vector * lanes<A>, [](const T* from) { return load(from); }); });
-  }
-  if (const int64_t rest = size % lanes<A>; rest > 0) {
-    add(count<1>{}, size - rest, [&](const T* from) { return load_partial(from, static_cast<int>(rest)); });
-  }
-}
-
-template <typename E, typename T>
-void compute_row(const AttentionForward<T>& args, const Scratch<E>& scratch, int64_t batch, int64_t head) {
-  using A = sum_t<E>;
-  const Attention<T>& inputs = args.inputs;
-  const Sizes& sizes = inputs.sizes;
-  const Sequence sequence = inputs.sequence(batch);
-  const int64_t kv_head = head / sizes.group_size();
-  const TileSpans spans(inputs.span, sequence, 0, 1);
-  const Range keys = visible_keys(inputs.span, sequence, 0);
-  scratch.clear(1, columns_of<E>(sizes.value_dim));
-  for (int64_t first = keys.begin; first < keys.end; first += key_block<E>) {
-    const int64_t num_keys = keys.end - first < key_block<E> ? keys.end - first : key_block<E>;
-    scratch.load_bias(inputs, batch, first, round_up(num_keys, lanes<A>));
-    compute_scores_of_row(inputs, inputs.query.row(batch, head, 0), inputs.key.row(batch, kv_head, first), scratch,
-                          spans, first, num_keys);
-    compute_weights(scratch, scratch.scores, 1, num_keys);
-    add_values_to_row(inputs, inputs.value.row(batch, kv_head, first), scratch, num_keys);
-  }
-  finish_row(args, scratch, 0, batch, head, 0);
 }
 
 }  // namespace
@@ -434,10 +318,6 @@ void forward(const AttentionForward<T>& args, int64_t first_head, void* packs, v
     const int64_t kv_head = (first_head + unit / units) % sizes.num_kv_heads;
     const int64_t in_group = unit % units / tiles * heads_in_tile(sizes);
     const int64_t heads_left = sizes.group_size() - in_group;
-    if (sizes.num_queries == 1 && sizes.group_size() == 1 && args.normalizer == nullptr) {
-      compute_row(args, buffers, batch, kv_head);
-      continue;
-    }
     const Pack<E> packed = pack_of<T>(sizes, packs, unit / units);
     compute_tile(args, packs_ahead(sizes) ? &packed : nullptr, buffers, batch, kv_head * sizes.group_size() + in_group,
                  heads_left < heads_in_tile(sizes) ? heads_left : heads_in_tile(sizes),

@@ -34,6 +34,15 @@ inline __attribute__((always_inline)) vec<A> score_of(vec<A> product, A scale, v
   return scale * product + bias;
 }
 
+// The bias of the keys from first_key on; keys behind the last have none.
+template <typename T>
+void load_key_bias(const Attention<T>& args, int64_t batch, int64_t first_key, int64_t count, accumulate_t<T>* bias) {
+  for (int64_t key = 0; key < count; ++key) {
+    const bool given = args.key_bias != nullptr && first_key + key < args.sizes.num_keys;
+    bias[key] = given ? args.key_bias[batch * args.sizes.num_keys + first_key + key] : accumulate_t<T>(0);
+  }
+}
+
 // The keys that each row of a tile sees, where a tile is the same queries of one or several heads one behind
 // the other; none for rows behind the last.
 struct TileSpans {

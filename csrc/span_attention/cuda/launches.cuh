@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/cuda/launch.h"
+#include "span_attention/cuda/decode.cuh"
 #include "span_attention/cuda/forward_fma.cuh"
 #include "span_attention/cuda/forward_mma.cuh"
 #include "span_attention/cuda/key_gradient_fma.cuh"
@@ -82,6 +83,26 @@ void launch_forward(const AttentionForward<T>& args) {
                      forward_fma<T, slices()>, args, wide);
     });
   }
+}
+
+// decodes(args).
+template <typename T>
+void launch_decode(const AttentionForward<T>& args, const DecodePartials<accumulate_t<T>>& partials) {
+  const Attention<T>& inputs = args.inputs;
+  const Sizes& sizes = inputs.sizes;
+  const int64_t units = sizes.batch * sizes.num_kv_heads * decode_row_tiles(sizes) * partials.pieces;
+  const bool aligned = is_wide(inputs.key, sizes.head_dim) && is_wide(inputs.value, sizes.value_dim);
+  const auto launch = [&](auto width, auto rows) {
+    device::launch({units, decode_threads, decode_shared_bytes<accumulate_t<T>, rows()>},
+                   decode_piece<T, width(), rows()>, inputs, partials, aligned);
+  };
+  const auto with_width = [&](auto width) {
+    rows_of(sizes) == 1 ? launch(width, int_constant<1>{}) : launch(width, int_constant<most_decode_rows>{});
+  };
+  constexpr int widest = device::widest<T>;
+  sizes.head_dim % widest == 0 && sizes.value_dim % widest == 0 ? with_width(int_constant<widest>{})
+                                                                : with_width(int_constant<1>{});
+  device::launch({sizes.batch * sizes.num_heads * sizes.num_queries, decode_threads}, decode_merge<T>, args, partials);
 }
 
 // args.grad_query is wanted.

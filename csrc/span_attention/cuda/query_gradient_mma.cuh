@@ -22,7 +22,7 @@ struct QueryGradientTile {
 // AttentionBackward's grad_query for 16-bit types: a block of mma_threads for each tile of queries, grid
 // [B * Hq * tiles]. Keys, which are multiplied twice, have two buffers.
 template <typename T, int D, int V>
-__global__ void __launch_bounds__(mma_threads) query_gradient_mma(AttentionBackward<T> args, bool wide) {
+__global__ void __launch_bounds__(mma_threads, 1) query_gradient_mma(AttentionBackward<T> args, bool wide) {
   using Tile = QueryGradientTile<D, V>;
   constexpr int m = Tile::row_blocks, n = Tile::keys / 8;
   const Attention<T>& inputs = args.inputs;

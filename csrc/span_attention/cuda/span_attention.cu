@@ -1,73 +1,12 @@
-#include <torch/library.h>
-
-#include "span_attention/arguments.h"
-#include "span_attention/cuda/launches.cuh"
-#include "span_attention/cuda/lengths.h"
+#include "core/library.h"
+#include "span_attention/cuda/device.cuh"
 
 namespace torchops {
-namespace {
 
-at::Tensor span_attention_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                               const SpanOptions& options, const at::Tensor& logsumexp, const at::Tensor& normalizer) {
-  const SpanTensors inputs(query, key, value, value.size(3), options);
-  auto output = empty_with_layout_of(query, value.size(3));
-  for_dtype(query.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = kernels::accumulate_t<T>;
-    kernels::span_attention::launch_forward<T>({inputs.arguments<T>(), mutable_heads<T>(output),
-                                                logsumexp.defined() ? logsumexp.mutable_data_ptr<A>() : nullptr,
-                                                normalizers<A>(normalizer)});
-  });
-  return output;
-}
-
-at::Tensor span_attention_without_lse_cuda(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                           c10::SymInt block_size, c10::SymInt left, c10::SymInt right, bool is_causal,
-                                           std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-                                           const std::optional<at::Tensor>& sink,
-                                           const std::optional<at::Tensor>& query_start,
-                                           const std::optional<at::Tensor>& key_start) {
-  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
-  check_span_attention("span_attention", query, key, value, options);
-  check_lengths("span_attention", query, key);
-  const c10::cuda::CUDAGuard guard(query.device());
-  return span_attention_cuda(query, key, value, options, {}, {});
-}
-
-std::tuple<at::Tensor, at::Tensor> span_attention_lse_cuda(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
-    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
-    const std::optional<at::Tensor>& key_start) {
-  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
-  check_span_attention("span_attention_lse", query, key, value, options);
-  check_lengths("span_attention_lse", query, key);
-  const c10::cuda::CUDAGuard guard(query.device());
-  auto logsumexp = empty_logsumexp(query);
-  auto output = span_attention_cuda(query, key, value, options, logsumexp, {});
-  return {output, logsumexp};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_forward_cuda(
-    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, c10::SymInt block_size, c10::SymInt left,
-    c10::SymInt right, bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
-    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
-    const std::optional<at::Tensor>& key_start) {
-  const SpanOptions options{block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start};
-  check_span_attention("_span_attention_forward", query, key, value, options);
-  check_lengths("_span_attention_forward", query, key);
-  const c10::cuda::CUDAGuard guard(query.device());
-  auto logsumexp = empty_logsumexp(query), normalizer = empty_normalizer(query);
-  auto output = span_attention_cuda(query, key, value, options, logsumexp, normalizer);
-  return {output, logsumexp, normalizer};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
-  m.impl("span_attention", span_attention_without_lse_cuda);
-  m.impl("span_attention_lse", span_attention_lse_cuda);
-  m.impl("_span_attention_forward", span_attention_forward_cuda);
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
+  m.impl("span_attention", flattened<span_attention_on<CudaSpanAttention>>);
+  m.impl("span_attention_lse", flattened<span_attention_lse_on<CudaSpanAttention>>);
+  m.impl("_span_attention_forward", flattened<span_attention_forward_on<CudaSpanAttention>>);
 }
 
 }  // namespace torchops

@@ -65,7 +65,7 @@ void write_nonzeros(const at::BFloat16* values, const Index* columns, int64_t nn
 
 bool dense_code_pays(at::ScalarType dtype, int64_t num_tokens) {
   constexpr int64_t fewest_tokens = 64;
-  static const bool multiplies_pairs = cpu_capability() == "avx512_bf16";
+  static const bool multiplies_pairs = cpu_capability() == "avx512_bf16" || cpu_capability() == "amx";
   return multiplies_pairs && dtype == at::kBFloat16 && num_tokens >= fewest_tokens;
 }
 

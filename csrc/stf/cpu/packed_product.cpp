@@ -7,6 +7,7 @@
 #include "stf/cpu/dense_code.h"
 #include "stf/cpu/nonfinite_tokens.h"
 #include "stf/cpu/packed_product_kernel.h"
+#include "stf/cpu/packed_tile_product.h"
 #include "stf/cpu/tiled_product.h"
 #include "stf/tensor_factors.h"
 
@@ -50,6 +51,28 @@ at::Tensor dense_code(const at::Tensor& packed_values, const at::Tensor& mask, i
   return code;
 }
 
+// Multiplied as a matrix with zeros: spread on the way, where tiles multiply, or written out before.
+at::Tensor matrix_atoms_to_rows(const at::Tensor& packed_values, const at::Tensor& mask, int64_t num_rows,
+                                const at::Tensor& atoms, const std::optional<at::Tensor>& bias) {
+  if (!tiles_multiply_packed(atoms.scalar_type(), atoms.size(1))) {
+    return dense_atoms_to_rows(dense_code(packed_values, mask, num_rows), atoms, bias);
+  }
+  WrongIndex wrong;
+  auto output = tile_atoms_to_rows(packed_values, mask, num_rows, atoms, bias, wrong);
+  check_masks(wrong, packed_values.size(2) / rows_per_group);
+  return output;
+}
+
+at::Tensor matrix_rows_to_atoms(const at::Tensor& packed_values, const at::Tensor& mask, const at::Tensor& rows) {
+  if (!tiles_multiply_packed(rows.scalar_type(), rows.size(0))) {
+    return dense_rows_to_atoms(dense_code(packed_values, mask, rows.size(1)), rows);
+  }
+  WrongIndex wrong;
+  auto output = tile_rows_to_atoms(packed_values, mask, rows, wrong);
+  check_masks(wrong, packed_values.size(2) / rows_per_group);
+  return output;
+}
+
 }  // namespace
 
 at::Tensor CpuPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::optional<at::Tensor>& bias) const {
@@ -71,8 +94,8 @@ at::Tensor CpuPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::o
     return by_nonzeros(with_contiguous_rows(atoms));
   }
   const auto a = atoms.contiguous();
-  auto output = as_matrix ? dense_atoms_to_rows(dense_code(v, m, num_rows), a, bias)
-                          : at::empty({num_tokens, num_rows}, v.options());
+  auto output =
+      as_matrix ? matrix_atoms_to_rows(v, m, num_rows, a, bias) : at::empty({num_tokens, num_rows}, v.options());
   if (!as_matrix) {
     for_dtype(v.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
@@ -96,7 +119,7 @@ at::Tensor CpuPackedProduct::rows_to_atoms(const at::Tensor& rows) const {
   const auto v = packed_values.contiguous(), m = mask.contiguous();
   const auto num_blocks = m.size(1), basis_size = m.size(2), missing = m.size(0) * rows_per_group - num_rows;
   if (dense_code_pays(v.scalar_type(), num_tokens)) {
-    return dense_rows_to_atoms(dense_code(v, m, num_rows), rows);
+    return matrix_rows_to_atoms(v, m, rows);
   }
   if (num_tokens >= fewest_tokens_to_gather_rows) {
     const auto padded = missing == 0 ? with_contiguous_rows(rows) : at::constant_pad_nd(rows, {0, missing});

@@ -1,5 +1,5 @@
-#include <torch/library.h>
 
+#include "core/library.h"
 #include "stf/cpu/sparse_product.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
@@ -22,17 +22,11 @@ std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms_cpu(const at::Tensor& i
                             transpose);
 }
 
-StfGradients stf_linear_backward_cpu(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-                                     const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
-                                     const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
-                                     at::IntArrayRef basis_sizes, bool transpose, bool to_latent,
-                                     std::array<bool, 4> output_mask) {
-  check_stf_linear_backward(grad_output, input, basis, values, indices, atoms, c10::fromIntArrayRefSlow(basis_sizes),
-                            transpose, to_latent, output_mask);
-  const auto v = values.value_or(at::Tensor()), i = indices.value_or(at::Tensor());
-  return stf_linear_gradients(CpuSparseProduct{"_stf_linear_backward", v, i, basis_sizes[1]}, grad_output,
-                              input.value_or(at::Tensor()), basis.value_or(at::Tensor()), atoms.value_or(at::Tensor()),
-                              basis_sizes[0], transpose, to_latent, output_mask);
+StfGradients stf_linear_backward_cpu(const StfBackward& args) {
+  check_stf_linear_backward(args);
+  const auto values = args.values.value_or(at::Tensor()), indices = args.indices.value_or(at::Tensor());
+  return stf_linear_gradients(
+      CpuSparseProduct{"_stf_linear_backward", values, indices, args.basis_sizes[1].expect_int()}, args);
 }
 
 at::Tensor stf_linear_straight_through_cpu(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& latent,
@@ -44,10 +38,10 @@ at::Tensor stf_linear_straight_through_cpu(const at::Tensor& input, const at::Te
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CPU, m) {
+TORCHOPS_LIBRARY_IMPL(CPU, m) {
   m.impl("stf_linear", stf_linear_cpu);
   m.impl("_stf_linear_with_atoms", stf_linear_with_atoms_cpu);
-  m.impl("_stf_linear_backward", stf_linear_backward_cpu);
+  m.impl("_stf_linear_backward", flattened<stf_linear_backward_cpu>);
   m.impl("stf_linear_straight_through", stf_linear_straight_through_cpu);
 }
 

@@ -1,5 +1,5 @@
-#include <torch/library.h>
 
+#include "core/library.h"
 #include "stf/cpu/packed_product.h"
 #include "stf/linear.h"
 
@@ -15,7 +15,7 @@ at::Tensor stf_linear_packed_cpu(const at::Tensor& input, const at::Tensor& basi
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CPU, m) {
+TORCHOPS_LIBRARY_IMPL(CPU, m) {
   m.impl("stf_linear_packed", stf_linear_packed_cpu);
 }
 

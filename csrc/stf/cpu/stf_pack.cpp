@@ -3,8 +3,8 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
+#include "core/library.h"
 #include "stf/linear.h"
 #include "stf/packed_factor.h"
 
@@ -64,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor> stf_pack_cpu(const at::Tensor& values, const 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CPU, m) {
+TORCHOPS_LIBRARY_IMPL(CPU, m) {
   m.impl("stf_pack", stf_pack_cpu);
 }
 

@@ -1,11 +1,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
 #include <vector>
 
+#include "core/library.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
 #include "stf/linear.h"
@@ -80,7 +80,7 @@ at::Tensor stf_select_backward_cpu(const at::Tensor& grad_values, const at::Tens
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CPU, m) {
+TORCHOPS_LIBRARY_IMPL(CPU, m) {
   m.impl("stf_select", stf_select_cpu);
   m.impl("_stf_select_backward", stf_select_backward_cpu);
 }

@@ -1,6 +1,6 @@
-#include <torch/library.h>
 
 #include "core/cuda/launch.h"
+#include "core/library.h"
 #include "stf/cuda/sparse_product.h"
 #include "stf/linear.h"
 #include "stf/stf.h"
@@ -24,18 +24,11 @@ std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms_cuda(const at::Tensor& 
   return stf_linear_forward(CudaSparseProduct{values, indices, basis.size(1)}, input, basis, bias, transpose);
 }
 
-StfGradients stf_linear_backward_cuda(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-                                      const std::optional<at::Tensor>& basis, const std::optional<at::Tensor>& values,
-                                      const std::optional<at::Tensor>& indices, const std::optional<at::Tensor>& atoms,
-                                      at::IntArrayRef basis_sizes, bool transpose, bool to_latent,
-                                      std::array<bool, 4> output_mask) {
-  check_stf_linear_backward(grad_output, input, basis, values, indices, atoms, c10::fromIntArrayRefSlow(basis_sizes),
-                            transpose, to_latent, output_mask);
-  const c10::cuda::CUDAGuard guard(grad_output.device());
-  const auto v = values.value_or(at::Tensor()), i = indices.value_or(at::Tensor());
-  return stf_linear_gradients(CudaSparseProduct{v, i, basis_sizes[1]}, grad_output, input.value_or(at::Tensor()),
-                              basis.value_or(at::Tensor()), atoms.value_or(at::Tensor()), basis_sizes[0], transpose,
-                              to_latent, output_mask);
+StfGradients stf_linear_backward_cuda(const StfBackward& args) {
+  check_stf_linear_backward(args);
+  const c10::cuda::CUDAGuard guard(args.grad_output.device());
+  const auto values = args.values.value_or(at::Tensor()), indices = args.indices.value_or(at::Tensor());
+  return stf_linear_gradients(CudaSparseProduct{values, indices, args.basis_sizes[1].expect_int()}, args);
 }
 
 at::Tensor stf_linear_straight_through_cuda(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& latent,
@@ -47,10 +40,10 @@ at::Tensor stf_linear_straight_through_cuda(const at::Tensor& input, const at::T
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
   m.impl("stf_linear", stf_linear_cuda);
   m.impl("_stf_linear_with_atoms", stf_linear_with_atoms_cuda);
-  m.impl("_stf_linear_backward", stf_linear_backward_cuda);
+  m.impl("_stf_linear_backward", flattened<stf_linear_backward_cuda>);
   m.impl("stf_linear_straight_through", stf_linear_straight_through_cuda);
 }
 

@@ -1,6 +1,6 @@
-#include <torch/library.h>
 
 #include "core/cuda/launch.h"
+#include "core/library.h"
 #include "stf/cuda/packed_product.h"
 #include "stf/linear.h"
 
@@ -17,7 +17,7 @@ at::Tensor stf_linear_packed_cuda(const at::Tensor& input, const at::Tensor& bas
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
   m.impl("stf_linear_packed", stf_linear_packed_cuda);
 }
 

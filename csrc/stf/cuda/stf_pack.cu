@@ -1,7 +1,7 @@
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/cuda/launch.h"
+#include "core/library.h"
 #include "core/tensors.h"
 #include "stf/cuda/layout.h"
 #include "stf/cuda/pack_factor.cuh"
@@ -40,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor> stf_pack_cuda(const at::Tensor& values, const
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
   m.impl("stf_pack", stf_pack_cuda);
 }
 

@@ -1,7 +1,7 @@
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/cuda/launch.h"
+#include "core/library.h"
 #include "core/tensors.h"
 #include "stf/cuda/select.cuh"
 #include "stf/cuda/sparse_product.h"
@@ -39,7 +39,7 @@ at::Tensor stf_select_backward_cuda(const at::Tensor& grad_values, const at::Ten
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
   m.impl("stf_select", stf_select_cuda);
   m.impl("_stf_select_backward", stf_select_backward_cuda);
 }

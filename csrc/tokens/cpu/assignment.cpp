@@ -26,9 +26,9 @@ at::Tensor checked_assignment(const char* op, const at::Tensor& assign, int64_t 
   return checked;
 }
 
-GroupMembers group_members(const at::Tensor& assign, int64_t num_groups) {
+TokensOfGroups group_members(const at::Tensor& assign, int64_t num_groups) {
   const auto batch = assign.size(0), num_tokens = assign.size(1);
-  const GroupMembers result{at::empty({batch, num_groups + 1}, assign.options()), at::empty_like(assign)};
+  const TokensOfGroups result{at::empty({batch, num_groups + 1}, assign.options()), at::empty_like(assign)};
   const auto* assigned = assign.const_data_ptr<int64_t>();
   auto* all_offsets = result.offsets.mutable_data_ptr<int64_t>();
   auto* all_members = result.members.mutable_data_ptr<int64_t>();

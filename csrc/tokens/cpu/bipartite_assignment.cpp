@@ -1,16 +1,16 @@
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
+#include "core/library.h"
 #include "core/parallel.h"
 #include "tokens/cpu/bipartite_matching.h"
 
 namespace torchops {
 namespace {
 
-at::Tensor bipartite_assignment_cpu(const at::Tensor& metric, int64_t r, int64_t num_protected,
-                                    const std::optional<at::Tensor>& padding_mask) {
+at::Tensor bipartite_assignment_cpu(const at::Tensor& metric, int64_t r, const std::optional<at::Tensor>& padding_mask,
+                                    int64_t num_protected) {
   const auto pairs = matched_pairs("bipartite_assignment", metric, r, num_protected, padding_mask);
   const auto batch = metric.size(0), num_tokens = metric.size(1), removed = pairs.sources.size(1);
   auto assign = at::empty({batch, num_tokens}, pairs.sources.options());
@@ -45,7 +45,7 @@ at::Tensor bipartite_assignment_cpu(const at::Tensor& metric, int64_t r, int64_t
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CPU, m) {
+TORCHOPS_LIBRARY_IMPL(CPU, m) {
   m.impl("bipartite_assignment", bipartite_assignment_cpu);
 }
 

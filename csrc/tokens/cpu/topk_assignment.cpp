@@ -1,21 +1,21 @@
 #include "tokens/topk_assignment.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <vector>
 
+#include "core/library.h"
 #include "core/parallel.h"
 #include "tokens/cpu/assignment.h"
 
 namespace torchops {
 namespace {
 
-at::Tensor topk_assignment_cpu(const at::Tensor& scores, int64_t k, int64_t num_protected, bool fuse,
-                               const std::optional<at::Tensor>& padding_mask) {
+at::Tensor topk_assignment_cpu(const at::Tensor& scores, int64_t k, const std::optional<at::Tensor>& padding_mask,
+                               int64_t num_protected, bool fuse) {
   check_topk_assignment(scores, k, num_protected, padding_mask);
   const auto batch = scores.size(0), num_tokens = scores.size(1);
   const auto mask = checked_padding_mask("topk_assignment", padding_mask, num_protected);
@@ -60,7 +60,7 @@ at::Tensor topk_assignment_cpu(const at::Tensor& scores, int64_t k, int64_t num_
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CPU, m) {
+TORCHOPS_LIBRARY_IMPL(CPU, m) {
   m.impl("topk_assignment", topk_assignment_cpu);
 }
 

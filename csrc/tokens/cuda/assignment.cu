@@ -7,11 +7,11 @@
 
 namespace torchops {
 
-GroupMembers group_members_cuda(const at::Tensor& assign, int64_t num_groups) {
+TokensOfGroups group_members_cuda(const at::Tensor& assign, int64_t num_groups) {
   const auto groups = assign.contiguous();
   const auto batch = groups.size(0), num_tokens = groups.size(1);
-  const GroupMembers result{at::empty({batch, num_groups + 1}, groups.options()),
-                            at::empty({batch, num_tokens}, groups.options())};
+  const TokensOfGroups result{at::empty({batch, num_groups + 1}, groups.options()),
+                              at::empty({batch, num_tokens}, groups.options())};
   constexpr int64_t warps = kernels::tokens::group_members_warps;
   auto counts = at::empty({batch, warps, num_groups}, groups.options().dtype(at::kInt));
   const kernels::tokens::GroupMembers args{groups.const_data_ptr<int64_t>(),

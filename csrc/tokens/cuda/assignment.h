@@ -7,6 +7,6 @@
 namespace torchops {
 
 // On the current device.
-GroupMembers group_members_cuda(const at::Tensor& assign, int64_t num_groups);
+TokensOfGroups group_members_cuda(const at::Tensor& assign, int64_t num_groups);
 
 }  // namespace torchops

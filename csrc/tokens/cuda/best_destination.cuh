@@ -16,7 +16,6 @@ inline constexpr int match_per_thread = match_tile / match_side;
 inline constexpr int match_depth = 32;
 // A stride that spreads neighbouring features of a column over the banks.
 inline constexpr int match_stride = match_tile + 1;
-inline constexpr int32_t no_similarity = nan_similarity - 1;
 
 // How a row becomes integers: q = x * factor * factor as float, times scale, rounded.
 template <typename A>

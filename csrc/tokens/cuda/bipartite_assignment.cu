@@ -1,7 +1,7 @@
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "core/cuda/launch.h"
+#include "core/library.h"
 #include "tokens/bipartite_matching.h"
 #include "tokens/cuda/assign_matched_tokens.cuh"
 #include "tokens/cuda/bipartite_matching.h"
@@ -10,8 +10,8 @@ namespace torchops {
 namespace {
 
 // Tokens that stay are numbered in sequence order, the others follow their destination.
-at::Tensor bipartite_assignment_cuda(const at::Tensor& metric, int64_t r, int64_t num_protected,
-                                     const std::optional<at::Tensor>& padding_mask) {
+at::Tensor bipartite_assignment_cuda(const at::Tensor& metric, int64_t r, const std::optional<at::Tensor>& padding_mask,
+                                     int64_t num_protected) {
   check_bipartite_matching("bipartite_assignment", metric, r, num_protected, padding_mask);
   const c10::cuda::CUDAGuard guard(metric.device());
   const auto best = best_destinations_cuda(metric, r, num_protected, padding_mask);
@@ -23,7 +23,7 @@ at::Tensor bipartite_assignment_cuda(const at::Tensor& metric, int64_t r, int64_
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
   m.impl("bipartite_assignment", bipartite_assignment_cuda);
 }
 

@@ -1,10 +1,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "core/cuda/launch.h"
+#include "core/library.h"
 #include "tokens/bipartite_matching.h"
 #include "tokens/cuda/bipartite_matching.h"
 #include "tokens/cuda/pair_matched_tokens.cuh"
@@ -12,8 +12,9 @@
 namespace torchops {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> bipartite_pairs_cuda(const at::Tensor& metric, int64_t r, int64_t num_protected,
-                                                        const std::optional<at::Tensor>& padding_mask) {
+std::tuple<at::Tensor, at::Tensor> bipartite_pairs_cuda(const at::Tensor& metric, int64_t r,
+                                                        const std::optional<at::Tensor>& padding_mask,
+                                                        int64_t num_protected) {
   check_bipartite_matching("bipartite_pairs", metric, r, num_protected, padding_mask);
   const c10::cuda::CUDAGuard guard(metric.device());
   const auto best = best_destinations_cuda(metric, r, num_protected, padding_mask);
@@ -31,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor> bipartite_pairs_cuda(const at::Tensor& metric
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
   m.impl("bipartite_pairs", bipartite_pairs_cuda);
 }
 

@@ -1,19 +1,19 @@
 #include "tokens/topk_assignment.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "core/cuda/launch.h"
+#include "core/library.h"
 #include "core/tensors.h"
 #include "tokens/cuda/topk_assignment.cuh"
 
 namespace torchops {
 namespace {
 
-at::Tensor topk_assignment_cuda(const at::Tensor& scores, int64_t k, int64_t num_protected, bool fuse,
-                                const std::optional<at::Tensor>& padding_mask) {
+at::Tensor topk_assignment_cuda(const at::Tensor& scores, int64_t k, const std::optional<at::Tensor>& padding_mask,
+                                int64_t num_protected, bool fuse) {
   check_topk_assignment(scores, k, num_protected, padding_mask);
   const c10::cuda::CUDAGuard guard(scores.device());
   const auto batch = scores.size(0), num_tokens = scores.size(1);
@@ -37,7 +37,7 @@ at::Tensor topk_assignment_cuda(const at::Tensor& scores, int64_t k, int64_t num
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchops, CUDA, m) {
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
   m.impl("topk_assignment", topk_assignment_cuda);
 }
 

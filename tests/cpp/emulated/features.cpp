@@ -2,9 +2,10 @@
 
 namespace torchops {
 
-// The emulated level, and the one that every CPU has.
-bool cpu_has_level(const std::string& level) {
-  return level == "baseline" || level == "avx512_bf16";
+// The emulated levels, and the one that every CPU has.
+std::string missing_for_level(const std::string& level) {
+  const bool here = level == "baseline" || level == "avx512_bf16" || level == "amx";
+  return here ? "" : "not emulated";
 }
 
 }  // namespace torchops

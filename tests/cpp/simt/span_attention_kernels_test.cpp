@@ -135,6 +135,29 @@ const std::vector<Case> cases = {
 #endif
 };
 
+// Few queries: keys come in pieces of 128 and more, whole blocks of 64 of what is seen.
+const std::vector<Case> decoding_cases = {
+    {"three pieces, a group", {1, 4, 1, 1, 300, 24, 40}, 1, -1, -1, true, true, true, false, Layout::rows_first},
+    {"window behind a piece", {2, 2, 2, 3, 420, 16, 16}, 1, 200, 0, true, false, true, true, Layout::heads_first},
+    {"more rows than a block has", {1, 6, 1, 2, 257, 20, 36}, 1, -1, -1, true, true, false, false, Layout::odd},
+    {"one row", {1, 1, 1, 1, 385, 64, 64}, 1, -1, -1, false, false, false, false, Layout::heads_first},
+#if defined(EVERY_SIZE)
+    {"blocks", {1, 2, 1, 4, 300, 16, 200}, 150, 1, 0, false, true, true, false, Layout::rows_first},
+    {"longest rows", {1, 2, 2, 1, 260, 256, 256}, 1, -1, -1, true, false, false, false, Layout::heads_first},
+    {"odd rows", {1, 2, 1, 1, 260, 255, 129}, 1, -1, -1, true, false, true, false, Layout::odd},
+    {"queries of which some see nothing",
+     {1, 1, 1, 8, 260, 8, 8},
+     100,
+     0,
+     0,
+     true,
+     false,
+     true,
+     true,
+     Layout::heads_first},
+#endif
+};
+
 // The inputs of a case, what the operator and its gradient are, and what the kernels make of them.
 template <typename T>
 struct Problem {
@@ -387,6 +410,27 @@ void check_forward(const Problem<T>& problem, bool wants_logsumexp) {
 }
 
 template <typename T>
+void check_decode(const Problem<T>& problem, bool wants_logsumexp) {
+  using A = accumulate_t<T>;
+  std::vector<A> logsumexp(problem.logsumexp.size());
+  const Attention<T> inputs = problem.inputs();
+  const int64_t pieces = decode_pieces(inputs.sizes, inputs.span);
+  std::vector<A> results(static_cast<size_t>(problem.num_rows() * pieces * inputs.sizes.value_dim));
+  std::vector<A> softmax(static_cast<size_t>(problem.num_rows() * pieces * 2));
+  const auto output = filled(Tensor<T>(problem.grad_output.shape, problem.spec.layout), [&](Tensor<T>& tensor) {
+    for (auto* numbers : {&logsumexp, &results, &softmax}) {
+      std::fill(numbers->begin(), numbers->end(), A(NAN));
+    }
+    launch_decode<T>({inputs, tensor.mutable_heads(), wants_logsumexp ? logsumexp.data() : nullptr, nullptr},
+                     {results.data(), softmax.data(), pieces});
+  });
+  check_close("output", output, problem.output, rounded<T>);
+  if (wants_logsumexp) {
+    check_close("logsumexp", as_double(logsumexp), problem.logsumexp, accumulated<T>);
+  }
+}
+
+template <typename T>
 void check_query_gradient(const Problem<T>& problem) {
   using A = accumulate_t<T>;
   const auto normalizer = problem.normalizer();
@@ -447,6 +491,59 @@ TEMPLATE_TEST_CASE("span_attention forward", "", KERNEL_TYPES) {
     check_forward(problem, true);
   }
   check_forward(Problem<TestType>(cases.front()), false);
+}
+
+TEMPLATE_TEST_CASE("span_attention decoding", "", KERNEL_TYPES) {
+  for (const Case& spec : decoding_cases) {
+    CAPTURE(spec.name);
+    Problem<TestType> problem(spec);
+    REQUIRE(decodes<TestType>({problem.inputs(), {}, nullptr, nullptr}));
+    check_decode(problem, true);
+    problem.spoil();
+    check_decode(problem, false);
+  }
+}
+
+// Whatever a piece gives counts as if the keys had not been cut.
+TEMPLATE_TEST_CASE("span_attention decoding scores at the ends of their range", "", KERNEL_TYPES) {
+  using A = accumulate_t<TestType>;
+  const Case spec{"ends", {1, 1, 1, 1, 300, 16, 16}, 1, -1, -1, false, true, true, false, Layout::heads_first};
+  const auto infinite = std::numeric_limits<A>::infinity();
+  const auto run = [&](auto change) {
+    Problem<TestType> problem(spec);
+    problem.key_bias.assign(problem.key_bias.size(), A(0));
+    problem.sink = {-infinite};
+    change(problem);
+    const Attention<TestType> inputs = problem.inputs();
+    const int64_t pieces = decode_pieces(inputs.sizes, inputs.span);
+    Tensor<TestType> output(problem.grad_output.shape, spec.layout);
+    std::vector<A> logsumexp(1), results(static_cast<size_t>(pieces * 16)), softmax(static_cast<size_t>(pieces * 2));
+    launch_decode<TestType>({inputs, output.mutable_heads(), logsumexp.data(), nullptr},
+                            {results.data(), softmax.data(), pieces});
+    return std::pair{output.wide()[0], static_cast<double>(logsumexp[0])};
+  };
+  const auto hide = [&](auto& problem, int64_t begin, int64_t end) {
+    std::fill(problem.key_bias.begin() + begin, problem.key_bias.begin() + end, -infinite);
+  };
+  // A piece hidden as a whole, and all of them.
+  const double value = Problem<TestType>(spec).value.wide()[16 * 299];
+  CHECK(run([&](auto& problem) { hide(problem, 0, 299); }).first == Approx(value).epsilon(rounded<TestType>));
+  CHECK(run([&](auto& problem) { hide(problem, 0, 300); }) == std::pair{0.0, -infinity});
+  // A sink counts once: beside one key of its score it has half.
+  const auto [half, logsumexp] = run([&](auto& problem) {
+    hide(problem, 0, 299);
+    problem.query.for_each([](TestType& element) { element = TestType{}; });
+    problem.sink = {A(0)};
+  });
+  CHECK(half == Approx(value / 2).epsilon(rounded<TestType>));
+  CHECK(logsumexp == Approx(std::log(2.0)).epsilon(1e-6));
+  for (const int64_t at : {0, 150, 299}) {
+    for (const A score : {A(NAN), infinite}) {
+      const auto [number, sum] = run([&](auto& problem) { problem.key_bias[at] = score; });
+      CHECK(std::isnan(number));
+      CHECK(std::isnan(sum));
+    }
+  }
 }
 
 TEMPLATE_TEST_CASE("span_attention sinks at the ends of their range", "", KERNEL_TYPES) {

@@ -13,6 +13,7 @@ typedef double __m512d __attribute__((vector_size(64)));
 typedef long long __m512i __attribute__((vector_size(64)));
 typedef short __m512bh __attribute__((vector_size(64)));
 typedef long long __m256i __attribute__((vector_size(32)));
+typedef uint32_t __mmask32;
 typedef uint16_t __mmask16;
 typedef uint8_t __mmask8;
 
@@ -140,6 +141,16 @@ SIMD_FUNCTION __m512 _mm512_maskz_expand_ps(__mmask16 mask, __m512 from) {
 SIMD_FUNCTION __m512d _mm512_maskz_expand_pd(__mmask8 mask, __m512d from) {
   return emulated::expand<double>(mask, from);
 }
+// Numbers that no bit of the mask takes are not read.
+SIMD_FUNCTION __m512i _mm512_maskz_expandloadu_epi16(__mmask32 mask, const void* from) {
+  emulated::Lanes<uint16_t, __m512i> result;
+  for (int lane = 0, next = 0; lane < result.count; ++lane) {
+    if (mask >> lane & 1) {
+      __builtin_memcpy(&result.lane[lane], static_cast<const char*>(from) + 2 * next++, 2);
+    }
+  }
+  return result.vector();
+}
 SIMD_FUNCTION __m512 _mm512_maskz_compress_ps(__mmask16 mask, __m512 from) {
   return emulated::compress<float>(mask, from);
 }
@@ -151,6 +162,40 @@ SIMD_FUNCTION void _mm512_mask_storeu_ps(void* to, __mmask16 mask, __m512 from) 
 }
 SIMD_FUNCTION void _mm256_mask_storeu_epi16(void* to, __mmask16 mask, __m256i from) {
   emulated::mask_store<uint16_t>(to, mask, from);
+}
+
+// The second where one is NaN.
+SIMD_FUNCTION __m512 _mm512_maskz_max_ps(__mmask16 mask, __m512 a, __m512 b) {
+  const emulated::Lanes<float, __m512> left(a), right(b);
+  emulated::Lanes<float, __m512> result;
+  for (int lane = 0; lane < result.count; ++lane) {
+    const float larger = left.lane[lane] > right.lane[lane] ? left.lane[lane] : right.lane[lane];
+    result.lane[lane] = mask >> lane & 1 ? larger : 0.0f;
+  }
+  return result.vector();
+}
+// To the nearest integer, the even one of two.
+SIMD_FUNCTION __m512 _mm512_maskz_roundscale_ps(__mmask16 mask, __m512 from, int /*to_nearest*/) {
+  const emulated::Lanes<float, __m512> lanes(from);
+  emulated::Lanes<float, __m512> result;
+  for (int lane = 0; lane < result.count; ++lane) {
+    result.lane[lane] = mask >> lane & 1 ? __builtin_rintf(lanes.lane[lane]) : 0.0f;
+  }
+  return result.vector();
+}
+// a * 2^b, rounded once, for integers b within the range of a double's exponents.
+SIMD_FUNCTION __m512 _mm512_maskz_scalef_ps(__mmask16 mask, __m512 a, __m512 b) {
+  const emulated::Lanes<float, __m512> numbers(a), powers(b);
+  emulated::Lanes<float, __m512> result;
+  for (int lane = 0; lane < result.count; ++lane) {
+    const float power = powers.lane[lane];
+    const uint64_t bits = power == power ? static_cast<uint64_t>(1023 + static_cast<int64_t>(power)) << 52 : 0;
+    double factor;
+    __builtin_memcpy(&factor, &bits, sizeof(factor));
+    const float scaled = power == power ? static_cast<float>(numbers.lane[lane] * factor) : power;
+    result.lane[lane] = mask >> lane & 1 ? scaled : 0.0f;
+  }
+  return result.vector();
 }
 
 // The low halves of the lanes that the mask names.

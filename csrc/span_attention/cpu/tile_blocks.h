@@ -1,0 +1,59 @@
+#pragma once
+
+#include "core/cpu/tile_operands.h"
+#include "span_attention/cpu/tiles.h"
+
+// Rows of queries, keys and values as operands of products of tiles.
+
+namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
+
+// Whether tiles compute this: fewer queries than a tile has rows are the vectors' work. The backward computes scores as
+// the forward did, and delta as it computes dP, so that all ask here, and of nothing but what all of them know.
+template <typename T>
+constexpr bool uses_tiles(const Sizes& sizes) {
+  return is_pair<multiplicand_t<T>> && sizes.num_queries >= tile_side;
+}
+
+// Tiles that a row has along the depth.
+constexpr int64_t depth_tiles(int64_t size) {
+  return divide_up(size, tile_depth);
+}
+// Columns in whole blocks of sums.
+constexpr int64_t block_columns(int64_t size) {
+  return round_up(size, block_side);
+}
+
+inline ReadableRows readable(Range rows) {
+  return {rows.begin, rows.end};
+}
+inline ReadableRows from_row(ReadableRows rows, int64_t first) {
+  return {rows.begin - first, rows.end - first};
+}
+
+// `count` rows, the depth along them, as rows of a left or columns of a right operand: [count / 16][depth_tiles(size)].
+// Rows that are not readable are zeros.
+template <bool as_right>
+void pack_rows_along(const bfloat16* rows, int64_t row_stride, ReadableRows used, int64_t size, int64_t count,
+                     bfloat16* packed) {
+  for (int64_t row = 0; row < count; row += tile_side) {
+    for (int64_t d = 0; d < size; d += tile_depth, packed += tile_numbers) {
+      pack_tile_along<as_right>(rows + row * row_stride + d, row_stride, from_row(used, row), size - d, packed);
+    }
+  }
+}
+
+// `count` rows, which are the depth, as a right operand, or turned as a left one: [count / 32][block_columns(size) /
+// 16].
+template <bool as_right>
+void pack_rows_across(const bfloat16* rows, int64_t row_stride, ReadableRows used, int64_t size, int64_t count,
+                      bfloat16* packed) {
+  for (int64_t row = 0; row < count; row += tile_depth) {
+    for (int64_t d = 0; d < block_columns(size); d += tile_side, packed += tile_numbers) {
+      const ReadableRows none{0, 0};
+      pack_tile_across<as_right>(rows + row * row_stride + d, row_stride, d < size ? from_row(used, row) : none,
+                                 size - d, packed);
+    }
+  }
+}
+
+}  // namespace torchops::kernels::span_attention::TORCHOPS_LEVEL
