@@ -1,9 +1,6 @@
-#include <ATen/OpMathType.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/empty.h>
 
 #include "core/autograd.h"
-#include "core/checks.h"
 #include "core/forward_mode.h"
 #include "core/library.h"
 #include "span_attention/arguments.h"
@@ -37,143 +34,20 @@ TORCHOPS_LIBRARY(m) {
 void check_span_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                           const SpanOptions& options) {
   const Checks check(op);
-  check.rank("query", query, "[B, Hq, Lq, D]");
-  check.rank("key", key, "[B, Hkv, Lk, D]");
-  if (value.defined()) {
-    check.rank("value", value, "[B, Hkv, Lk, Dv]");
-  }
-  check.floating("query", query);
-  for (const auto& [name, tensor] : {std::pair{"key", &key}, std::pair{"value", &value}}) {
-    if (tensor->defined()) {
-      check.same_dtype(name, *tensor, "query", query);
-      check.same_device(name, *tensor, "query", query);
-    }
-  }
-  const auto batch = query.sym_size(0), num_heads = query.sym_size(1), head_dim = query.sym_size(3);
-  const auto num_kv_heads = key.sym_size(1), num_keys = key.sym_size(2);
-  check.between("query's last dimension", head_dim, 1, largest_head_dim);
-  check.shape("key", key, "[B, Hkv, Lk, D]", {{batch, num_kv_heads, num_keys, head_dim}});
-  if (value.defined()) {
-    check.shape("value", value, "[B, Hkv, Lk, Dv]", {{batch, num_kv_heads, num_keys, value.sym_size(3)}});
-    check.between("value's last dimension", value.sym_size(3), 1, largest_head_dim);
-  }
-  check.at_least("key's number of heads", num_kv_heads, 1);
-  check.multiple_of("query's number of heads", num_heads, "key's", num_kv_heads);
+  check_attention(check, query, key, value, options);
   check.at_least("block_size", options.block_size, 1);
   check.at_least("left", options.left, -1);
   check.at_least("right", options.right, -1);
-  if (options.key_bias) {
-    check.shape("key_bias", *options.key_bias, "[B, Lk]", {{batch, num_keys}});
-    check.floating("key_bias", *options.key_bias);
-    check.same_device("key_bias", *options.key_bias, "query", query);
-  }
-  if (options.sink) {
-    check.shape("sink", *options.sink, "[Hq]", {{num_heads}});
-    check.floating("sink", *options.sink);
-    check.same_device("sink", *options.sink, "query", query);
-  }
-  for (const auto& [name, start] :
-       {std::pair{"query_start", &options.query_start}, std::pair{"key_start", &options.key_start}}) {
-    if (*start) {
-      check.shape(name, **start, "[B]", {{batch}});
-      check.integer_dtype(name, **start);
-      check.same_device(name, **start, "query", query);
-    }
-  }
 }
 
 void check_span_attention_backward(const SpanBackward& args) {
   constexpr const char* op = "_span_attention_backward";
   const Checks check(op);
-  const SpanMask& mask = args.mask;
-  const at::Tensor& normalizer = args.normalizer;
-  if (mask.probabilities()) {
-    check.given("query", args.query, "probabilities are made of it");
-    check.given("key", args.key, "probabilities are made of it");
-  }
+  check_attention_given(check, args, args.options, args.mask);
   if (args.query && args.key) {
     check_span_attention(op, *args.query, *args.key, value_or_undefined(args.value), args.options);
   }
-  if (mask.value()) {
-    check.given("grad_output", args.grad_output, "value's gradient is asked for");
-  }
-  if (args.grad_output && mask.scores()) {
-    check.given("value", args.value, "gradients to scores are made of it");
-  }
-  if (args.grad_output && mask.delta()) {
-    check.given("output", args.output, "the gradients asked for are made of it");
-  }
-  if (mask.key_bias()) {
-    check.given("key_bias", args.options.key_bias, "its gradient is asked for");
-  }
-  if (mask.sink()) {
-    check.given("sink", args.options.sink, "its gradient is asked for");
-  }
-
-  check.rank("normalizer", normalizer, "[B, Hq, Lq, 2]");
-  const auto of_rows = args.query ? args.query->sym_sizes() : normalizer.sym_sizes();
-  const c10::SymInt batch = of_rows[0], num_heads = of_rows[1], num_queries = of_rows[2];
-  check.shape("normalizer", normalizer, "[B, Hq, Lq, 2]", {{batch, num_heads, num_queries, 2}});
-  const at::Tensor* const model = args.query ? &*args.query : args.grad_output ? &*args.grad_output : nullptr;
-  const auto accumulated = model == nullptr ? normalizer.scalar_type() : at::toOpMathType(model->scalar_type());
-  check.dtype("normalizer", normalizer, accumulated);
-  if (args.query) {
-    check.same_device("normalizer", normalizer, "query", *args.query);
-  }
-  if (args.grad_logsumexp) {
-    check.shape("grad_logsumexp", *args.grad_logsumexp, "[B, Hq, Lq]", {{batch, num_heads, num_queries}});
-    check.dtype("grad_logsumexp", *args.grad_logsumexp, accumulated);
-    check.same_device("grad_logsumexp", *args.grad_logsumexp, "normalizer", normalizer);
-  }
-  for (const auto& [name, tensor] : {std::pair{"grad_output", &args.grad_output}, std::pair{"output", &args.output}}) {
-    if (*tensor) {
-      check.rank(name, **tensor, "[B, Hq, Lq, Dv]");
-      const auto value_dim = args.value         ? args.value->sym_size(3)
-                             : args.grad_output ? args.grad_output->sym_size(3)
-                                                : (*tensor)->sym_size(3);
-      check.shape(name, **tensor, "[B, Hq, Lq, Dv]", {{batch, num_heads, num_queries, value_dim}});
-      check.same_dtype(name, **tensor, args.query ? "query" : "grad_output", *model);
-      check.same_device(name, **tensor, "normalizer", normalizer);
-      check.between("value's last dimension", value_dim, 1, largest_head_dim);
-    }
-  }
-  if (args.options.sink) {
-    check.shape("sink", *args.options.sink, "[Hq]", {{num_heads}});
-    check.floating("sink", *args.options.sink);
-    check.same_device("sink", *args.options.sink, "normalizer", normalizer);
-  }
-}
-
-// ---- shapes -----------------------------------------------------------------------------------
-
-// [B, H, L, last_dim], with heads inside of positions where the model's are.
-at::Tensor empty_with_layout_of(const at::Tensor& model, const c10::SymInt& last_dim) {
-  const auto batch = model.sym_size(0), heads = model.sym_size(1), length = model.sym_size(2);
-  if (TORCH_GUARD_OR_FALSE(model.sym_stride(1).sym_lt(model.sym_stride(2)))) {
-    return at::empty_symint({batch, length, heads, last_dim}, model.options()).transpose(1, 2);
-  }
-  return at::empty_symint({batch, heads, length, last_dim}, model.options());
-}
-
-at::Tensor empty_logsumexp(const at::Tensor& query) {
-  return at::empty_symint(query.sym_sizes().slice(0, 3), query.options().dtype(at::toOpMathType(query.scalar_type())));
-}
-
-at::Tensor empty_normalizer(const at::Tensor& query) {
-  return at::empty_symint({query.sym_size(0), query.sym_size(1), query.sym_size(2), 2},
-                          query.options().dtype(at::toOpMathType(query.scalar_type())));
-}
-
-SpanGradients empty_gradients(const SpanBackward& args, const SpanMask& mask) {
-  const auto rows = [](bool wanted, const std::optional<at::Tensor>& model, const std::optional<at::Tensor>& columns) {
-    return wanted ? empty_with_layout_of(*model, columns->sym_size(3)) : at::Tensor();
-  };
-  const auto side = [](bool wanted, const std::optional<at::Tensor>& of) {
-    return wanted ? at::empty_symint(of->sym_sizes(), of->options()) : at::Tensor();
-  };
-  return {rows(mask.query(), args.query, args.query), rows(mask.key(), args.key, args.key),
-          rows(mask.value(), args.key, args.grad_output), side(mask.key_bias(), args.options.key_bias),
-          side(mask.sink(), args.options.sink)};
+  check_attention_rows(check, args, args.options);
 }
 
 namespace {
@@ -200,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_forward_meta(const
 
 SpanGradients span_attention_backward_meta(const SpanBackward& args) {
   check_span_attention_backward(args);
-  return empty_gradients(args, args.mask);
+  return empty_attention_gradients(args, args.options, args.mask);
 }
 
 // ---- calls ------------------------------------------------------------------------------------
@@ -267,10 +141,7 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
                right = ctx->saved_data["right"].toSymInt();
     const auto key_bias = optional_tensor(saved[5]), sink = optional_tensor(saved[6]),
                query_start = optional_tensor(saved[7]), key_start = optional_tensor(saved[8]);
-    const SpanOptions options{key_bias,
-                              sink,
-                              query_start,
-                              key_start,
+    const SpanOptions options{{key_bias, sink, query_start, key_start},
                               block_size,
                               left,
                               right,
@@ -363,7 +234,7 @@ at::Tensor span_attention(const at::Tensor& query, const at::Tensor& key, const 
                           const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
                           const std::optional<at::Tensor>& key_start) {
   return call_span_attention(query, key, value,
-                             {key_bias, sink, query_start, key_start, block_size, left, right, is_causal, scale});
+                             {{key_bias, sink, query_start, key_start}, block_size, left, right, is_causal, scale});
 }
 
 std::tuple<at::Tensor, at::Tensor> span_attention_lse(const at::Tensor& query, const at::Tensor& key,
@@ -374,7 +245,7 @@ std::tuple<at::Tensor, at::Tensor> span_attention_lse(const at::Tensor& query, c
                                                       const std::optional<at::Tensor>& query_start,
                                                       const std::optional<at::Tensor>& key_start) {
   return call_span_attention_lse(query, key, value,
-                                 {key_bias, sink, query_start, key_start, block_size, left, right, is_causal, scale});
+                                 {{key_bias, sink, query_start, key_start}, block_size, left, right, is_causal, scale});
 }
 
 }  // namespace torchops

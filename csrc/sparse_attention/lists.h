@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
+#include "core/attention/positions.h"
 #include "core/heads.h"
-#include "span_attention/span.h"
 
 // Which keys the entries of a list name, the one rule that every kernel goes by. With absolute positions
 // p = query_start + i and t = key_start + j, an entry e names the keys with floor(t / block_size) = e, or key e itself
@@ -12,12 +12,10 @@
 
 namespace torchops::kernels::sparse_attention {
 
-using span_attention::make_sequence;
-using span_attention::Range;
-using span_attention::Sequence;
+using namespace attention;
 
 struct ListRule {
-  int64_t block_size;   // of keys, at most Span::unbounded
+  int64_t block_size;   // of keys, at most unbounded
   int64_t query_block;  // queries that share a list, at most max(1, Lq)
   bool is_causal;
 };
@@ -32,8 +30,8 @@ TORCHOPS_INLINE Range listed_keys(const ListRule& rule, const Sequence& sequence
     return {0, 0};
   }
   const int64_t begin = entry * rule.block_size - sequence.key_start;
-  return {span_attention::detail::clamp(begin, 0, sequence.num_keys),
-          span_attention::detail::clamp(begin + rule.block_size, 0, sequence.num_keys)};
+  return {clamp(begin, 0, sequence.num_keys),
+          clamp(begin + rule.block_size, 0, sequence.num_keys)};
 }
 
 // The first key of the block that a key lies in, and behind the last one; -1 for a key that no entry names.
@@ -41,18 +39,18 @@ TORCHOPS_INLINE int64_t begin_of_block(const ListRule& rule, const Sequence& seq
   const int64_t position = sequence.key_start + key;
   return rule.block_size == 1 ? key
          : position < 0       ? -1
-                              : span_attention::detail::clamp(key - position % rule.block_size, 0, sequence.num_keys);
+                              : clamp(key - position % rule.block_size, 0, sequence.num_keys);
 }
 TORCHOPS_INLINE int64_t end_of_block(const ListRule& rule, const Sequence& sequence, int64_t key) {
   const int64_t before = (sequence.key_start + key) % rule.block_size;
   return rule.block_size == 1 ? key + 1
-                              : span_attention::detail::clamp(key - before + rule.block_size, 0, sequence.num_keys);
+                              : clamp(key - before + rule.block_size, 0, sequence.num_keys);
 }
 
 // Behind the last key that a query may see.
 TORCHOPS_INLINE int64_t end_of_keys(const ListRule& rule, const Sequence& sequence, int64_t query) {
   const int64_t behind = sequence.query_start + query + 1 - sequence.key_start;
-  return rule.is_causal ? span_attention::detail::clamp(behind, 0, sequence.num_keys) : sequence.num_keys;
+  return rule.is_causal ? clamp(behind, 0, sequence.num_keys) : sequence.num_keys;
 }
 
 // indices [B, Hi, Nq, k], of which one of the two is there.

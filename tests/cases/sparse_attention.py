@@ -423,7 +423,7 @@ def topk_attention_autocast(device: str) -> tuple[Inputs, Inputs]:
 
 # ---- _topk_attention_backward -------------------------------------------------------------------
 
-SIDES = ("key_bias", "pair_bias", "sink")
+SIDES = ("key_bias", "sink", "pair_bias")
 
 
 def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:

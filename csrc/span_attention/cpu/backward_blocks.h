@@ -1,7 +1,6 @@
 #pragma once
 
 #include "core/cpu/short_exponential.h"
-#include "span_attention/cpu/backward_rows.h"
 #include "span_attention/cpu/tile_blocks.h"
 
 // The backward of one key-value head on tiles: where blocks of queries and keys meet.

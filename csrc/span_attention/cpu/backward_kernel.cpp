@@ -1,7 +1,6 @@
 #include "span_attention/cpu/backward_kernel.h"
 
 #include "core/cpu/exponential.h"
-#include "span_attention/cpu/backward_rows.h"
 #include "span_attention/cpu/packing.h"
 #include "span_attention/cpu/tiles.h"
 

@@ -3,7 +3,6 @@
 #include <type_traits>
 
 #include "core/cpu/exponential.h"
-#include "span_attention/cpu/finish_row.h"
 #include "span_attention/cpu/packing.h"
 #include "span_attention/cpu/tiles.h"
 

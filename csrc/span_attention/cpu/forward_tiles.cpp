@@ -1,5 +1,4 @@
 #include "core/cpu/short_exponential.h"
-#include "span_attention/cpu/finish_row.h"
 #include "span_attention/cpu/forward_kernel.h"
 #include "span_attention/cpu/tile_blocks.h"
 

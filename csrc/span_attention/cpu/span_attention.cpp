@@ -2,13 +2,13 @@
 
 #include <algorithm>
 
+#include "core/attention/cpu/device.h"
 #include "core/cpu/aligned_buffer.h"
 #include "core/library.h"
 #include "core/parallel.h"
 #include "span_attention/attending.h"
 #include "span_attention/cpu/backward_kernel.h"
 #include "span_attention/cpu/decode_kernel.h"
-#include "span_attention/cpu/delta_kernel.h"
 #include "span_attention/cpu/forward_kernel.h"
 
 namespace torchops {
@@ -41,14 +41,6 @@ int64_t tile_cost(const Sizes& sizes, int64_t rows, int64_t others) {
   return std::min<int64_t>(rows, 64) * others * (sizes.head_dim + sizes.value_dim) / at_once;
 }
 
-template <typename Work>
-void parallel_tiles(int64_t count, int64_t cost, int64_t scratch_bytes, const Work& work) {
-  parallel_units(count, cost, [&](int64_t begin, int64_t end) {
-    AlignedBuffer<char> scratch(static_cast<size_t>(scratch_bytes));
-    work(scratch.data(), begin, end);
-  });
-}
-
 // Few queries without a backward to come; whether they are few enough.
 template <typename T>
 bool decode(const kernels::span_attention::AttentionForward<T>& args) {
@@ -73,11 +65,9 @@ bool decode(const kernels::span_attention::AttentionForward<T>& args) {
 }
 
 // The CPU, for span_attention/attending.h.
-class CpuSpanAttention {
+class CpuSpanAttention : public CpuAttention {
  public:
-  explicit CpuSpanAttention(at::Device /*device*/) {}
-
-  static void check(const char* /*op*/, const at::Tensor& /*query*/, const at::Tensor& /*key*/) {}
+  using CpuAttention::CpuAttention;
 
   template <typename T>
   void forward(const kernels::span_attention::AttentionForward<T>& args) const {
@@ -97,22 +87,6 @@ class CpuSpanAttention {
                      [&](char* scratch, int64_t begin, int64_t end) {
                        TORCHOPS_KERNEL(span_attention, forward<T>)(args, first, packs, scratch, begin, end);
                      });
-    });
-  }
-
-  template <typename T>
-  void row_delta(const kernels::span_attention::RowDelta<T>& args) const {
-    const Sizes& sizes = args.sizes;
-    parallel_units(sizes.batch * sizes.num_heads * sizes.num_queries, sizes.value_dim, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(span_attention, row_delta<T>)(args, begin, end);
-    });
-  }
-
-  template <typename A>
-  void sink_gradient(const kernels::span_attention::SinkGradient<A>& args) const {
-    const Sizes& sizes = args.sizes;
-    parallel_units(sizes.num_heads, sizes.batch * sizes.num_queries, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(span_attention, sink_gradient<A>)(args, begin, end);
     });
   }
 
@@ -154,8 +128,6 @@ class CpuSpanAttention {
                      });
     });
   }
-
-  at::Tensor sum_of_shares(const at::Tensor& shares, const Sizes& /*sizes*/) const { return shares.sum(1); }
 };
 
 }  // namespace

@@ -1,18 +1,12 @@
 #pragma once
 
+#include "core/attention/cpu/uses_tiles.h"
 #include "core/cpu/tile_operands.h"
 #include "span_attention/cpu/tiles.h"
 
 // Rows of queries, keys and values as operands of products of tiles.
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
-
-// Whether tiles compute this: fewer queries than a tile has rows are the vectors' work. The backward computes scores as
-// the forward did, and delta as it computes dP, so that all ask here, and of nothing but what all of them know.
-template <typename T>
-constexpr bool uses_tiles(const Sizes& sizes) {
-  return is_pair<multiplicand_t<T>> && sizes.num_queries >= tile_side;
-}
 
 // Tiles that a row has along the depth.
 constexpr int64_t depth_tiles(int64_t size) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/attention/cpu/rows.h"
 #include "core/cpu/arena.h"
 #include "core/cpu/elements.h"
 #include "span_attention/attention.h"
@@ -17,21 +18,10 @@ inline constexpr int64_t key_tile = 64 % panel_columns<sum_t<E>> == 0 ? 64 : 72;
 static_assert(key_tile<float> % panel_columns<float> == 0 && key_tile<double> % panel_columns<double> == 0);
 static_assert(query_tile % tile_rows == 0 && key_tile<float> % tile_rows == 0 && key_tile<double> % tile_rows == 0);
 
-// First and last tiles by turns: where later queries see more keys, every stretch of turns costs the same.
-constexpr int64_t balanced_tile(int64_t turn, int64_t num_tiles) {
-  return turn % 2 == 0 ? turn / 2 : num_tiles - 1 - turn / 2;
-}
-
 // Columns of a right operand: whole vectors.
 template <typename E>
 constexpr int64_t columns_of(int64_t size) {
   return round_up(size, vector_bytes / static_cast<int64_t>(sizeof(E)));
-}
-
-// A score, computed in the same way by the forward and the backward.
-template <typename A>
-inline __attribute__((always_inline)) vec<A> score_of(vec<A> product, A scale, vec<A> bias) {
-  return scale * product + bias;
 }
 
 // The bias of the keys from first_key on; keys behind the last have none.
@@ -69,8 +59,8 @@ struct TileSpans {
     constexpr int64_t lane_count = vector_bytes / static_cast<int64_t>(sizeof(A));
     const vec<A> hidden = broadcast(other);
     for (int v = 0; v < vectors; ++v) {
-      const int64_t begin = detail::clamp(keys[row].begin - first - v * lane_count, 0, lane_count);
-      const int64_t end = detail::clamp(keys[row].end - first - v * lane_count, 0, lane_count);
+      const int64_t begin = clamp(keys[row].begin - first - v * lane_count, 0, lane_count);
+      const int64_t end = clamp(keys[row].end - first - v * lane_count, 0, lane_count);
       const vec<Lane> lane = lane_numbers<Lane>();
       numbers[v] = (lane >= static_cast<Lane>(begin)) & (lane < static_cast<Lane>(end)) ? numbers[v] : hidden;
     }

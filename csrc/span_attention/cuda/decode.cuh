@@ -2,7 +2,7 @@
 
 #include "core/cuda/block.cuh"
 #include "core/cuda/pack.cuh"
-#include "span_attention/cuda/online_softmax.cuh"
+#include "span_attention/cuda/tile.cuh"
 #include "span_attention/pieces.h"
 
 // The forward of few queries and many keys, without a backward: the keys of a head are cut into pieces, which blocks
@@ -26,7 +26,7 @@ inline constexpr int64_t least_decode_piece = 2 * decode_block;
 inline constexpr int64_t most_decode_blocks = int64_t{4} * 132;
 
 inline int64_t decode_row_tiles(const Sizes& sizes) {
-  return tiles_of(rows_of(sizes), most_decode_rows);
+  return device::tiles_of(rows_of(sizes), most_decode_rows);
 }
 inline int64_t decode_pieces(const Sizes& sizes, const Span& span) {
   return num_pieces(sizes, span, least_decode_piece, sizes.batch * sizes.num_kv_heads * decode_row_tiles(sizes),

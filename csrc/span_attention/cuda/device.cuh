@@ -1,7 +1,6 @@
 #pragma once
 
-#include <ATen/ops/empty.h>
-
+#include "core/attention/cuda/device.cuh"
 #include "span_attention/attending.h"
 #include "span_attention/cuda/launches.cuh"
 #include "span_attention/cuda/lengths.h"
@@ -9,9 +8,9 @@
 namespace torchops {
 
 // A CUDA device, for span_attention/attending.h.
-class CudaSpanAttention {
+class CudaSpanAttention : public CudaAttention {
  public:
-  explicit CudaSpanAttention(at::Device device) : device_(device), guard_(device) {}
+  using CudaAttention::CudaAttention;
 
   static void check(const char* op, const at::Tensor& query, const at::Tensor& key) { check_lengths(op, query, key); }
 
@@ -24,9 +23,8 @@ class CudaSpanAttention {
     const auto& sizes = args.inputs.sizes;
     const auto pieces = kernels::span_attention::decode_pieces(sizes, args.inputs.span);
     const int64_t rows = sizes.batch * sizes.num_heads * sizes.num_queries;
-    const auto options = at::TensorOptions().device(device_).dtype(c10::CppTypeToScalarType<A>::value);
-    const auto results = at::empty({rows, pieces, sizes.value_dim}, options);
-    const auto softmax = at::empty({rows, pieces, 2}, options);
+    const auto results = at::empty({rows, pieces, sizes.value_dim}, options<A>());
+    const auto softmax = at::empty({rows, pieces, 2}, options<A>());
     kernels::span_attention::launch_decode(
         args, {results.template mutable_data_ptr<A>(), softmax.template mutable_data_ptr<A>(), pieces});
   }
@@ -34,11 +32,6 @@ class CudaSpanAttention {
   template <typename T>
   void row_delta(const kernels::span_attention::RowDelta<T>& args) const {
     kernels::span_attention::launch_row_delta(args);
-  }
-
-  template <typename A>
-  void sink_gradient(const kernels::span_attention::SinkGradient<A>& args) const {
-    kernels::span_attention::launch_sink_gradient(args);
   }
 
   template <typename T>
@@ -50,20 +43,6 @@ class CudaSpanAttention {
       kernels::span_attention::launch_key_gradient(args);
     }
   }
-
-  at::Tensor sum_of_shares(const at::Tensor& shares, const kernels::span_attention::Sizes& sizes) const {
-    auto sum = at::empty({sizes.batch, sizes.num_keys}, shares.options());
-    const auto launch = [&](auto zero) {
-      using A = decltype(zero);
-      kernels::span_attention::launch_key_bias_gradient(shares.const_data_ptr<A>(), sum.mutable_data_ptr<A>(), sizes);
-    };
-    shares.scalar_type() == at::kDouble ? launch(0.0) : launch(0.0F);
-    return sum;
-  }
-
- private:
-  at::Device device_;
-  c10::cuda::CUDAGuard guard_;
 };
 
 }  // namespace torchops

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "span_attention/cuda/online_softmax.cuh"
+#include "span_attention/cuda/tile.cuh"
 #include "span_attention/cuda/slice_stream.cuh"
 
 namespace torchops::kernels::span_attention {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "span_attention/cuda/online_softmax.cuh"
+#include "span_attention/cuda/tile.cuh"
 #include "span_attention/cuda/scores_mma.cuh"
 
 namespace torchops::kernels::span_attention {

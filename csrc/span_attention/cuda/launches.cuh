@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "core/attention/cuda/side_gradients.cuh"
 #include "core/cuda/launch.h"
 #include "span_attention/cuda/decode.cuh"
 #include "span_attention/cuda/forward_fma.cuh"
@@ -12,7 +13,6 @@
 #include "span_attention/cuda/query_gradient_fma.cuh"
 #include "span_attention/cuda/query_gradient_mma.cuh"
 #include "span_attention/cuda/row_delta.cuh"
-#include "span_attention/cuda/side_gradients.cuh"
 
 // Which kernel, in which size, on which grid.
 
@@ -73,13 +73,13 @@ void launch_forward(const AttentionForward<T>& args) {
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
       using Tile = ForwardTile<d(), v()>;
-      device::launch({heads * tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
+      device::launch({heads * device::tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
                      forward_mma<T, d(), v()>, args, wide);
     });
   } else {
     for_slices(sizes.value_dim, [&](auto slices) {
       using Slices = ForwardSlices<T, slices()>;
-      device::launch({heads * tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
+      device::launch({heads * device::tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
                      forward_fma<T, slices()>, args, wide);
     });
   }
@@ -115,13 +115,13 @@ void launch_query_gradient(const AttentionBackward<T>& args) {
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
       using Tile = QueryGradientTile<d(), v()>;
-      device::launch({heads * tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
+      device::launch({heads * device::tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
                      query_gradient_mma<T, d(), v()>, args, wide);
     });
   } else {
     for_slices(sizes.head_dim, [&](auto slices) {
       using Slices = QueryGradientSlices<T, slices()>;
-      device::launch({heads * tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
+      device::launch({heads * device::tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
                      query_gradient_fma<T, slices()>, args, wide);
     });
   }
@@ -137,13 +137,13 @@ void launch_key_gradient(const AttentionBackward<T>& args) {
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
       using Tile = KeyGradientTile<d(), v()>;
-      device::launch({heads * tiles_of(sizes.num_keys, Tile::keys), mma_threads, Tile::template shared_bytes<T>},
+      device::launch({heads * device::tiles_of(sizes.num_keys, Tile::keys), mma_threads, Tile::template shared_bytes<T>},
                      key_gradient_mma<T, d(), v()>, args, wide);
     });
   } else {
     for_slices(std::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
       using Slices = KeyGradientSlices<T, slices()>;
-      device::launch({heads * tiles_of(sizes.num_keys, Slices::tile), device::fma_threads, Slices::shared_bytes},
+      device::launch({heads * device::tiles_of(sizes.num_keys, Slices::tile), device::fma_threads, Slices::shared_bytes},
                      key_gradient_fma<T, slices()>, args, wide);
     });
   }
@@ -155,7 +155,7 @@ void launch_row_delta(const RowDelta<T>& args) {
   const bool wide = is_wide(args.grad_output, sizes.value_dim) && is_wide(args.output, sizes.value_dim);
   if constexpr (on_matrix_units<T>) {
     const auto launch = [&](auto v) {
-      const int64_t tiles = sizes.batch * sizes.num_heads * tiles_of(sizes.num_queries, row_delta_tile);
+      const int64_t tiles = sizes.batch * sizes.num_heads * device::tiles_of(sizes.num_queries, row_delta_tile);
       device::launch({tiles, mma_threads, row_delta_bytes<T, v()>}, row_delta_mma<T, v()>, args, wide);
     };
     sizes.value_dim <= 64    ? launch(int_constant<64>{})
@@ -164,21 +164,10 @@ void launch_row_delta(const RowDelta<T>& args) {
   } else {
     const auto launch = [&](auto width) {
       const int64_t rows = sizes.batch * sizes.num_heads * sizes.num_queries;
-      device::launch({tiles_of(rows, row_delta_threads), row_delta_threads}, row_delta_fma<width(), T>, args);
+      device::launch({device::tiles_of(rows, row_delta_threads), row_delta_threads}, row_delta_fma<width(), T>, args);
     };
     wide ? launch(int_constant<device::widest<T>>{}) : launch(int_constant<1>{});
   }
-}
-
-template <typename A>
-void launch_sink_gradient(const SinkGradient<A>& args) {
-  device::launch({args.sizes.num_heads, sink_gradient_threads, sink_gradient_bytes<A>}, sink_gradient<A>, args);
-}
-
-template <typename A>
-void launch_key_bias_gradient(const A* shares, A* grad_key_bias, const Sizes& sizes) {
-  device::launch({tiles_of(sizes.batch * sizes.num_keys, key_bias_gradient_threads), key_bias_gradient_threads},
-                 key_bias_gradient<A>, shares, grad_key_bias, sizes);
 }
 
 }  // namespace torchops::kernels::span_attention

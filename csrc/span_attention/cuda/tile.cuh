@@ -1,46 +1,12 @@
 #pragma once
 
-#include <cmath>
-#include <limits>
-
+#include "core/attention/cuda/softmax.cuh"
 #include "core/cuda/copy_tile.cuh"
 #include "span_attention/attention.h"
 
 // What a block works on: a tile of queries of one head and the keys that they see, or the other way round.
 
 namespace torchops::kernels::span_attention {
-
-template <typename A>
-inline constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
-
-// e^value, exactly 1 for 0.
-template <typename A>
-__device__ __forceinline__ A exponential(A value) {
-  return device::fast_exp2(value * A(1.4426950408889634074));
-}
-
-// A score, to the same last bit in the forward and the backward: the compiler fuses what is written as a product and a
-// sum with some of what follows, and here and there differently.
-template <typename A>
-__device__ __forceinline__ A score_of(A product, A scale, A bias) {
-  return std::fma(product, scale, bias);
-}
-
-template <typename A>
-__device__ __forceinline__ A probability_of(A score, const Normalizer<A>& normalizer) {
-  return exponential(device::min(score - normalizer.largest, A(0))) * normalizer.inverse_sum;
-}
-
-// The gradient to a score from the product of its value with grad_output. What has no probability has no gradient,
-// whatever the hidden numbers are that it was computed with.
-template <typename A>
-__device__ __forceinline__ A score_gradient_of(A probability, A product, A delta) {
-  return probability == A(0) ? A(0) : probability * (product - delta);
-}
-
-inline int64_t tiles_of(int64_t length, int64_t tile) {
-  return (length + tile - 1) / tile;
-}
 
 // Blocks are numbered tile by tile, head by head, row of the batch by row of the batch. Lengths are below 2^31.
 struct HeadTile {

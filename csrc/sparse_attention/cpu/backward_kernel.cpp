@@ -80,7 +80,6 @@ struct Backward {
   const Sizes& sizes() const { return inputs().sizes; }
   int64_t columns() const { return round_up(sizes().head_dim, lanes<A>); }
   int64_t value_columns() const { return round_up(sizes().value_dim, lanes<A>); }
-  bool wants_scores_by_key() const { return args.grad_key.data != nullptr || args.grad_key_bias != nullptr; }
 
   void compute(int64_t unit) const {
     const UnitOfLists lists(inputs(), unit);
@@ -122,7 +121,7 @@ struct Backward {
       }
     }
     for (int64_t row = 0; for_queries && args.grad_query.data != nullptr && row < num_rows; ++row) {
-      store_row(args.grad_query.row(batch, head, first_query + row), scratch.query_sums + row * columns(),
+      store_gradient(args.grad_query.row(batch, head, first_query + row), scratch.query_sums + row * columns(),
                 sizes().head_dim, inputs().scale);
     }
   }
@@ -142,7 +141,7 @@ struct Backward {
     const int64_t list = query / inputs().rule.query_block;
     const int64_t index = (batch * sizes().num_heads + head) * sizes().num_queries + query;
     const Normalizer<A> normalizer = args.normalizer[index];
-    const A* const key_bias = inputs().key_bias == nullptr ? nullptr : inputs().key_bias + batch * sizes().num_keys;
+    const A* const key_bias = inputs().key_biases_of(batch);
     scores_of_run<E>(inputs(), scratch.queries + row * vectors_of<E>(sizes().head_dim), keys, run, key_bias,
                      inputs().biases_of(batch, head, list), scratch.bias, scratch.probabilities);
     for (int64_t e = 0; e < run.count; e += lanes<A>) {
@@ -171,10 +170,7 @@ struct Backward {
         for_keys->bias[scratch.in_range[e]] += scratch.score_grads[e];
       }
     }
-    if (for_queries && args.grad_pair_bias != nullptr) {
-      const Lists& lists = inputs().lists;
-      A* const to =
-          args.grad_pair_bias + ((batch * sizes().num_heads + head) * lists.num_lists + list) * lists.num_listed;
+    if (A* const to = args.grad_biases_of(batch, head, list); for_queries && to != nullptr) {
       for (int64_t e = 0; e < run.count; ++e) {
         to[run.places[e]] += scratch.score_grads[e];
       }
@@ -197,12 +193,6 @@ struct Backward {
       const vec<A> score_grad = probability * (load(scratch.score_grads + e) - delta);
       store(scratch.score_grads + e, probability == A(0) ? vec<A>{} : score_grad);
     }
-  }
-
- public:
-  static void store_row(T* to, const A* sums, int64_t size, A factor) {
-    for_each_vector<T>(size,
-                       [&](int64_t d, int lanes_used) { store_piece(to + d, load(sums + d) * factor, lanes_used); });
   }
 };
 
@@ -230,20 +220,7 @@ void compute_keys(const AttentionBackward<T>& args, const Scratch<multiplicand_t
       Backward<T>{args, scratch, batch, head, for_queries, &sums}.compute(unit);
     }
   }
-  for (int64_t row = 0; row < num_keys; ++row) {
-    const int64_t key = sums.range.begin + row;
-    if (args.grad_key.data != nullptr) {
-      Backward<T>::store_row(args.grad_key.row(batch, kv_head, key), sums.keys + row * columns, sizes.head_dim,
-                             args.inputs.scale);
-    }
-    if (args.grad_value.data != nullptr) {
-      Backward<T>::store_row(args.grad_value.row(batch, kv_head, key), sums.values + row * value_columns,
-                             sizes.value_dim, A(1));
-    }
-    if (args.grad_key_bias != nullptr) {
-      args.grad_key_bias[(batch * sizes.num_kv_heads + kv_head) * sizes.num_keys + key] = sums.bias[row];
-    }
-  }
+  store_key_gradients(args, batch, kv_head, sums.range, sums, columns, value_columns);
 }
 
 }  // namespace
@@ -300,7 +277,7 @@ void backward_queries(const AttentionBackward<T>& args, int64_t first_head, void
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t head = first_head * sizes.group_size() + unit / units;
     Backward<T>{args, buffers, head / sizes.num_heads, head % sizes.num_heads, true, nullptr}.compute(
-        turn_of_unit(unit % units, units));
+        balanced_tile(unit % units, units));
   }
 }
 

@@ -53,7 +53,7 @@ struct Tile {
     const int64_t kv_head = head / sizes.group_size();
     const RowsByNumber<T> keys{inputs().key.row(batch, kv_head, 0), inputs().key.row_stride};
     const RowsByNumber<T> values{inputs().value.row(batch, kv_head, 0), inputs().value.row_stride};
-    const A* const key_bias = inputs().key_bias == nullptr ? nullptr : inputs().key_bias + batch * sizes.num_keys;
+    const A* const key_bias = inputs().key_biases_of(batch);
     const int64_t vectors = vectors_of<E>(sizes.head_dim);
     const Sequence sequence = inputs().sequence(batch);
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -79,7 +79,8 @@ struct Tile {
       }
     }
     for (int64_t row = 0; row < num_rows; ++row) {
-      finish(row);
+      finish_row(args, batch, head, first_query + row, scratch.largest[row], sum_lanes<A>(scratch.sum[row]),
+                 scratch.output + row * columns());
     }
   }
 
@@ -93,8 +94,7 @@ struct Tile {
     }
     const A before = scratch.largest[row], here = largest_lane<A>(highest);
     const A largest = here > before ? here : before;
-    // While a row has seen nothing, any number serves to subtract.
-    const A shift = largest == -static_cast<A>(__builtin_inf()) ? A(0) : largest;
+    const A shift = reference_of(largest);
     const A rescale = largest == before ? A(1) : exp_of(before - shift);
     vec<A> sum = scratch.sum[row] * rescale;
     for (int64_t e = 0; e < number; e += lanes<A>) {
@@ -105,33 +105,6 @@ struct Tile {
     scratch.sum[row] = sum;
     scratch.largest[row] = largest;
     return rescale;
-  }
-
-  // Brings in the sink, and divides by the sum.
-  void finish(int64_t row) const {
-    const Sizes& sizes = inputs().sizes;
-    A sum = sum_lanes<A>(scratch.sum[row]);
-    A largest = scratch.largest[row];
-    A rescale = 1;
-    if (inputs().sink != nullptr) {
-      const A sink = inputs().sink[head], before = largest;
-      largest = sink > largest ? sink : largest;
-      const A shift = largest == -static_cast<A>(__builtin_inf()) ? A(0) : largest;
-      rescale = exp_of(before - shift);
-      sum = sum * rescale + exp_of(sink - shift);
-    }
-    const int64_t index = (batch * sizes.num_heads + head) * sizes.num_queries + first_query + row;
-    if (args.logsumexp != nullptr) {
-      args.logsumexp[index] = largest + log(sum);
-    }
-    if (args.normalizer != nullptr) {
-      args.normalizer[index] = make_normalizer(largest, sum);
-    }
-    const A factor = sum == 0 ? A(0) : rescale / sum;
-    T* const to = args.output.row(batch, head, first_query + row);
-    const A* const from = scratch.output + row * columns();
-    for_each_vector<T>(sizes.value_dim,
-                       [&](int64_t d, int lanes_used) { store_piece(to + d, load(from + d) * factor, lanes_used); });
   }
 };
 
@@ -158,7 +131,7 @@ void forward(const AttentionForward<T>& args, void* scratch, int64_t begin, int6
   const int64_t units = units_of_head(inputs);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t batch = unit / units / sizes.num_heads, head = unit / units % sizes.num_heads;
-    const UnitOfLists lists(inputs, turn_of_unit(unit % units, units));
+    const UnitOfLists lists(inputs, balanced_tile(unit % units, units));
     lists.fill(buffers.lists, inputs, batch, head, Range{0, sizes.num_keys});
     for (int64_t query = lists.first_query; query < lists.end_of_queries; query += most_rows) {
       const int64_t left = lists.end_of_queries - query;

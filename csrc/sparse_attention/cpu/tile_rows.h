@@ -1,6 +1,6 @@
 #pragma once
 
-#include "core/cpu/exponential.h"
+#include "core/attention/cpu/rows.h"
 #include "sparse_attention/cpu/rows.h"
 #include "sparse_attention/cpu/tile_lists.h"
 
@@ -21,11 +21,6 @@ constexpr int64_t lists_of_unit(const ListRule& rule) {
 template <typename T>
 constexpr int64_t units_of_head(const Attention<T>& inputs) {
   return divide_up(inputs.lists.num_lists, lists_of_unit(inputs.rule));
-}
-
-// First and last units by turns: where later queries see more keys, every stretch of turns costs the same.
-constexpr int64_t turn_of_unit(int64_t turn, int64_t units) {
-  return turn % 2 == 0 ? turn / 2 : units - 1 - turn / 2;
 }
 
 struct UnitOfLists {
@@ -145,10 +140,8 @@ void scores_of_run(const Attention<T>& inputs, const typename element<E>::vector
     }
   }
   for (int64_t e = 0; e < run.count; e += lanes<A>) {
-    vec<A> score = load(scores + e) * inputs.scale;
-    if (biased) {
-      score = load(scores + e) * inputs.scale + load(bias + e);
-    }
+    vec<A> score = load(scores + e);
+    score = biased ? score_of(score, inputs.scale, load(bias + e)) : score * inputs.scale;
     if (run.count - e < lanes<A>) {
       const vec<Lane> lane = lane_numbers<Lane>();
       score = lane < static_cast<Lane>(run.count - e) ? score : broadcast(-static_cast<A>(__builtin_inf()));

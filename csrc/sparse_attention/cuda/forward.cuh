@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(num_threads) forward(AttentionForward<T> args,
   const Sequence sequence = inputs.sequence(batch);
   const RowsOfHead<T> keys(inputs.key, batch, kv_head, sizes.head_dim);
   const RowsOfHead<T> values(inputs.value, batch, kv_head, sizes.value_dim);
-  const A* key_bias = inputs.key_bias == nullptr ? nullptr : inputs.key_bias + batch * sizes.num_keys;
+  const A* key_bias = inputs.key_biases_of(batch);
   const A* pair_bias = inputs.biases_of(batch, head, list);
   load_row(memory.row, RowsOfHead<T>(inputs.query, batch, head, sizes.head_dim), query);
 
@@ -49,11 +49,8 @@ __global__ void __launch_bounds__(num_threads) forward(AttentionForward<T> args,
   softmax.sum = device::sum_of_warp(softmax.sum);
   const A factor = softmax.finish(inputs.sink == nullptr ? nullptr : inputs.sink + head);
   output.store(args.output.row(batch, head, query), sizes.value_dim, factor);
-  if (device::lane_index() == 0 && args.logsumexp != nullptr) {
-    args.logsumexp[index] = softmax.logsumexp();
-  }
-  if (device::lane_index() == 0 && args.normalizer != nullptr) {
-    args.normalizer[index] = softmax.normalizer();
+  if (device::lane_index() == 0) {
+    store_softmax(args, softmax, index);
   }
 }
 

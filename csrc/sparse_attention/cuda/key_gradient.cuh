@@ -53,7 +53,7 @@ struct KeyGradient {
           inputs.pair_bias == nullptr
               ? 0
               : sorted.places[sorted.first_of(inputs, batch, head, list) + memory.pending_entry[lane]];
-      const A* key_bias = inputs.key_bias == nullptr ? nullptr : inputs.key_bias + batch * sizes.num_keys;
+      const A* key_bias = inputs.key_biases_of(batch);
       const A bias = bias_of(key_bias, key, inputs.biases_of(batch, head, list), place);
       probability = probability_of(score_of(product, inputs.scale, bias), args.normalizer[index]);
     }

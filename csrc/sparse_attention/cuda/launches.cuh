@@ -2,18 +2,15 @@
 
 #include <algorithm>
 
+#include "core/attention/cuda/row_delta.cuh"
 #include "core/cuda/launch.h"
-#include "span_attention/cuda/side_gradients.cuh"
 #include "sparse_attention/cuda/forward.cuh"
 #include "sparse_attention/cuda/key_gradient.cuh"
 #include "sparse_attention/cuda/query_gradient.cuh"
-#include "sparse_attention/cuda/row_delta.cuh"
 
 // Which kernel on which grid.
 
 namespace torchops::kernels::sparse_attention {
-
-using span_attention::tiles_of;
 
 template <typename T>
 void launch_sort_lists(const Attention<T>& inputs, const SortedLists& sorted) {
@@ -25,7 +22,7 @@ void launch_sort_lists(const Attention<T>& inputs, const SortedLists& sorted) {
 template <typename T>
 void launch_forward(const AttentionForward<T>& args, const SortedLists& sorted) {
   const Sizes& sizes = args.inputs.sizes;
-  device::launch({tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, num_warps), num_threads,
+  device::launch({device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, num_warps), num_threads,
                   WarpMemory<accumulate_t<T>>::bytes},
                  forward<T>, args, sorted);
 }
@@ -35,8 +32,8 @@ template <typename T>
 void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& sorted) {
   const Sizes& sizes = args.inputs.sizes;
   const int64_t queries_of_warp = args.grad_pair_bias == nullptr ? 1 : args.inputs.rule.query_block;
-  const int64_t units = sizes.batch * sizes.num_heads * tiles_of(sizes.num_queries, queries_of_warp);
-  device::launch({tiles_of(units, num_warps), num_threads, WarpMemory<accumulate_t<T>>::bytes}, query_gradient<T>, args,
+  const int64_t units = sizes.batch * sizes.num_heads * device::tiles_of(sizes.num_queries, queries_of_warp);
+  device::launch({device::tiles_of(units, num_warps), num_threads, WarpMemory<accumulate_t<T>>::bytes}, query_gradient<T>, args,
                  sorted, queries_of_warp);
 }
 
@@ -44,7 +41,7 @@ void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& 
 template <typename T>
 void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted) {
   const Sizes& sizes = args.inputs.sizes;
-  device::launch({tiles_of(sizes.batch * sizes.num_kv_heads * sizes.num_keys, num_warps), num_threads,
+  device::launch({device::tiles_of(sizes.batch * sizes.num_kv_heads * sizes.num_keys, num_warps), num_threads,
                   WarpMemory<accumulate_t<T>>::bytes},
                  key_gradient<T>, args, sorted);
 }
@@ -52,21 +49,8 @@ void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& so
 template <typename T>
 void launch_row_delta(const RowDelta<T>& args) {
   const Sizes& sizes = args.sizes;
-  device::launch({tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads), row_delta_threads},
-                 row_delta<T>, args);
-}
-
-template <typename A>
-void launch_sink_gradient(const span_attention::SinkGradient<A>& args) {
-  device::launch({args.sizes.num_heads, span_attention::sink_gradient_threads, span_attention::sink_gradient_bytes<A>},
-                 span_attention::sink_gradient<A>, args);
-}
-
-template <typename A>
-void launch_key_bias_gradient(const A* shares, A* grad_key_bias, const Sizes& sizes) {
-  device::launch({tiles_of(sizes.batch * sizes.num_keys, span_attention::key_bias_gradient_threads),
-                  span_attention::key_bias_gradient_threads},
-                 span_attention::key_bias_gradient<A>, shares, grad_key_bias, sizes);
+  device::launch({device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads), row_delta_threads},
+                 row_delta_fma<1, T>, args);
 }
 
 }  // namespace torchops::kernels::sparse_attention

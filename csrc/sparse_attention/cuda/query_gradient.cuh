@@ -24,15 +24,12 @@ __global__ void __launch_bounds__(num_threads)
   const Sequence sequence = inputs.sequence(batch);
   const RowsOfHead<T> keys(inputs.key, batch, kv_head, sizes.head_dim);
   const RowsOfHead<T> values(inputs.value, batch, kv_head, sizes.value_dim);
-  const A* key_bias = inputs.key_bias == nullptr ? nullptr : inputs.key_bias + batch * sizes.num_keys;
+  const A* key_bias = inputs.key_biases_of(batch);
   for (int64_t query = first_query; query < first_query + queries_of_warp && query < sizes.num_queries; ++query) {
     const int64_t list = query / inputs.rule.query_block, first = sorted.first_of(inputs, batch, head, list);
     const int64_t index = (batch * sizes.num_heads + head) * sizes.num_queries + query;
     const A* pair_bias = inputs.biases_of(batch, head, list);
-    A* pair_grads = args.grad_pair_bias == nullptr
-                        ? nullptr
-                        : args.grad_pair_bias + ((batch * sizes.num_heads + head) * inputs.lists.num_lists + list) *
-                                                    inputs.lists.num_listed;
+    A* pair_grads = args.grad_biases_of(batch, head, list);
     device::syncwarp();
     load_row(memory.row, RowsOfHead<T>(inputs.query, batch, head, sizes.head_dim), query);
     load_row(memory.other_row, RowsOfHead<T>(args.grad_output, batch, head, sizes.value_dim), query);

@@ -5,10 +5,16 @@
 
 namespace torchops::kernels::sparse_attention {
 
-// Lists in ascending order, one for each head of pair_bias, or of the lists where there is none.
+// Heads whose lists are sorted: those of pair_bias, or of the lists where there is none.
+template <typename T>
+int64_t sorted_heads(const Attention<T>& inputs) {
+  return inputs.pair_bias == nullptr ? inputs.lists.num_heads : inputs.bias_heads;
+}
+
+// Lists in ascending order.
 struct SortedLists {
-  int32_t* begins;  // [B, heads, Nq, k]: the first key of each entry; no_key, behind all others, for one without keys
-  int32_t* places;  // [B, heads, Nq, k]: where it stands in the caller's list
+  int32_t* begins;  // [B, sorted_heads, Nq, k]: the first key of each entry; no_key, behind all others, for one without keys
+  int32_t* places;  // [B, sorted_heads, Nq, k]: where it stands in the caller's list
   int64_t num_heads;
 
   static constexpr int32_t no_key = INT32_MAX;

@@ -1,20 +1,13 @@
 #pragma once
 
+#include "core/attention/cuda/softmax.cuh"
 #include "core/cuda/block.cuh"
-#include "span_attention/cuda/online_softmax.cuh"
 #include "sparse_attention/cuda/sorted_lists.cuh"
 
 // What a warp computes with rows that lie apart, 32 at a time: they are gathered into shared memory, a slice of columns
 // after the other. Every lane of the warp calls these functions at one place.
 
 namespace torchops::kernels::sparse_attention {
-
-using span_attention::exponential;
-using span_attention::minus_infinity;
-using span_attention::OnlineSoftmax;
-using span_attention::probability_of;
-using span_attention::score_gradient_of;
-using span_attention::score_of;
 
 inline constexpr int num_warps = 4;
 inline constexpr int num_threads = num_warps * device::warp_size;

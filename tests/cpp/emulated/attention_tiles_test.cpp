@@ -7,9 +7,9 @@
 
 #include "bfloat16_numbers.h"
 #include "catch.h"
+#include "core/attention/cpu/delta_kernel.h"
 #include "core/cpu/aligned_buffer.h"
 #include "span_attention/cpu/backward_kernel.h"
-#include "span_attention/cpu/delta_kernel.h"
 #include "span_attention/cpu/forward_kernel.h"
 
 namespace {
@@ -67,7 +67,7 @@ struct Case {
   bool with_sink;
 };
 
-const auto all = Span::unbounded;
+const auto all = torchops::kernels::attention::unbounded;
 const std::vector<Case> cases = {
     {{1, 1, 1, 64, 64, 64, 64}, {1, all, all, true}, 0, false, false},
     {{2, 2, 1, 33, 70, 40, 24}, {1, all, all, false}, 37, true, false},

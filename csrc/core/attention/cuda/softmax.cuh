@@ -1,8 +1,42 @@
 #pragma once
 
-#include "span_attention/cuda/tile.cuh"
+#include <cmath>
+#include <limits>
 
-namespace torchops::kernels::span_attention {
+#include "core/attention/attention.h"
+#include "core/cuda/device.cuh"
+
+// Scores, probabilities and their gradients.
+
+namespace torchops::kernels::attention {
+
+template <typename A>
+inline constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
+
+// e^value, exactly 1 for 0.
+template <typename A>
+__device__ __forceinline__ A exponential(A value) {
+  return device::fast_exp2(value * A(1.4426950408889634074));
+}
+
+// A score, to the same last bit in the forward and the backward: the compiler fuses what is written as a product and a
+// sum with some of what follows, and here and there differently.
+template <typename A>
+__device__ __forceinline__ A score_of(A product, A scale, A bias) {
+  return std::fma(product, scale, bias);
+}
+
+template <typename A>
+__device__ __forceinline__ A probability_of(A score, const Normalizer<A>& normalizer) {
+  return exponential(device::min(score - normalizer.largest, A(0))) * normalizer.inverse_sum;
+}
+
+// The gradient to a score from the product of its value with grad_output. What has no probability has no gradient,
+// whatever the hidden numbers are that it was computed with.
+template <typename A>
+__device__ __forceinline__ A score_gradient_of(A probability, A product, A delta) {
+  return probability == A(0) ? A(0) : probability * (product - delta);
+}
 
 // The largest score of a row so far, and the sum of exp(score - largest).
 template <typename A>
@@ -39,8 +73,8 @@ struct OnlineSoftmax {
 };
 
 // Writes what others want of a row whose softmax is finished.
-template <typename T>
-__device__ __forceinline__ void store_softmax(const AttentionForward<T>& args,
+template <typename Inputs, typename T>
+__device__ __forceinline__ void store_softmax(const Forward<Inputs, T>& args,
                                               const OnlineSoftmax<accumulate_t<T>>& softmax, int64_t index) {
   if (args.logsumexp != nullptr) {
     args.logsumexp[index] = softmax.logsumexp();
@@ -50,4 +84,4 @@ __device__ __forceinline__ void store_softmax(const AttentionForward<T>& args,
   }
 }
 
-}  // namespace torchops::kernels::span_attention
+}  // namespace torchops::kernels::attention

@@ -1,9 +1,9 @@
-#include "span_attention/cpu/delta_kernel.h"
+#include "core/attention/cpu/delta_kernel.h"
 
 #include "core/cpu/elements.h"
 #include "core/cpu/exponential.h"
 
-namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
+namespace torchops::kernels::attention::TORCHOPS_LEVEL {
 
 // As many rows at a time as a vector has lanes: along the row, element by element, as products of matrices add up.
 template <typename T>
@@ -75,4 +75,4 @@ template void row_delta(const RowDelta<float16>&, int64_t, int64_t);
 template void sink_gradient(const SinkGradient<double>&, int64_t, int64_t);
 template void sink_gradient(const SinkGradient<float>&, int64_t, int64_t);
 
-}  // namespace torchops::kernels::span_attention::TORCHOPS_LEVEL
+}  // namespace torchops::kernels::attention::TORCHOPS_LEVEL

@@ -1,11 +1,12 @@
 #pragma once
 
+#include "core/attention/cuda/softmax.cuh"
 #include "core/cuda/block.cuh"
-#include "span_attention/cuda/tile.cuh"
+#include "core/cuda/launch.h"
 
 // Gradients to the inputs that several heads or rows of the batch share, each summed up in one order.
 
-namespace torchops::kernels::span_attention {
+namespace torchops::kernels::attention {
 
 inline constexpr int sink_gradient_threads = 256;
 template <typename A>
@@ -60,4 +61,15 @@ __global__ void __launch_bounds__(key_bias_gradient_threads) key_bias_gradient(c
   grad_key_bias[unit] = sum;
 }
 
-}  // namespace torchops::kernels::span_attention
+template <typename A>
+void launch_sink_gradient(const SinkGradient<A>& args) {
+  device::launch({args.sizes.num_heads, sink_gradient_threads, sink_gradient_bytes<A>}, sink_gradient<A>, args);
+}
+
+template <typename A>
+void launch_key_bias_gradient(const A* shares, A* grad_key_bias, const Sizes& sizes) {
+  device::launch({device::tiles_of(sizes.batch * sizes.num_keys, key_bias_gradient_threads), key_bias_gradient_threads},
+                 key_bias_gradient<A>, shares, grad_key_bias, sizes);
+}
+
+}  // namespace torchops::kernels::attention

@@ -1,7 +1,7 @@
-#include "span_attention/cpu/delta_kernel.h"
-#include "span_attention/cpu/tile_blocks.h"
+#include "core/attention/cpu/delta_kernel.h"
+#include "core/attention/cpu/uses_tiles.h"
 
-namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
+namespace torchops::kernels::attention::TORCHOPS_LEVEL {
 namespace {
 
 // 16 rows at a time, by the instruction that sums up dP: of the products of all rows with all rows, those of a row
@@ -65,4 +65,4 @@ template void row_delta(const RowDelta<float16>&, int64_t, int64_t);
 template void sink_gradient(const SinkGradient<double>&, int64_t, int64_t);
 template void sink_gradient(const SinkGradient<float>&, int64_t, int64_t);
 
-}  // namespace torchops::kernels::span_attention::TORCHOPS_LEVEL
+}  // namespace torchops::kernels::attention::TORCHOPS_LEVEL

@@ -1,9 +1,9 @@
 #pragma once
 
 #include "core/cpu/level.h"
-#include "span_attention/attention.h"
+#include "core/attention/attention.h"
 
-namespace torchops::kernels::span_attention {
+namespace torchops::kernels::attention {
 
 // Units are rows, (b * Hq + h) * Lq + i, resp. heads.
 #define TORCHOPS_DECLARE(level)                                                \
@@ -16,4 +16,4 @@ namespace torchops::kernels::span_attention {
 TORCHOPS_FOR_EACH_LEVEL_AND_TILES(TORCHOPS_DECLARE)
 #undef TORCHOPS_DECLARE
 
-}  // namespace torchops::kernels::span_attention
+}  // namespace torchops::kernels::attention
