@@ -44,6 +44,12 @@ struct TopkBackward : AttentionGradients {
 // Gradients to query, key, value, key_bias, sink and pair_bias, undefined where nobody asks for them.
 using TopkGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// As kernels go by it: blocks as long as the sequence are as good as longer ones, and no products of them overflow.
+inline kernels::sparse_attention::ListRule rule_of(const TopkOptions& options, int64_t num_queries) {
+  return {std::min(options.block_size.expect_int(), kernels::attention::unbounded),
+          std::min(options.query_block.expect_int(), std::max<int64_t>(num_queries, 1)), options.is_causal};
+}
+
 // value may be undefined: the backward does not always need it.
 void check_topk_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                           const at::Tensor& indices, const TopkOptions& options);
@@ -56,8 +62,7 @@ class TopkTensors : public AttentionTensors {
       : AttentionTensors(query, key, value, value_dim, options, options.scale),
         indices_(with_contiguous_rows(indices)),
         pair_bias_(contiguous(options.pair_bias, accumulated())),
-        rule_{std::min(options.block_size.expect_int(), kernels::attention::unbounded),
-              std::min(options.query_block.expect_int(), std::max<int64_t>(query.size(2), 1)), options.is_causal} {}
+        rule_(rule_of(options, query.size(2))) {}
 
   // Of shares of the gradient to pair_bias, a query head's each.
   std::array<int64_t, 4> pair_shape() const {

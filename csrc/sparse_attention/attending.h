@@ -8,7 +8,8 @@
 #include "core/attention/attending.h"
 #include "sparse_attention/arguments.h"
 
-// The operators as every device computes them. Device is made of the device it runs on, and has, beside what
+// The operators as every device computes them. Device is made of the device it runs on, resp. of the arguments of its
+// backward, and has, beside what
 // core/attention/attending.h asks,
 //   forward(AttentionForward<T>), with an output that is not empty
 //   backward(AttentionBackward<T>, mask), of query, key, value and the shares of key_bias and pair_bias
@@ -66,7 +67,7 @@ template <typename Device>
 TopkGradients topk_attention_backward_on(const TopkBackward& args) {
   check_topk_attention_backward(args);
   const TopkMask& mask = args.mask;
-  const Device device(args.normalizer.device());
+  const Device device(args);
   auto [grad_query, grad_key, grad_value, grad_key_bias, grad_sink] =
       empty_attention_gradients(args, args.options, mask.of_rows());
   at::Tensor grad_pair_bias;

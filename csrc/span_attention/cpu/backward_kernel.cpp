@@ -1,7 +1,7 @@
 #include "span_attention/cpu/backward_kernel.h"
 
-#include "core/cpu/exponential.h"
-#include "span_attention/cpu/packing.h"
+#include "core/attention/cpu/packing.h"
+#include "core/attention/cpu/tile_gradients.h"
 #include "span_attention/cpu/tiles.h"
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
@@ -31,38 +31,6 @@ struct Pack {
   }
 };
 
-// Where a tile of queries meets a tile of keys.
-template <typename E>
-struct Meeting {
-  using A = sum_t<E>;
-
-  A* probabilities;         // [query_tile][key_tile]
-  A* score_grads;           // [query_tile][key_tile]
-  E* probabilities_by_key;  // left operand [key_tile][query_tile], transposed in memory
-  E* score_grads_by_key;    // left operand [key_tile][query_tile], transposed in memory
-  E* score_grads_by_query;  // left operand [query_tile][key_tile]
-  A* bias;                  // [key_tile]
-  A* largest;               // [query_tile], of the normalizer
-  A* inverse_sum;           // [query_tile]
-  A* delta;                 // [query_tile]
-
-  explicit Meeting(Arena* arena) {
-    constexpr int64_t size = query_tile * key_tile<E>;
-    probabilities = arena->take<A>(size);
-    score_grads = arena->take<A>(size);
-    const auto operand = [&](A* numbers) {
-      return is_pair<E> ? arena->take<E>(size / element<E>::depth) : reinterpret_cast<E*>(numbers);
-    };
-    probabilities_by_key = operand(probabilities);
-    score_grads_by_key = operand(score_grads);
-    score_grads_by_query = operand(score_grads);
-    bias = arena->take<A>(key_tile<E>);
-    largest = arena->take<A>(query_tile);
-    inverse_sum = arena->take<A>(query_tile);
-    delta = arena->take<A>(query_tile);
-  }
-};
-
 // Sums for a tile of keys.
 template <typename E>
 struct KeySums {
@@ -78,11 +46,6 @@ struct KeySums {
     bias = arena->take<A>(key_tile<E>);
   }
 };
-
-template <typename A>
-void clear(A* numbers, int64_t count) {
-  __builtin_memset(numbers, 0, static_cast<size_t>(count) * sizeof(A));
-}
 
 // One key-value head of the batch, and the steps of its backward.
 template <typename T>
@@ -135,38 +98,27 @@ struct Head {
     compute_probabilities(meeting, in_group, first_query, first_key, rows);
     const int64_t packed_row = in_group * padded_queries() + first_query;
     if (key_sums != nullptr && args.grad_value.data != nullptr) {
-      if constexpr (is_pair<E>) {
-        interleave_rows(meeting.probabilities, rows, meeting.probabilities_by_key);
-      }
-      add_product(key_tile<E>, value_columns(), depth_of<E>(rows),
-                  Operand<E>{meeting.probabilities_by_key, 1, key_tile<E>},
-                  pack.grads + packed_row / element<E>::depth * value_columns(), key_sums->values);
+      meeting.add_to_values(rows, value_columns(), pack.grads + packed_row / element<E>::depth * value_columns(),
+                            SumsInOrder<A>{key_sums->values, value_columns()});
     }
     const bool for_keys = key_sums != nullptr && wants_scores_by_key();
     if (!for_keys && query_sums == nullptr) {
       return;
     }
-    compute_score_grads(meeting, packed_row, first_key, rows);
+    meeting.compute_score_grads(rows, sizes().value_dim, pack.grads_left + packed_row * left_stride<E>(sizes().value_dim),
+                                pack.values_transposed + first_key * depth_of<E>(sizes().value_dim));
     if (for_keys) {
-      if constexpr (is_pair<E>) {
-        interleave_rows(meeting.score_grads, rows, meeting.score_grads_by_key);
-      }
       if (args.grad_key.data != nullptr) {
-        add_product(key_tile<E>, query_columns(), depth_of<E>(rows),
-                    Operand<E>{meeting.score_grads_by_key, 1, key_tile<E>},
-                    pack.queries + packed_row / element<E>::depth * query_columns(), key_sums->keys);
+        meeting.add_to_keys(rows, query_columns(), pack.queries + packed_row / element<E>::depth * query_columns(),
+                            SumsInOrder<A>{key_sums->keys, query_columns()});
       }
       if (args.grad_key_bias != nullptr) {
-        add_rows(meeting.score_grads, num_rows(first_query), key_sums->bias);
+        meeting.add_to_biases(0, num_rows(first_query), key_sums->bias);
       }
     }
     if (query_sums != nullptr) {
-      if constexpr (is_pair<E>) {
-        pair_columns(meeting.score_grads, rows, meeting.score_grads_by_query);
-      }
-      add_product(rows, query_columns(), key_tile<E> / element<E>::depth,
-                  Operand<E>{meeting.score_grads_by_query, key_tile<E> / element<E>::depth, 1},
-                  pack.keys + first_key / element<E>::depth * query_columns(), query_sums);
+      meeting.add_to_queries(rows, query_columns(), pack.keys + first_key / element<E>::depth * query_columns(),
+                             query_sums);
     }
   }
 
@@ -197,94 +149,18 @@ struct Head {
                              int64_t rows) const {
     const Attention<T>& inputs = args.inputs;
     const int64_t last_query = first_query + num_rows(first_query) - 1;
+    const E* const queries =
+        pack.queries_left + (in_group * padded_queries() + first_query) * left_stride<E>(sizes().head_dim);
+    const E* const keys = pack.keys_transposed + first_key * depth_of<E>(sizes().head_dim);
     if (visible_keys(inputs.span, sequence, last_query).begin <= first_key &&
         first_key + key_tile<E> <= visible_keys(inputs.span, sequence, first_query).end) {
-      compute_probabilities(meeting, in_group, first_query, first_key, rows, [](auto...) {});
+      meeting.compute_probabilities(rows, sizes().head_dim, queries, keys, inputs.scale, [](auto...) {});
     } else {
       const TileSpans spans(inputs.span, sequence, first_query, num_rows(first_query));
-      compute_probabilities(meeting, in_group, first_query, first_key, rows,
-                            [&](int64_t row, int64_t key, vec<A>(&probabilities)[tile_vectors]) {
-                              spans.hide<A>(row, first_key + key, probabilities, A(0));
-                            });
-    }
-  }
-
-  template <typename Hide>
-  void compute_probabilities(const Meeting<E>& meeting, int64_t in_group, int64_t first_query, int64_t first_key,
-                             int64_t rows, const Hide& hide) const {
-    constexpr int64_t panel = panel_columns<A>;
-    const int64_t depth = depth_of<E>(sizes().head_dim);
-    const int64_t stride = left_stride<E>(sizes().head_dim);
-    const E* const queries = pack.queries_left + (in_group * padded_queries() + first_query) * stride;
-    for (int64_t first = 0; first < key_tile<E>; first += panel) {
-      panel_product(rows, depth, Operand<E>{queries, stride, 1}, pack.keys_transposed + (first_key + first) * depth,
-                    [&](int64_t row, vec<A>(&numbers)[tile_vectors]) {
-                      A* const to = meeting.probabilities + row * key_tile<E> + first;
-                      for (int v = 0; v < tile_vectors; ++v) {
-                        const vec<A> bias = load(meeting.bias + first + v * lane_count<E>);
-                        const vec<A> distance = score_of(numbers[v], args.inputs.scale, bias) - meeting.largest[row];
-                        numbers[v] = exp(distance > A(0) ? vec<A>{} : distance) * meeting.inverse_sum[row];
-                      }
-                      hide(row, first, numbers);
-                      for (int v = 0; v < tile_vectors; ++v) {
-                        store(to + v * lane_count<E>, numbers[v]);
-                      }
-                    });
-    }
-  }
-
-  void compute_score_grads(const Meeting<E>& meeting, int64_t packed_row, int64_t first_key, int64_t rows) const {
-    constexpr int64_t panel = panel_columns<A>;
-    const int64_t depth = depth_of<E>(sizes().value_dim);
-    const int64_t stride = left_stride<E>(sizes().value_dim);
-    for (int64_t first = 0; first < key_tile<E>; first += panel) {
-      panel_product(rows, depth, Operand<E>{pack.grads_left + packed_row * stride, stride, 1},
-                    pack.values_transposed + (first_key + first) * depth,
-                    [&](int64_t row, const vec<A>(&grads)[tile_vectors]) {
-                      const int64_t at = row * key_tile<E> + first;
-                      for (int v = 0; v < tile_vectors; ++v) {
-                        const int64_t here = at + v * lane_count<E>;
-                        const vec<A> probability = load(meeting.probabilities + here);
-                        const vec<A> score_grad = probability * (grads[v] - meeting.delta[row]);
-                        store(meeting.score_grads + here, probability == A(0) ? vec<A>{} : score_grad);
-                      }
-                    });
-    }
-  }
-
-  static void add_product(int64_t rows, int64_t columns, int64_t depth, Operand<E> left, const E* right, A* sums) {
-    matrix_product(rows, columns / lane_count<E>, depth, left, right, columns,
-                   [&](int64_t row, int64_t vector, auto& products) {
-                     A* to = sums + row * columns + vector * lane_count<E>;
-                     for (const auto& product : products) {
-                       store(to, load(to) + product);
-                       to += lane_count<E>;
-                     }
-                   });
-  }
-
-  // As an operand whose depth is along the queries: neighbouring rows are pairs.
-  static void interleave_rows(const A* numbers, int64_t rows, E* pairs) {
-    for (int64_t row = 0; row < rows; row += 2) {
-      for (int64_t key = 0; key < key_tile<E>; key += lane_count<E>) {
-        const A* const from = numbers + row * key_tile<E> + key;
-        store_interleaved(pairs + row / 2 * key_tile<E> + key, load(from), load(from + key_tile<E>));
-      }
-    }
-  }
-
-  // As an operand whose depth is along the keys: neighbouring columns are pairs.
-  static void pair_columns(const A* numbers, int64_t rows, E* pairs) {
-    for (int64_t at = 0; at < rows * key_tile<E>; at += 2 * lane_count<E>) {
-      store_pairs(pairs + at / 2, load(numbers + at), load(numbers + at + lane_count<E>));
-    }
-  }
-
-  static void add_rows(const A* numbers, int64_t rows, A* sums) {
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t key = 0; key < key_tile<E>; key += lane_count<E>) {
-        store(sums + key, load(sums + key) + load(numbers + row * key_tile<E> + key));
-      }
+      meeting.compute_probabilities(rows, sizes().head_dim, queries, keys, inputs.scale,
+                                    [&](int64_t row, int64_t key, vec<A>(&probabilities)[tile_vectors]) {
+                                      spans.template hide<A>(row, first_key + key, probabilities, A(0));
+                                    });
     }
   }
 };
@@ -326,14 +202,13 @@ void backward_pack(const AttentionBackward<T>& args, int64_t first_head, void* p
     if (in_head < backward_key_units<T>(sizes)) {
       const int64_t key = in_head * key_tile<E>;
       const Range seen = visible_keys(inputs.span, head.sequence, Range{0, sizes.num_queries}).within(key, key_tile<E>);
-      const T* const rows = inputs.key.row(head.batch, head.kv_head, key);
-      pack_transposed(rows, inputs.key.row_stride, seen, sizes.head_dim, key_tile<E>,
-                      pack.keys_transposed + key * depth_of<E>(sizes.head_dim));
-      pack_right(rows, inputs.key.row_stride, seen, sizes.head_dim, key_tile<E>,
-                 pack.keys + key / element<E>::depth * head.query_columns());
+      const RowsInOrder<T> rows{inputs.key.row(head.batch, head.kv_head, key), inputs.key.row_stride, seen};
+      pack_transposed(rows, sizes.head_dim, key_tile<E>, pack.keys_transposed + key * depth_of<E>(sizes.head_dim));
+      pack_right(rows, sizes.head_dim, key_tile<E>, pack.keys + key / element<E>::depth * head.query_columns());
       if (inputs.value.data != nullptr) {
-        pack_transposed(inputs.value.row(head.batch, head.kv_head, key), inputs.value.row_stride, seen, sizes.value_dim,
-                        key_tile<E>, pack.values_transposed + key * depth_of<E>(sizes.value_dim));
+        pack_transposed(
+            RowsInOrder<T>{inputs.value.row(head.batch, head.kv_head, key), inputs.value.row_stride, seen},
+            sizes.value_dim, key_tile<E>, pack.values_transposed + key * depth_of<E>(sizes.value_dim));
       }
     } else {
       const int64_t tiles = divide_up(sizes.num_queries, query_tile);
@@ -343,11 +218,10 @@ void backward_pack(const AttentionBackward<T>& args, int64_t first_head, void* p
       const Range seeing =
           visible_queries(inputs.span, head.sequence, Range{0, sizes.num_keys}).within(query, query_tile);
       const auto pack_rows = [&](const Heads<const T>& tensor, int64_t size, E* left, E* right) {
-        const T* const rows = tensor.row(head.batch, head.head(in_group), query);
-        pack_right(rows, tensor.row_stride, seeing, size, query_tile,
-                   right + packed_row / element<E>::depth * columns_of<E>(size));
+        const RowsInOrder<T> rows{tensor.row(head.batch, head.head(in_group), query), tensor.row_stride, seeing};
+        pack_right(rows, size, query_tile, right + packed_row / element<E>::depth * columns_of<E>(size));
         if constexpr (is_pair<E>) {
-          pack_left(rows, tensor.row_stride, seeing, size, query_tile, left + packed_row * left_stride<E>(size));
+          pack_left(rows, size, query_tile, left + packed_row * left_stride<E>(size));
         }
       };
       pack_rows(inputs.query, sizes.head_dim, pack.queries_left, pack.queries);

@@ -2,16 +2,12 @@
 
 #include <type_traits>
 
-#include "core/cpu/exponential.h"
-#include "span_attention/cpu/packing.h"
+#include "core/attention/cpu/packing.h"
+#include "core/attention/cpu/tile_softmax.h"
 #include "span_attention/cpu/tiles.h"
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
 namespace {
-
-// Keys whose scores are computed at a time: several tiles, so that sums are rescaled less often.
-template <typename E>
-constexpr int64_t key_block = 2 * key_tile<E>;
 
 // The keys and values of one key-value head as right operands.
 template <typename E>
@@ -35,13 +31,13 @@ struct Pack {
   template <typename T>
   void fill_keys(const Attention<T>& args, int64_t batch, int64_t head, Range seen, int64_t first,
                  int64_t count) const {
-    pack_transposed(args.key.row(batch, head, first), args.key.row_stride, seen.within(first, count),
+    pack_transposed(RowsInOrder<T>{args.key.row(batch, head, first), args.key.row_stride, seen.within(first, count)},
                     args.sizes.head_dim, count, keys);
   }
   template <typename T>
   void fill_values(const Attention<T>& args, int64_t batch, int64_t head, Range seen, int64_t first,
                    int64_t count) const {
-    pack_right(args.value.row(batch, head, first), args.value.row_stride, seen.within(first, count),
+    pack_right(RowsInOrder<T>{args.value.row(batch, head, first), args.value.row_stride, seen.within(first, count)},
                args.sizes.value_dim, count, values);
   }
 };
@@ -61,123 +57,12 @@ constexpr bool packs_ahead(const Sizes& sizes) {
 
 // A tile of queries on its way through the keys.
 template <typename E>
-struct Scratch {
-  using A = sum_t<E>;
+struct Scratch : TileSoftmax<E> {
+  Pack<E> pack;  // of key_block keys
 
-  E* queries;       // left operand [query_tile][D]
-  A* scores;        // [query_tile][key_block], then exp(score - largest) where E is A
-  E* weights;       // [query_tile][key_block], the same as E
-  A* output;        // [query_tile][Dv]
-  vec<A>* highest;  // [query_tile]: the largest of a block's scores, lane by lane
-  vec<A>* sum;      // [query_tile]: the sum of weights, lane by lane
-  A* largest;       // [query_tile]
-  A* rescale;       // [query_tile]
-  A* bias;          // [key_block]
-  Pack<E> pack;     // of key_block keys
-
-  Scratch(Arena* arena, const Sizes& sizes) : pack(arena, packs_ahead(sizes) ? 0 : key_block<E>, sizes) {
-    queries = arena->take<E>(query_tile * left_stride<E>(sizes.head_dim));
-    scores = arena->take<A>(query_tile * key_block<E>);
-    weights = is_pair<E> ? arena->take<E>(query_tile * key_block<E> / element<E>::depth) : reinterpret_cast<E*>(scores);
-    output = arena->take<A>(query_tile * columns_of<E>(sizes.value_dim));
-    highest = arena->take<vec<A>>(query_tile);
-    sum = arena->take<vec<A>>(query_tile);
-    largest = arena->take<A>(query_tile);
-    rescale = arena->take<A>(query_tile);
-    bias = arena->take<A>(key_block<E>);
-  }
-
-  void clear(int64_t num_rows, int64_t columns) const {
-    for (int64_t row = 0; row < num_rows; ++row) {
-      largest[row] = -static_cast<A>(__builtin_inf());
-      sum[row] = vec<A>{};
-    }
-    __builtin_memset(output, 0, static_cast<size_t>(num_rows * columns) * sizeof(A));
-  }
-
-  template <typename T>
-  void load_bias(const Attention<T>& args, int64_t batch, int64_t first, int64_t num_keys) const {
-    if (args.key_bias != nullptr) {
-      load_key_bias(args, batch, first, num_keys, bias);
-    }
-  }
+  Scratch(Arena* arena, const Sizes& sizes)
+      : TileSoftmax<E>(arena, sizes), pack(arena, packs_ahead(sizes) ? 0 : key_block<E>, sizes) {}
 };
-
-// Scores of a block of keys and their largest, row by row.
-template <typename E, typename T>
-void compute_scores(const Attention<T>& args, const Pack<E>& pack, const Scratch<E>& scratch, const TileSpans& spans,
-                    int64_t num_rows, int64_t first_key, int64_t num_keys) {
-  using A = sum_t<E>;
-  constexpr int64_t panel = panel_columns<A>;
-  const int64_t depth = depth_of<E>(args.sizes.head_dim);
-  const int64_t padded_rows = round_up(num_rows, tile_rows);
-  const A* const bias = args.key_bias == nullptr ? nullptr : scratch.bias;
-  for (int64_t row = 0; row < padded_rows; ++row) {
-    scratch.highest[row] = broadcast(-static_cast<A>(__builtin_inf()));
-  }
-  for (int64_t first = 0; first < num_keys; first += panel) {
-    const bool all_visible = spans.all_visible(first_key + first, first_key + first + panel, num_rows);
-    const E* const keys = pack.keys + first * depth;
-    const auto finish = [&](auto hide, auto add_bias) {
-      panel_product(padded_rows, depth, Operand<E>{scratch.queries, left_stride<E>(args.sizes.head_dim), 1}, keys,
-                    [&](int64_t row, vec<A>(&scores)[tile_vectors]) {
-                      for (int v = 0; v < tile_vectors; ++v) {
-                        if constexpr (decltype(add_bias)::value) {
-                          scores[v] = score_of(scores[v], args.scale, load(bias + first + v * lane_count<E>));
-                        } else {
-                          scores[v] *= args.scale;  // the bits of a bias of 0
-                        }
-                      }
-                      if constexpr (decltype(hide)::value) {
-                        spans.template hide<A>(row, first_key + first, scores, -static_cast<A>(__builtin_inf()));
-                      }
-                      vec<A> highest = scratch.highest[row];
-                      A* const to = scratch.scores + row * key_block<E> + first;
-                      for (int v = 0; v < tile_vectors; ++v) {
-                        highest = scores[v] > highest ? scores[v] : highest;
-                        store(to + v * lane_count<E>, scores[v]);
-                      }
-                      scratch.highest[row] = highest;
-                    });
-    };
-    if (bias != nullptr) {
-      all_visible ? finish(count<0>{}, count<1>{}) : finish(count<1>{}, count<1>{});
-    } else {
-      all_visible ? finish(count<0>{}, count<0>{}) : finish(count<1>{}, count<0>{});
-    }
-  }
-}
-
-// Scores become weights, exp(score - largest), as elements W; what was summed up before is to be multiplied by
-// `rescale`.
-template <typename W, typename E>
-void compute_weights(const Scratch<E>& scratch, W* weights, int64_t num_rows, int64_t num_keys) {
-  using A = sum_t<E>;
-  for (int64_t row = 0; row < num_rows; ++row, weights += key_block<E> / element<W>::depth) {
-    const A before = scratch.largest[row];
-    const A here = largest_lane<A>(scratch.highest[row]);
-    const A largest = here > before ? here : before;
-    // While a row has seen nothing, any number serves to subtract.
-    const A shift = largest == -static_cast<A>(__builtin_inf()) ? A(0) : largest;
-    const A rescale = largest == before ? A(1) : exp_of(before - shift);
-    vec<A> sum = scratch.sum[row] * rescale;
-    const A* const scores = scratch.scores + row * key_block<E>;
-    for (int64_t key = 0; key < num_keys; key += lane_count<W> * element<W>::depth) {
-      const vec<A> weight = exp(load(scores + key) - shift);
-      sum += weight;
-      if constexpr (is_pair<W>) {
-        const vec<A> next = exp(load(scores + key + lane_count<W>) - shift);
-        sum += next;
-        store_pairs(weights + key / 2, weight, next);
-      } else {
-        store(weights + key, weight);
-      }
-    }
-    scratch.sum[row] = sum;
-    scratch.largest[row] = largest;
-    scratch.rescale[row] = rescale;
-  }
-}
 
 // Queries [first_query, first_query + query_tile) of num_heads heads; `packed` is the head's of the wave, or null.
 template <typename E, typename T>
@@ -195,8 +80,9 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
 
   for (int64_t head = 0; head < num_heads; ++head) {
     const bool last = head == num_heads - 1;
-    pack_left(inputs.query.row(batch, first_head + head, first_query), inputs.query.row_stride, Range{0, num_queries},
-              sizes.head_dim, last ? padded_rows - head * num_queries : num_queries,
+    const T* const queries = inputs.query.row(batch, first_head + head, first_query);
+    pack_left(RowsInOrder<T>{queries, inputs.query.row_stride, Range{0, num_queries}}, sizes.head_dim,
+              last ? padded_rows - head * num_queries : num_queries,
               scratch.queries + head * num_queries * left_stride<E>(sizes.head_dim));
   }
   scratch.clear(padded_rows, columns);
@@ -225,20 +111,15 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
         pack.fill_values(inputs, batch, kv_head, keys, first, num_keys);
       }
     }
-    scratch.load_bias(inputs, batch, first, num_keys);
-    compute_scores(inputs, pack, scratch, spans, num_rows, first, num_keys);
-    compute_weights(scratch, scratch.weights, padded_rows, num_keys);
+    if (inputs.key_bias != nullptr) {
+      load_key_bias(inputs, batch, first, num_keys, scratch.bias);
+    }
+    scratch.compute_scores(sizes.head_dim, pack.keys, num_rows, num_keys, inputs.scale, inputs.key_bias != nullptr, spans,
+                           first);
+    scratch.compute_weights(padded_rows, num_keys);
     // Keys before the first visible one, and behind the last, have no weight.
     const int64_t skipped = keys.begin > first ? (keys.begin - first) / element<E>::depth : 0;
-    matrix_product(padded_rows, columns / lane_count<E>, depth_of<E>(visible) - skipped,
-                   Operand<E>{scratch.weights + skipped, key_block<E> / element<E>::depth, 1},
-                   values + skipped * value_stride, value_stride, [&](int64_t row, int64_t vector, auto& sums) {
-                     A* to = scratch.output + row * columns + vector * lane_count<E>;
-                     for (const auto& sum : sums) {
-                       store(to, load(to) * scratch.rescale[row] + sum);
-                       to += lane_count<E>;
-                     }
-                   });
+    scratch.add_values(padded_rows, columns, skipped, depth_of<E>(visible), values, value_stride);
   }
 
   for (int64_t row = 0; row < num_rows; ++row) {

@@ -1,28 +1,11 @@
 #pragma once
 
-#include "core/attention/cpu/rows.h"
-#include "core/cpu/arena.h"
-#include "core/cpu/elements.h"
+#include "core/attention/cpu/tiles.h"
 #include "span_attention/attention.h"
-
-// The tiles that the CPU's kernels cut queries and keys into.
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
 
-// Tiles begin at multiples of their size, whatever is visible: then results do not depend on how the work
-// is split.
-inline constexpr int64_t query_tile = 64;
-// About as many keys, whole panels and whole tiles of registers: 64, or 72 where panels have 6, 12 or 24.
-template <typename E>
-inline constexpr int64_t key_tile = 64 % panel_columns<sum_t<E>> == 0 ? 64 : 72;
-static_assert(key_tile<float> % panel_columns<float> == 0 && key_tile<double> % panel_columns<double> == 0);
-static_assert(query_tile % tile_rows == 0 && key_tile<float> % tile_rows == 0 && key_tile<double> % tile_rows == 0);
-
-// Columns of a right operand: whole vectors.
-template <typename E>
-constexpr int64_t columns_of(int64_t size) {
-  return round_up(size, vector_bytes / static_cast<int64_t>(sizeof(E)));
-}
+// Tiles begin at multiples of their size, whatever is visible: then results do not depend on how the work is split.
 
 // The bias of the keys from first_key on; keys behind the last have none.
 template <typename T>
@@ -33,36 +16,14 @@ void load_key_bias(const Attention<T>& args, int64_t batch, int64_t first_key, i
   }
 }
 
-// The keys that each row of a tile sees, where a tile is the same queries of one or several heads one behind
-// the other; none for rows behind the last.
-struct TileSpans {
-  Range keys[query_tile];
-
+// What the rows of a tile see, where a tile is the same queries of one or several heads one behind the other.
+struct TileSpans : TileRanges {
   TileSpans(const Span& span, const Sequence& sequence, int64_t first_query, int64_t num_queries,
             int64_t num_heads = 1) {
     for (int64_t row = 0; row < query_tile; ++row) {
       keys[row] = row < num_queries               ? visible_keys(span, sequence, first_query + row)
                   : row < num_heads * num_queries ? keys[row - num_queries]
                                                   : Range{0, 0};
-    }
-  }
-
-  // Whether every query sees all keys of [begin, end).
-  bool all_visible(int64_t begin, int64_t end, int64_t num_rows) const {
-    return keys[num_rows - 1].begin <= begin && end <= keys[0].end;
-  }
-
-  // Leaves the numbers of what a query sees, in vectors from key `first` on, and makes the others `other`.
-  template <typename A, int vectors>
-  void hide(int64_t row, int64_t first, vec<A> (&numbers)[vectors], A other) const {
-    using Lane = typename lane_index<sizeof(A)>::type;
-    constexpr int64_t lane_count = vector_bytes / static_cast<int64_t>(sizeof(A));
-    const vec<A> hidden = broadcast(other);
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t begin = clamp(keys[row].begin - first - v * lane_count, 0, lane_count);
-      const int64_t end = clamp(keys[row].end - first - v * lane_count, 0, lane_count);
-      const vec<Lane> lane = lane_numbers<Lane>();
-      numbers[v] = (lane >= static_cast<Lane>(begin)) & (lane < static_cast<Lane>(end)) ? numbers[v] : hidden;
     }
   }
 };

@@ -1,306 +1,117 @@
 #include "sparse_attention/cpu/backward_kernel.h"
 
-#include "sparse_attention/cpu/tile_rows.h"
+#include "core/attention/cpu/delta_kernel.h"
+#include "sparse_attention/cpu/query_backward.h"
+#include "sparse_attention/cpu/tile_backward.h"
 
 namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
 namespace {
 
-template <typename A>
-void clear(A* numbers, int64_t count) {
-  __builtin_memset(numbers, 0, static_cast<size_t>(count) * sizeof(A));
-}
-
-// Numbers, padded with zeros to whole vectors.
-template <typename T>
-void load_numbers(const T* from, int64_t size, accumulate_t<T>* to) {
-  for_each_vector<T>(size, [&](int64_t d, int lanes_used) { store(to + d, load_piece(from + d, lanes_used)); });
-}
-
-// Sums for a range of keys.
-template <typename A>
-struct KeySums {
-  Range range;
-  A* keys;    // [range][D, whole vectors], without the scale
-  A* values;  // [range][Dv, whole vectors]
-  A* bias;    // [range]
-};
-
-template <typename E>
-struct Scratch {
-  using A = sum_t<E>;
-  using Vector = typename element<E>::vector;
-
-  TileLists lists;
-  Runs runs;
-  Vector* queries;    // [most_rows][vectors_of(D)]
-  Vector* grads;      // [most_rows][vectors_of(Dv)]
-  A* query_numbers;   // [most_rows][D, whole vectors], the same where E is A
-  A* grad_numbers;    // [most_rows][Dv, whole vectors]
-  A* query_sums;      // [most_rows][D, whole vectors], without the scale
-  A* probabilities;   // [most_keys]
-  A* score_grads;     // [most_keys]
-  A* bias;            // [most_keys]
-  int32_t* in_range;  // [most_keys]: keys, counted from the range's first
-  KeySums<A> sums;
-
-  template <typename T>
-  Scratch(Arena* arena, const AttentionBackward<T>& args, int64_t num_keys)
-      : lists(arena, args.inputs.lists, lists_of_unit(args.inputs.rule)), runs(arena) {
-    const Sizes& sizes = args.inputs.sizes;
-    const int64_t columns = round_up(sizes.head_dim, lanes<A>), value_columns = round_up(sizes.value_dim, lanes<A>);
-    queries = arena->take<Vector>(most_rows * vectors_of<E>(sizes.head_dim));
-    grads = arena->take<Vector>(most_rows * vectors_of<E>(sizes.value_dim));
-    query_numbers = is_pair<E> ? arena->take<A>(most_rows * columns) : reinterpret_cast<A*>(queries);
-    grad_numbers = is_pair<E> ? arena->take<A>(most_rows * value_columns) : reinterpret_cast<A*>(grads);
-    query_sums = arena->take<A>(most_rows * columns);
-    probabilities = arena->take<A>(most_keys);
-    score_grads = arena->take<A>(most_keys);
-    bias = arena->take<A>(most_keys);
-    in_range = arena->take<int32_t>(most_keys);
-    sums.keys = arena->take<A>(args.grad_key.data == nullptr ? 0 : num_keys * columns);
-    sums.values = arena->take<A>(args.grad_value.data == nullptr ? 0 : num_keys * value_columns);
-    sums.bias = arena->take<A>(args.grad_key_bias == nullptr ? 0 : num_keys);
-  }
-};
-
-// The queries of one unit of a head's lists, tile by tile.
-template <typename T>
-struct Backward {
-  using E = multiplicand_t<T>;
-  using A = sum_t<E>;
-
-  const AttentionBackward<T>& args;
-  const Scratch<E>& scratch;
-  int64_t batch;
-  int64_t head;
-  bool for_queries;
-  const KeySums<A>* for_keys;
-
-  const Attention<T>& inputs() const { return args.inputs; }
-  const Sizes& sizes() const { return inputs().sizes; }
-  int64_t columns() const { return round_up(sizes().head_dim, lanes<A>); }
-  int64_t value_columns() const { return round_up(sizes().value_dim, lanes<A>); }
-
-  void compute(int64_t unit) const {
-    const UnitOfLists lists(inputs(), unit);
-    lists.fill(scratch.lists, inputs(), batch, head,
-               for_keys == nullptr ? Range{0, sizes().num_keys} : for_keys->range);
-    for (int64_t query = lists.first_query; query < lists.end_of_queries; query += most_rows) {
-      const int64_t left = lists.end_of_queries - query;
-      compute_tile(lists.first, query, left < most_rows ? left : most_rows);
-    }
-  }
-
- private:
-  void compute_tile(int64_t first_list, int64_t first_query, int64_t num_rows) const {
-    const int64_t kv_head = head / sizes().group_size();
-    const Sequence sequence = inputs().sequence(batch);
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const int64_t query = first_query + row;
-      scratch.runs.start(row, scratch.lists[query / inputs().rule.query_block - first_list],
-                         end_of_keys(inputs().rule, sequence, query));
-      load_row(inputs().query, query, sizes().head_dim, scratch.queries + row * vectors_of<E>(sizes().head_dim),
-               scratch.query_numbers + row * columns());
-      if (sizes().value_dim > 0) {
-        load_row(args.grad_output, query, sizes().value_dim, scratch.grads + row * vectors_of<E>(sizes().value_dim),
-                 scratch.grad_numbers + row * value_columns());
-      }
-    }
-    clear(scratch.query_sums, num_rows * columns());
-    const RowsByNumber<T> keys{inputs().key.row(batch, kv_head, 0), inputs().key.row_stride};
-    const RowsByNumber<T> values{inputs().value.data == nullptr ? nullptr : inputs().value.row(batch, kv_head, 0),
-                                 inputs().value.row_stride};
-    const bool single = inputs().rule.block_size == 1;
-    const int64_t stretch = stretch_of_keys(inputs());
-    const Range range = for_keys == nullptr ? Range{0, sizes().num_keys} : for_keys->range;
-    for (int64_t end = range.begin / stretch * stretch + stretch; end < range.end + stretch; end += stretch) {
-      for (int64_t row = 0; row < num_rows; ++row) {
-        for (Run run = scratch.runs.next(row, end, single); run.count > 0; run = scratch.runs.next(row, end, single)) {
-          meet(first_query + row, row, run, keys, values);
-        }
-      }
-    }
-    for (int64_t row = 0; for_queries && args.grad_query.data != nullptr && row < num_rows; ++row) {
-      store_gradient(args.grad_query.row(batch, head, first_query + row), scratch.query_sums + row * columns(),
-                sizes().head_dim, inputs().scale);
-    }
-  }
-
-  void load_row(const Heads<const T>& tensor, int64_t query, int64_t size, typename element<E>::vector* row,
-                A* numbers) const {
-    const T* const from = tensor.row(batch, head, query);
-    sparse_attention::TORCHOPS_LEVEL::load_row<E>(from, size, row);
-    if constexpr (is_pair<E>) {
-      load_numbers(from, size, numbers);
-    }
-  }
-
-  // A query and some of the keys that it sees.
-  void meet(int64_t query, int64_t row, const Run& run, const RowsByNumber<T>& keys,
-            const RowsByNumber<T>& values) const {
-    const int64_t list = query / inputs().rule.query_block;
-    const int64_t index = (batch * sizes().num_heads + head) * sizes().num_queries + query;
-    const Normalizer<A> normalizer = args.normalizer[index];
-    const A* const key_bias = inputs().key_biases_of(batch);
-    scores_of_run<E>(inputs(), scratch.queries + row * vectors_of<E>(sizes().head_dim), keys, run, key_bias,
-                     inputs().biases_of(batch, head, list), scratch.bias, scratch.probabilities);
-    for (int64_t e = 0; e < run.count; e += lanes<A>) {
-      const vec<A> distance = load(scratch.probabilities + e) - normalizer.largest;
-      store(scratch.probabilities + e, exp(distance > A(0) ? vec<A>{} : distance) * normalizer.inverse_sum);
-    }
-    if (for_keys != nullptr) {
-      for (int64_t e = 0; e < run.count; ++e) {
-        scratch.in_range[e] = run.keys[e] - static_cast<int32_t>(for_keys->range.begin);
-      }
-      if (args.grad_value.data != nullptr) {
-        add_to_rows(for_keys->values, value_columns() / lanes<A>, scratch.in_range, scratch.probabilities, run.count,
-                    scratch.grad_numbers + row * value_columns());
-      }
-    }
-    if (args.delta == nullptr) {
-      return;  // no gradient to scores is wanted
-    }
-    compute_score_grads(row, run, values, args.delta[index]);
-    if (for_keys != nullptr && args.grad_key.data != nullptr) {
-      add_to_rows(for_keys->keys, columns() / lanes<A>, scratch.in_range, scratch.score_grads, run.count,
-                  scratch.query_numbers + row * columns());
-    }
-    if (for_keys != nullptr && args.grad_key_bias != nullptr) {
-      for (int64_t e = 0; e < run.count; ++e) {
-        for_keys->bias[scratch.in_range[e]] += scratch.score_grads[e];
-      }
-    }
-    if (A* const to = args.grad_biases_of(batch, head, list); for_queries && to != nullptr) {
-      for (int64_t e = 0; e < run.count; ++e) {
-        to[run.places[e]] += scratch.score_grads[e];
-      }
-    }
-    if (for_queries && args.grad_query.data != nullptr) {
-      add_weighted_rows(keys, sizes().head_dim, run.keys, scratch.score_grads, run.count, A(1),
-                        scratch.query_sums + row * columns());
-    }
-  }
-
-  void compute_score_grads(int64_t row, const Run& run, const RowsByNumber<T>& values, A delta) const {
-    if (sizes().value_dim > 0) {
-      products_with_rows<E>(scratch.grads + row * vectors_of<E>(sizes().value_dim), values, sizes().value_dim, run.keys,
-                            run.count, scratch.score_grads);
-    } else {
-      clear(scratch.score_grads, round_up(run.count, lanes<A>));
-    }
-    for (int64_t e = 0; e < run.count; e += lanes<A>) {
-      const vec<A> probability = load(scratch.probabilities + e);
-      const vec<A> score_grad = probability * (load(scratch.score_grads + e) - delta);
-      store(scratch.score_grads + e, probability == A(0) ? vec<A>{} : score_grad);
-    }
-  }
-};
-
-// Gradients to the keys of scratch.sums.range of one key-value head, and where asked for to all queries of its group.
-template <typename T>
-void compute_keys(const AttentionBackward<T>& args, const Scratch<multiplicand_t<T>>& scratch, int64_t batch,
-                  int64_t kv_head, bool for_queries) {
-  using A = accumulate_t<T>;
+// The backward of `Steps`, which are QueryBackward<T> or TileBackward<T>, with its scratch memory: gradients to the keys
+// of a range, of one key-value head, and where asked for to all queries of its group.
+template <typename Steps, typename Scratch, typename T>
+void compute_keys(const AttentionBackward<T>& args, Scratch& scratch, int64_t kv_heads_before, Range range,
+                  int64_t heads_at_a_time, bool for_queries) {
   const Sizes& sizes = args.inputs.sizes;
-  const KeySums<A>& sums = scratch.sums;
-  const int64_t columns = round_up(sizes.head_dim, lanes<A>), value_columns = round_up(sizes.value_dim, lanes<A>);
-  const int64_t num_keys = sums.range.end - sums.range.begin;
-  if (args.grad_key.data != nullptr) {
-    clear(sums.keys, num_keys * columns);
-  }
-  if (args.grad_value.data != nullptr) {
-    clear(sums.values, num_keys * value_columns);
-  }
-  if (args.grad_key_bias != nullptr) {
-    clear(sums.bias, num_keys);
-  }
-  for (int64_t in_group = 0; in_group < sizes.group_size(); ++in_group) {
-    const int64_t head = kv_head * sizes.group_size() + in_group;
-    for (int64_t unit = 0; unit < units_of_head(args.inputs); ++unit) {
-      Backward<T>{args, scratch, batch, head, for_queries, &sums}.compute(unit);
+  const int64_t batch = kv_heads_before / sizes.num_kv_heads, kv_head = kv_heads_before % sizes.num_kv_heads;
+  scratch.sums.range = range;
+  scratch.sums.clear_sums(args);
+  for (int64_t in_group = 0; in_group < sizes.group_size(); in_group += heads_at_a_time) {
+    const Steps steps{args, scratch, batch, kv_head * sizes.group_size() + in_group, for_queries, &scratch.sums};
+    for (int64_t unit = 0; unit < Steps::units(args.inputs); ++unit) {
+      steps.compute(unit);
     }
   }
-  store_key_gradients(args, batch, kv_head, sums.range, sums, columns, value_columns);
+  store_key_gradients(args, batch, kv_head, range, scratch.sums, columns_of<multiplicand_t<T>>(sizes.head_dim),
+                      columns_of<multiplicand_t<T>>(sizes.value_dim));
+}
+
+// Calls body(type_tag of steps and of their scratch memory, heads that go together).
+template <typename Steps, typename Scratch>
+struct form {
+  using steps = Steps;
+  using scratch = Scratch;
+};
+template <typename T, typename Body>
+auto with_form(const Attention<T>& inputs, const Body& body) {
+  using E = multiplicand_t<T>;
+  return by_tile(inputs) ? body(form<TileBackward<T>, TileBackwardScratch<E>>{}, inputs.heads_of_list())
+                         : body(form<QueryBackward<T>, BackwardScratch<E>>{}, int64_t{1});
 }
 
 }  // namespace
 
-// Summed up as the products of grad_output with values are: where a query sees a single key, whose value the output
-// then is, they are the same to the last bit.
 template <typename T>
-void row_delta(const RowDelta<T>& args, int64_t begin, int64_t end) {
-  using E = multiplicand_t<T>;
-  using A = accumulate_t<T>;
-  const Sizes& sizes = args.sizes;
-  typename element<E>::vector grad[256 / lane_count<E>];
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t query = row % sizes.num_queries, head = row / sizes.num_queries % sizes.num_heads;
-    const int64_t batch = row / sizes.num_queries / sizes.num_heads;
-    load_row<E>(args.grad_output.row(batch, head, query), sizes.value_dim, grad);
-    const int32_t itself = 0;
-    A products[lanes<A>];
-    products_with_rows<E>(grad, RowsByNumber<T>{args.output.row(batch, head, query), 0}, sizes.value_dim, &itself, 1,
-                          products);
-    args.delta[row] = products[0] - (args.grad_logsumexp == nullptr ? A(0) : args.grad_logsumexp[row]);
-  }
+void row_delta(const RowDelta<T>& args, bool tiles, int64_t begin, int64_t end) {
+  tiles ? attention::TORCHOPS_LEVEL::row_delta(args, begin, end) : row_delta_by_lanes(args, begin, end);
 }
 
 template <typename T>
 int64_t backward_scratch_bytes(const AttentionBackward<T>& args, int64_t num_keys) {
-  Arena arena(nullptr);
-  Scratch<multiplicand_t<T>>(&arena, args, num_keys);
-  return arena.bytes();
+  return with_form(args.inputs, [&](auto form, int64_t /*heads*/) {
+    Arena arena(nullptr);
+    typename decltype(form)::scratch(&arena, args, num_keys);
+    return arena.bytes();
+  });
 }
 
 template <typename T>
 void backward_heads(const AttentionBackward<T>& args, void* scratch, int64_t begin, int64_t end) {
-  const Sizes& sizes = args.inputs.sizes;
-  Arena arena(scratch);
-  Scratch<multiplicand_t<T>> buffers(&arena, args, sizes.num_keys);
-  buffers.sums.range = {0, sizes.num_keys};
-  for (int64_t unit = begin; unit < end; ++unit) {
-    compute_keys(args, buffers, unit / sizes.num_kv_heads, unit % sizes.num_kv_heads, true);
-  }
+  const int64_t num_keys = args.inputs.sizes.num_keys;
+  with_form(args.inputs, [&](auto form, int64_t heads) {
+    Arena arena(scratch);
+    typename decltype(form)::scratch buffers(&arena, args, num_keys);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      compute_keys<typename decltype(form)::steps>(args, buffers, unit, Range{0, num_keys}, heads, true);
+    }
+  });
 }
 
 template <typename T>
 int64_t backward_query_units(const Attention<T>& inputs) {
-  return units_of_head(inputs);
+  return with_form(inputs, [&](auto form, int64_t heads) {
+    return inputs.sizes.group_size() / heads * decltype(form)::steps::units(inputs);
+  });
 }
 
 template <typename T>
 void backward_queries(const AttentionBackward<T>& args, int64_t first_head, void* scratch, int64_t begin, int64_t end) {
   const Sizes& sizes = args.inputs.sizes;
-  Arena arena(scratch);
-  const Scratch<multiplicand_t<T>> buffers(&arena, args, 0);
-  const int64_t units = units_of_head(args.inputs);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = first_head * sizes.group_size() + unit / units;
-    Backward<T>{args, buffers, head / sizes.num_heads, head % sizes.num_heads, true, nullptr}.compute(
-        balanced_tile(unit % units, units));
-  }
+  with_form(args.inputs, [&](auto form, int64_t heads) {
+    using Steps = typename decltype(form)::steps;
+    Arena arena(scratch);
+    const typename decltype(form)::scratch buffers(&arena, args, 0);
+    const int64_t units = Steps::units(args.inputs);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t head = first_head * sizes.group_size() + unit / units * heads;
+      Steps{args, buffers, head / sizes.num_heads, head % sizes.num_heads, true, nullptr}.compute(
+          balanced_tile(unit % units, units));
+    }
+  });
 }
 
 template <typename T>
 void backward_keys(const AttentionBackward<T>& args, int64_t first_head, int64_t keys_at_a_time, void* scratch,
                    int64_t begin, int64_t end) {
   const Sizes& sizes = args.inputs.sizes;
-  Arena arena(scratch);
-  Scratch<multiplicand_t<T>> buffers(&arena, args, keys_at_a_time);
   const int64_t ranges = divide_up(sizes.num_keys, keys_at_a_time);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t head = first_head + unit / ranges, first = unit % ranges * keys_at_a_time;
-    const int64_t behind = first + keys_at_a_time;
-    buffers.sums.range = {first, behind < sizes.num_keys ? behind : sizes.num_keys};
-    compute_keys(args, buffers, head / sizes.num_kv_heads, head % sizes.num_kv_heads, false);
-  }
+  with_form(args.inputs, [&](auto form, int64_t heads) {
+    Arena arena(scratch);
+    typename decltype(form)::scratch buffers(&arena, args, keys_at_a_time);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit % ranges * keys_at_a_time;
+      compute_keys<typename decltype(form)::steps>(args, buffers, first_head + unit / ranges,
+                                                   Range{first, smaller(first + keys_at_a_time, sizes.num_keys)}, heads,
+                                                   false);
+    }
+  });
 }
 
 #define TORCHOPS_INSTANTIATE(T)                                                                  \
-  template void row_delta(const RowDelta<T>&, int64_t, int64_t);                                 \
+  template void row_delta(const RowDelta<T>&, bool, int64_t, int64_t);                           \
   template int64_t backward_scratch_bytes(const AttentionBackward<T>&, int64_t);                 \
   template void backward_heads(const AttentionBackward<T>&, void*, int64_t, int64_t);            \
-  template int64_t backward_query_units(const Attention<T>&);                                    \
+  template int64_t backward_query_units<T>(const Attention<T>&);                                 \
   template void backward_queries(const AttentionBackward<T>&, int64_t, void*, int64_t, int64_t); \
   template void backward_keys(const AttentionBackward<T>&, int64_t, int64_t, void*, int64_t, int64_t);
 TORCHOPS_INSTANTIATE(double)

@@ -10,9 +10,9 @@ namespace torchops::kernels::sparse_attention {
 
 #define TORCHOPS_DECLARE(level)                                                                                   \
   namespace level {                                                                                               \
-  /* Units are rows, (b * Hq + h) * Lq + i. */                                                                    \
+  /* As the backward by tiles or by queries sums up products with values; units are rows, (b * Hq + h) * Lq + i. */ \
   template <typename T>                                                                                           \
-  void row_delta(const RowDelta<T>& args, int64_t begin, int64_t end);                                            \
+  void row_delta(const RowDelta<T>& args, bool tiles, int64_t begin, int64_t end);                                \
                                                                                                                   \
   /* For gradients to as many keys at a time, 0 for none. */                                                      \
   template <typename T>                                                                                           \
@@ -20,8 +20,7 @@ namespace torchops::kernels::sparse_attention {
   /* All gradients; units are key-value heads, b * Hkv + h. */                                                    \
   template <typename T>                                                                                           \
   void backward_heads(const AttentionBackward<T>& args, void* scratch, int64_t begin, int64_t end);               \
-  /* Those to queries and to pair_bias of the heads from first_head on; units are tiles of queries, */            \
-  /* (head * (Hq / Hkv) + head in group) * backward_query_units + tile. */                                        \
+  /* Those to queries and to pair_bias of the key-value heads from first_head on; backward_query_units of each. */ \
   template <typename T>                                                                                           \
   int64_t backward_query_units(const Attention<T>& inputs);                                                       \
   template <typename T>                                                                                           \

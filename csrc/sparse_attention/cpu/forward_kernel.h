@@ -5,7 +5,7 @@
 
 namespace torchops::kernels::sparse_attention {
 
-// Units are tiles of queries, (b * Hq + h) * forward_units + tile.
+// Units are lists or several of them, of a head or of those that share it.
 #define TORCHOPS_DECLARE(level)                                                             \
   namespace level {                                                                         \
   template <typename T>                                                                     \

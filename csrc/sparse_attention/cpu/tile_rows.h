@@ -23,6 +23,14 @@ constexpr int64_t units_of_head(const Attention<T>& inputs) {
   return divide_up(inputs.lists.num_lists, lists_of_unit(inputs.rule));
 }
 
+// A list of a head; keys that are not of `range` are left out.
+template <typename T>
+void fill_list(const TileLists& lists, int64_t to, const Attention<T>& inputs, int64_t batch, int64_t head,
+               int64_t list, Range range) {
+  lists.fill(to, inputs.lists, inputs.rule, inputs.sequence(batch), batch, inputs.list_head(head), list, range,
+             inputs.biases_of(batch, head, list));
+}
+
 struct UnitOfLists {
   int64_t first;  // list
   int64_t count;
@@ -39,13 +47,10 @@ struct UnitOfLists {
     end_of_queries = end < inputs.sizes.num_queries ? end : inputs.sizes.num_queries;
   }
 
-  // Of a head; keys that are not of `range` are left out.
   template <typename T>
   void fill(const TileLists& to, const Attention<T>& inputs, int64_t batch, int64_t head, Range range) const {
-    const Sequence sequence = inputs.sequence(batch);
     for (int64_t list = 0; list < count; ++list) {
-      to.fill(list, inputs.lists, inputs.rule, sequence, batch, inputs.list_head(head), first + list, range,
-              inputs.biases_of(batch, head, first + list));
+      fill_list(to, list, inputs, batch, head, first + list, range);
     }
   }
 };
@@ -81,30 +86,30 @@ struct Progress {
 
 class Runs {
  public:
-  Runs(Arena* arena) {
-    progress_ = arena->take<Progress>(most_rows);
+  Runs(Arena* arena, int64_t num_rows) {
+    progress_ = arena->take<Progress>(num_rows);
     keys_ = arena->take<int32_t>(most_keys);
     places_ = arena->take<int32_t>(most_keys);
   }
 
   void start(int64_t row, const List& list, int64_t end_of_keys) const { progress_[row] = {list, end_of_keys, 0, 0}; }
 
-  // The next keys of entries that begin before `end`; none where there are no more.
-  Run next(int64_t row, int64_t end, bool of_single_keys) const {
+  // At most `most` of the next keys of entries that begin before `end`; none where there are no more.
+  Run next(int64_t row, int64_t end, int64_t most, bool of_single_keys) const {
     Progress& at = progress_[row];
     const int64_t bound = end < at.end_of_keys ? end : at.end_of_keys;
     if (of_single_keys) {
       const int64_t first = at.entry;
-      while (at.entry < at.list.length && at.entry - first < most_keys && at.list.begin[at.entry] < bound) {
+      while (at.entry < at.list.length && at.entry - first < most && at.list.begin[at.entry] < bound) {
         ++at.entry;
       }
       return {at.list.begin + first, at.list.place + first, at.entry - first};
     }
     int64_t count = 0;
-    while (at.entry < at.list.length && count < most_keys && at.list.begin[at.entry] < bound) {
+    while (at.entry < at.list.length && count < most && at.list.begin[at.entry] < bound) {
       const int64_t first = at.list.begin[at.entry] + at.key;
       const int64_t last = at.list.end[at.entry] < at.end_of_keys ? at.list.end[at.entry] : at.end_of_keys;
-      const int64_t taken = last - first < most_keys - count ? last - first : most_keys - count;
+      const int64_t taken = last - first < most - count ? last - first : most - count;
       for (int64_t i = 0; i < taken; ++i) {
         keys_[count + i] = static_cast<int32_t>(first + i);
         places_[count + i] = at.list.place[at.entry];

@@ -28,12 +28,12 @@ int64_t unit_cost(const Attention<T>& inputs) {
 class CpuTopkAttention : public CpuAttention {
  public:
   using CpuAttention::CpuAttention;
+  explicit CpuTopkAttention(const TopkBackward& args)
+      : CpuAttention(args.normalizer.device()), by_tile_(goes_by_tile(args)) {}
 
   template <typename T>
   void forward(const kernels::sparse_attention::AttentionForward<T>& args) const {
-    const Sizes& sizes = args.inputs.sizes;
-    const auto units = TORCHOPS_KERNEL(sparse_attention, forward_units<T>)(args.inputs);
-    parallel_tiles(sizes.batch * sizes.num_heads * units, unit_cost(args.inputs),
+    parallel_tiles(TORCHOPS_KERNEL(sparse_attention, forward_units<T>)(args.inputs), unit_cost(args.inputs),
                    TORCHOPS_KERNEL(sparse_attention, forward_scratch_bytes<T>)(args.inputs),
                    [&](char* scratch, int64_t begin, int64_t end) {
                      TORCHOPS_KERNEL(sparse_attention, forward<T>)(args, scratch, begin, end);
@@ -44,7 +44,7 @@ class CpuTopkAttention : public CpuAttention {
   void row_delta(const kernels::attention::RowDelta<T>& args) const {
     const Sizes& sizes = args.sizes;
     parallel_units(sizes.batch * sizes.num_heads * sizes.num_queries, sizes.value_dim, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(sparse_attention, row_delta<T>)(args, begin, end);
+      TORCHOPS_KERNEL(sparse_attention, row_delta<T>)(args, by_tile_, begin, end);
     });
   }
 
@@ -62,12 +62,12 @@ class CpuTopkAttention : public CpuAttention {
     // cut into tiles of queries and ranges of keys.
     const int64_t heads = sizes.batch * sizes.num_kv_heads, threads = at::get_num_threads();
     const int64_t whole = for_queries && for_keys ? heads / threads * threads : 0;
-    parallel_tiles(whole, 4 * sizes.group_size() * units * unit_cost(inputs),
+    parallel_tiles(whole, 4 * units * unit_cost(inputs),
                    whole > 0 ? scratch_bytes(sizes.num_keys) : 0, [&](char* scratch, int64_t begin, int64_t end) {
                      TORCHOPS_KERNEL(sparse_attention, backward_heads<T>)(args, scratch, begin, end);
                    });
     const int64_t rest = heads - whole;
-    parallel_tiles(for_queries ? rest * sizes.group_size() * units : 0, 2 * unit_cost(inputs), scratch_bytes(0),
+    parallel_tiles(for_queries ? rest * units : 0, 2 * unit_cost(inputs), scratch_bytes(0),
                    [&](char* scratch, int64_t begin, int64_t end) {
                      TORCHOPS_KERNEL(sparse_attention, backward_queries<T>)(args, whole, scratch, begin, end);
                    });
@@ -75,12 +75,28 @@ class CpuTopkAttention : public CpuAttention {
     const int64_t ranges = rest == 0 ? 1 : std::max<int64_t>((threads + rest - 1) / rest, 1);
     const int64_t keys_at_a_time = std::max<int64_t>((sizes.num_keys + ranges - 1) / ranges, 1);
     parallel_tiles(for_keys ? rest * ((sizes.num_keys + keys_at_a_time - 1) / keys_at_a_time) : 0,
-                   2 * sizes.group_size() * units * unit_cost(inputs), scratch_bytes(keys_at_a_time),
+                   2 * units * unit_cost(inputs), scratch_bytes(keys_at_a_time),
                    [&](char* scratch, int64_t begin, int64_t end) {
                      TORCHOPS_KERNEL(sparse_attention, backward_keys<T>)
                      (args, whole, keys_at_a_time, scratch, begin, end);
                    });
   }
+
+ private:
+  // Where no probability is asked for, either way will do.
+  static bool goes_by_tile(const TopkBackward& args) {
+    if (!args.query || !args.key || !args.indices) {
+      return false;
+    }
+    const int64_t num_heads = args.query->size(1);
+    const int64_t bias_heads = args.options.pair_bias ? args.options.pair_bias->size(1) : 1;
+    return num_heads > 0 &&
+           kernels::sparse_attention::by_tile(rule_of(args.options, args.query->size(2)).query_block,
+                                              kernels::sparse_attention::heads_of_list(
+                                                  num_heads, args.key->size(1), args.indices->size(1), bias_heads));
+  }
+
+  bool by_tile_ = false;
 };
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace torchops {
 class CudaTopkAttention : public CudaAttention {
  public:
   using CudaAttention::CudaAttention;
+  explicit CudaTopkAttention(const TopkBackward& args) : CudaAttention(args.normalizer.device()) {}
 
   template <typename T>
   void forward(const kernels::sparse_attention::AttentionForward<T>& args) const {
