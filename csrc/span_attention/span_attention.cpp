@@ -141,12 +141,9 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
                right = ctx->saved_data["right"].toSymInt();
     const auto key_bias = optional_tensor(saved[5]), sink = optional_tensor(saved[6]),
                query_start = optional_tensor(saved[7]), key_start = optional_tensor(saved[8]);
-    const SpanOptions options{{key_bias, sink, query_start, key_start},
-                              block_size,
-                              left,
-                              right,
-                              ctx->saved_data["is_causal"].toBool(),
-                              ctx->saved_data["scale"].toOptional<double>()};
+    const SpanOptions options{
+        {key_bias, sink, query_start, key_start},     block_size, left, right, ctx->saved_data["is_causal"].toBool(),
+        ctx->saved_data["scale"].toOptional<double>()};
     const auto [grad_query, grad_key, grad_value, grad_bias, grad_sink] =
         op(optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), optional_tensor(saved[1]),
            optional_tensor(saved[2]), optional_tensor(saved[3]), saved[4], options, mask);

@@ -33,7 +33,8 @@ struct Attention : attention::Inputs<T> {
   constexpr int64_t bias_head(int64_t head) const { return head / (this->sizes.num_heads / bias_heads); }
   // Heads one behind the other that share keys, lists and biases of lists.
   constexpr int64_t heads_of_list() const {
-    return sparse_attention::heads_of_list(this->sizes.num_heads, this->sizes.num_kv_heads, lists.num_heads, bias_heads);
+    return sparse_attention::heads_of_list(this->sizes.num_heads, this->sizes.num_kv_heads, lists.num_heads,
+                                           bias_heads);
   }
   // pair_bias of a list, or null.
   constexpr const accumulate_t<T>* biases_of(int64_t batch, int64_t head, int64_t list) const {

@@ -30,21 +30,17 @@ TORCHOPS_INLINE Range listed_keys(const ListRule& rule, const Sequence& sequence
     return {0, 0};
   }
   const int64_t begin = entry * rule.block_size - sequence.key_start;
-  return {clamp(begin, 0, sequence.num_keys),
-          clamp(begin + rule.block_size, 0, sequence.num_keys)};
+  return {clamp(begin, 0, sequence.num_keys), clamp(begin + rule.block_size, 0, sequence.num_keys)};
 }
 
 // The first key of the block that a key lies in, and behind the last one; -1 for a key that no entry names.
 TORCHOPS_INLINE int64_t begin_of_block(const ListRule& rule, const Sequence& sequence, int64_t key) {
   const int64_t position = sequence.key_start + key;
-  return rule.block_size == 1 ? key
-         : position < 0       ? -1
-                              : clamp(key - position % rule.block_size, 0, sequence.num_keys);
+  return rule.block_size == 1 ? key : position < 0 ? -1 : clamp(key - position % rule.block_size, 0, sequence.num_keys);
 }
 TORCHOPS_INLINE int64_t end_of_block(const ListRule& rule, const Sequence& sequence, int64_t key) {
   const int64_t before = (sequence.key_start + key) % rule.block_size;
-  return rule.block_size == 1 ? key + 1
-                              : clamp(key - before + rule.block_size, 0, sequence.num_keys);
+  return rule.block_size == 1 ? key + 1 : clamp(key - before + rule.block_size, 0, sequence.num_keys);
 }
 
 // Behind the last key that a query may see.

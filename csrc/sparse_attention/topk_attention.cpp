@@ -101,12 +101,11 @@ struct TopkAttention : torch::autograd::Function<TopkAttention> {
     auto [output, logsumexp, normalizer] = op(query, key, value, indices, options);
     const auto needed = [](bool is_needed, const at::Tensor& tensor) { return is_needed ? tensor : at::Tensor(); };
     const bool probabilities = mask.probabilities();
-    ctx->save_for_backward({needed(probabilities, query), needed(probabilities, key), needed(mask.scores(), value),
-                            needed(mask.delta(), output), normalizer, needed(probabilities, indices),
-                            needed(probabilities, key_bias), needed(mask.sink(), sink),
-                            needed(probabilities, value_or_undefined(options.query_start)),
-                            needed(probabilities, value_or_undefined(options.key_start)),
-                            needed(probabilities, pair_bias)});
+    ctx->save_for_backward(
+        {needed(probabilities, query), needed(probabilities, key), needed(mask.scores(), value),
+         needed(mask.delta(), output), normalizer, needed(probabilities, indices), needed(probabilities, key_bias),
+         needed(mask.sink(), sink), needed(probabilities, value_or_undefined(options.query_start)),
+         needed(probabilities, value_or_undefined(options.key_start)), needed(probabilities, pair_bias)});
     ctx->saved_data["block_size"] = options.block_size;
     ctx->saved_data["query_block"] = options.query_block;
     ctx->saved_data["is_causal"] = options.is_causal;
@@ -229,8 +228,9 @@ at::Tensor topk_attention(const at::Tensor& query, const at::Tensor& key, const 
                           std::optional<double> scale, const std::optional<at::Tensor>& key_bias,
                           const std::optional<at::Tensor>& pair_bias, const std::optional<at::Tensor>& sink,
                           const std::optional<at::Tensor>& query_start, const std::optional<at::Tensor>& key_start) {
-  return call_topk_attention(query, key, value, indices,
-                             {{key_bias, sink, query_start, key_start}, pair_bias, block_size, query_block, is_causal, scale});
+  return call_topk_attention(
+      query, key, value, indices,
+      {{key_bias, sink, query_start, key_start}, pair_bias, block_size, query_block, is_causal, scale});
 }
 
 std::tuple<at::Tensor, at::Tensor> topk_attention_lse(
@@ -239,8 +239,9 @@ std::tuple<at::Tensor, at::Tensor> topk_attention_lse(
     const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& pair_bias,
     const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& query_start,
     const std::optional<at::Tensor>& key_start) {
-  return call_topk_attention_lse(query, key, value, indices,
-                                 {{key_bias, sink, query_start, key_start}, pair_bias, block_size, query_block, is_causal, scale});
+  return call_topk_attention_lse(
+      query, key, value, indices,
+      {{key_bias, sink, query_start, key_start}, pair_bias, block_size, query_block, is_causal, scale});
 }
 
 }  // namespace torchops

@@ -105,7 +105,8 @@ struct Head {
     if (!for_keys && query_sums == nullptr) {
       return;
     }
-    meeting.compute_score_grads(rows, sizes().value_dim, pack.grads_left + packed_row * left_stride<E>(sizes().value_dim),
+    meeting.compute_score_grads(rows, sizes().value_dim,
+                                pack.grads_left + packed_row * left_stride<E>(sizes().value_dim),
                                 pack.values_transposed + first_key * depth_of<E>(sizes().value_dim));
     if (for_keys) {
       if (args.grad_key.data != nullptr) {
@@ -206,9 +207,8 @@ void backward_pack(const AttentionBackward<T>& args, int64_t first_head, void* p
       pack_transposed(rows, sizes.head_dim, key_tile<E>, pack.keys_transposed + key * depth_of<E>(sizes.head_dim));
       pack_right(rows, sizes.head_dim, key_tile<E>, pack.keys + key / element<E>::depth * head.query_columns());
       if (inputs.value.data != nullptr) {
-        pack_transposed(
-            RowsInOrder<T>{inputs.value.row(head.batch, head.kv_head, key), inputs.value.row_stride, seen},
-            sizes.value_dim, key_tile<E>, pack.values_transposed + key * depth_of<E>(sizes.value_dim));
+        pack_transposed(RowsInOrder<T>{inputs.value.row(head.batch, head.kv_head, key), inputs.value.row_stride, seen},
+                        sizes.value_dim, key_tile<E>, pack.values_transposed + key * depth_of<E>(sizes.value_dim));
       }
     } else {
       const int64_t tiles = divide_up(sizes.num_queries, query_tile);

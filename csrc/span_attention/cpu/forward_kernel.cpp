@@ -114,8 +114,8 @@ void compute_tile(const AttentionForward<T>& args, const Pack<E>* packed, const 
     if (inputs.key_bias != nullptr) {
       load_key_bias(inputs, batch, first, num_keys, scratch.bias);
     }
-    scratch.compute_scores(sizes.head_dim, pack.keys, num_rows, num_keys, inputs.scale, inputs.key_bias != nullptr, spans,
-                           first);
+    scratch.compute_scores(sizes.head_dim, pack.keys, num_rows, num_keys, inputs.scale, inputs.key_bias != nullptr,
+                           spans, first);
     scratch.compute_weights(padded_rows, num_keys);
     // Keys before the first visible one, and behind the last, have no weight.
     const int64_t skipped = keys.begin > first ? (keys.begin - first) / element<E>::depth : 0;

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "span_attention/cuda/tile.cuh"
 #include "span_attention/cuda/slice_stream.cuh"
+#include "span_attention/cuda/tile.cuh"
 
 namespace torchops::kernels::span_attention {
 

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "span_attention/cuda/tile.cuh"
 #include "span_attention/cuda/scores_mma.cuh"
+#include "span_attention/cuda/tile.cuh"
 
 namespace torchops::kernels::span_attention {
 

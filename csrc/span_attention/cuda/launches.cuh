@@ -73,14 +73,16 @@ void launch_forward(const AttentionForward<T>& args) {
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
       using Tile = ForwardTile<d(), v()>;
-      device::launch({heads * device::tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
-                     forward_mma<T, d(), v()>, args, wide);
+      device::launch(
+          {heads * device::tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
+          forward_mma<T, d(), v()>, args, wide);
     });
   } else {
     for_slices(sizes.value_dim, [&](auto slices) {
       using Slices = ForwardSlices<T, slices()>;
-      device::launch({heads * device::tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
-                     forward_fma<T, slices()>, args, wide);
+      device::launch(
+          {heads * device::tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
+          forward_fma<T, slices()>, args, wide);
     });
   }
 }
@@ -115,14 +117,16 @@ void launch_query_gradient(const AttentionBackward<T>& args) {
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
       using Tile = QueryGradientTile<d(), v()>;
-      device::launch({heads * device::tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
-                     query_gradient_mma<T, d(), v()>, args, wide);
+      device::launch(
+          {heads * device::tiles_of(sizes.num_queries, Tile::queries), mma_threads, Tile::template shared_bytes<T>},
+          query_gradient_mma<T, d(), v()>, args, wide);
     });
   } else {
     for_slices(sizes.head_dim, [&](auto slices) {
       using Slices = QueryGradientSlices<T, slices()>;
-      device::launch({heads * device::tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
-                     query_gradient_fma<T, slices()>, args, wide);
+      device::launch(
+          {heads * device::tiles_of(sizes.num_queries, Slices::tile), device::fma_threads, Slices::shared_bytes},
+          query_gradient_fma<T, slices()>, args, wide);
     });
   }
 }
@@ -137,14 +141,16 @@ void launch_key_gradient(const AttentionBackward<T>& args) {
   if constexpr (on_matrix_units<T>) {
     for_head_dims(sizes, [&](auto d, auto v) {
       using Tile = KeyGradientTile<d(), v()>;
-      device::launch({heads * device::tiles_of(sizes.num_keys, Tile::keys), mma_threads, Tile::template shared_bytes<T>},
-                     key_gradient_mma<T, d(), v()>, args, wide);
+      device::launch(
+          {heads * device::tiles_of(sizes.num_keys, Tile::keys), mma_threads, Tile::template shared_bytes<T>},
+          key_gradient_mma<T, d(), v()>, args, wide);
     });
   } else {
     for_slices(std::max(sizes.head_dim, sizes.value_dim), [&](auto slices) {
       using Slices = KeyGradientSlices<T, slices()>;
-      device::launch({heads * device::tiles_of(sizes.num_keys, Slices::tile), device::fma_threads, Slices::shared_bytes},
-                     key_gradient_fma<T, slices()>, args, wide);
+      device::launch(
+          {heads * device::tiles_of(sizes.num_keys, Slices::tile), device::fma_threads, Slices::shared_bytes},
+          key_gradient_fma<T, slices()>, args, wide);
     });
   }
 }

@@ -7,8 +7,8 @@
 namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
 namespace {
 
-// The backward of `Steps`, which are QueryBackward<T> or TileBackward<T>, with its scratch memory: gradients to the keys
-// of a range, of one key-value head, and where asked for to all queries of its group.
+// The backward of `Steps`, which are QueryBackward<T> or TileBackward<T>, with its scratch memory: gradients to the
+// keys of a range, of one key-value head, and where asked for to all queries of its group.
 template <typename Steps, typename Scratch, typename T>
 void compute_keys(const AttentionBackward<T>& args, Scratch& scratch, int64_t kv_heads_before, Range range,
                   int64_t heads_at_a_time, bool for_queries) {

@@ -97,8 +97,7 @@ void for_tiles(const Attention<T>& inputs, int64_t batch, int64_t first_head, in
 // The first query that sees a key of a list, whose keys ascend.
 inline int64_t first_seeing(const ListRule& rule, const Sequence& sequence, const List& list, const ListTile& tile) {
   int64_t query = tile.first_query;
-  while (query <= tile.last_query() &&
-         (list.length == 0 || list.begin[0] >= end_of_keys(rule, sequence, query))) {
+  while (query <= tile.last_query() && (list.length == 0 || list.begin[0] >= end_of_keys(rule, sequence, query))) {
     ++query;
   }
   return query;

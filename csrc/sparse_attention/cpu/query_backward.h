@@ -32,7 +32,9 @@ struct BackwardScratch {
 
   template <typename T>
   BackwardScratch(Arena* arena, const AttentionBackward<T>& args, int64_t num_keys)
-      : lists(arena, args.inputs.lists, lists_of_unit(args.inputs.rule)), runs(arena, most_rows), sums(arena, args, num_keys) {
+      : lists(arena, args.inputs.lists, lists_of_unit(args.inputs.rule)),
+        runs(arena, most_rows),
+        sums(arena, args, num_keys) {
     const Sizes& sizes = args.inputs.sizes;
     const int64_t columns = round_up(sizes.head_dim, lanes<A>), value_columns = round_up(sizes.value_dim, lanes<A>);
     queries = arena->take<Vector>(most_rows * vectors_of<E>(sizes.head_dim));
@@ -108,7 +110,7 @@ struct QueryBackward {
     }
     for (int64_t row = 0; for_queries && args.grad_query.data != nullptr && row < num_rows; ++row) {
       store_gradient(args.grad_query.row(batch, head, first_query + row), scratch.query_sums + row * columns(),
-                sizes().head_dim, inputs().scale);
+                     sizes().head_dim, inputs().scale);
     }
   }
 
@@ -128,7 +130,7 @@ struct QueryBackward {
     const int64_t index = (batch * sizes().num_heads + head) * sizes().num_queries + query;
     const Normalizer<A> normalizer = args.normalizer[index];
     const A* const key_bias = inputs().key_biases_of(batch);
-    scores_of_run<E>(inputs(), scratch.queries + row * vectors_of<E>(sizes().head_dim), keys, run, key_bias,
+    scores_of_run<E>(inputs(), scratch.queries + row * vectors_of<E>(sizes().head_dim), keys, values, run, key_bias,
                      inputs().biases_of(batch, head, list), scratch.bias, scratch.probabilities);
     for (int64_t e = 0; e < run.count; e += lanes<A>) {
       const vec<A> distance = load(scratch.probabilities + e) - normalizer.largest;
@@ -170,7 +172,7 @@ struct QueryBackward {
   void compute_score_grads(int64_t row, const Run& run, const RowsByNumber<T>& values, A delta) const {
     if (sizes().value_dim > 0) {
       products_with_rows<E>(scratch.grads + row * vectors_of<E>(sizes().value_dim), values, sizes().value_dim, run.keys,
-                            run.count, scratch.score_grads);
+                            run.count, RowsByNumber<T>{}, 0, scratch.score_grads);
     } else {
       clear(scratch.score_grads, round_up(run.count, lanes<A>));
     }
@@ -197,7 +199,7 @@ void row_delta_by_lanes(const RowDelta<T>& args, int64_t begin, int64_t end) {
     const int32_t itself = 0;
     A products[lanes<A>];
     products_with_rows<E>(grad, RowsByNumber<T>{args.output.row(batch, head, query), 0}, sizes.value_dim, &itself, 1,
-                          products);
+                          RowsByNumber<T>{}, 0, products);
     args.delta[row] = products[0] - (args.grad_logsumexp == nullptr ? A(0) : args.grad_logsumexp[row]);
   }
 }

@@ -71,8 +71,8 @@ struct QueryForward {
         const A* const pair_bias = inputs().biases_of(batch, head, list_of(row));
         const auto next = [&] { return scratch.runs.next(row, end, most_keys, single); };
         for (Run run = next(); run.count > 0; run = next()) {
-          scores_of_run<E>(inputs(), scratch.queries + row * vectors, keys, run, key_bias, pair_bias, scratch.bias,
-                           scratch.scores);
+          scores_of_run<E>(inputs(), scratch.queries + row * vectors, keys, values, run, key_bias, pair_bias,
+                           scratch.bias, scratch.scores);
           const A rescale = weigh(row, run.count);
           add_weighted_rows(values, sizes.value_dim, run.keys, scratch.scores, run.count, rescale,
                             scratch.output + row * columns());

@@ -28,10 +28,21 @@ void load_row(const T* from, int64_t size, typename element<E>::vector* to) {
   }
 }
 
+// Fetches a row, for it is as far apart from the last one as numbers in a list are.
+template <typename T>
+inline __attribute__((always_inline)) void prefetch_row(const T* row, int64_t size) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t d = 0; d < size; d += line) {
+    __builtin_prefetch(row + d);
+  }
+}
+
 // products[e] = row . rows[numbers[e]], each added up in the same order wherever it stands; whole vectors are written.
+// Meanwhile rows of the same numbers of `later` are fetched, which has data unless nobody reads them.
 template <typename E, typename T>
 void products_with_rows(const typename element<E>::vector* row, const RowsByNumber<T>& rows, int64_t size,
-                        const int32_t* numbers, int64_t count, sum_t<E>* products) {
+                        const int32_t* numbers, int64_t count, const RowsByNumber<T>& later, int64_t later_size,
+                        sum_t<E>* products) {
   using A = sum_t<E>;
   constexpr int64_t at_once = lanes<A>;
   constexpr int64_t step = lane_count<E> * element<E>::depth;
@@ -39,11 +50,20 @@ void products_with_rows(const typename element<E>::vector* row, const RowsByNumb
   for (int64_t first = 0; first < count; first += at_once) {
     const T* from[at_once];
     for (int64_t e = 0; e < at_once; ++e) {
-      from[e] = rows.at(numbers[first + e < count ? first + e : count - 1]);
+      const int32_t number = numbers[first + e < count ? first + e : count - 1];
+      from[e] = rows.at(number);
+      if (later.data != nullptr) {
+        prefetch_row(later.at(number), later_size);
+      }
     }
-    vec<A> sums[at_once] = {};
+    vec<A> sums[at_once];
+#pragma GCC unroll 16
+    for (int64_t e = 0; e < at_once; ++e) {
+      sums[e] = vec<A>{};
+    }
     for (int64_t v = 0; v < whole; ++v) {
       const auto left = row[v];
+#pragma GCC unroll 16
       for (int64_t e = 0; e < at_once; ++e) {
         sums[e] = multiply_add_lanes(left, load_elements<E>(from[e] + v * step, step), sums[e]);
       }
@@ -59,12 +79,16 @@ void products_with_rows(const typename element<E>::vector* row, const RowsByNumb
 }
 
 // Calls body(first, count<vectors>) for stretches of a row of num_vectors vectors.
-inline constexpr int stretch = 4;
+inline constexpr int stretch = 8;
 template <typename Body>
 inline __attribute__((always_inline)) void for_stretches(int64_t num_vectors, const Body& body) {
   int64_t first = 0;
   for (; first + stretch <= num_vectors; first += stretch) {
     body(first, count<stretch>{});
+  }
+  if (first + 4 <= num_vectors) {
+    body(first, count<4>{});
+    first += 4;
   }
   switch (num_vectors - first) {
     case 1:
@@ -78,33 +102,42 @@ inline __attribute__((always_inline)) void for_stretches(int64_t num_vectors, co
   }
 }
 
-// to = to * rescale + sum over e of weights[e] rows[numbers[e]]: two sums by turns, for the latency of an addition.
-// `to` has whole vectors.
+// to = to * rescale + sum over e of weights[e] rows[numbers[e]]: several sums by turns where vectors are few, for the
+// latency of an addition. `to` has whole vectors.
 template <typename T>
 void add_weighted_rows(const RowsByNumber<T>& rows, int64_t size, const int32_t* numbers,
                        const accumulate_t<T>* weights, int64_t number, accumulate_t<T> rescale, accumulate_t<T>* to) {
   using A = accumulate_t<T>;
   const auto add = [&](int64_t first, auto vectors, const auto& load_vector) {
-    constexpr int n = decltype(vectors)::value;
-    vec<A> even[n] = {}, odd[n] = {};
-    int64_t e = 0;
-    for (; e + 2 <= number; e += 2) {
-      const T* const one = rows.at(numbers[e]) + first;
-      const T* const other = rows.at(numbers[e + 1]) + first;
+    constexpr int n = decltype(vectors)::value, turns = n >= stretch ? 1 : 2;
+    vec<A> sums[turns][n];
+    for (int turn = 0; turn < turns; ++turn) {
       for (int v = 0; v < n; ++v) {
-        even[v] += weights[e] * load_vector(one + v * lanes<T>);
-        odd[v] += weights[e + 1] * load_vector(other + v * lanes<T>);
+        sums[turn][v] = vec<A>{};
+      }
+    }
+    const auto add_row = [&](int64_t e, int turn) {
+      const T* const row = rows.at(numbers[e]) + first;
+      for (int v = 0; v < n; ++v) {
+        sums[turn][v] += weights[e] * load_vector(row + v * lanes<T>);
+      }
+    };
+    int64_t e = 0;
+    for (; e + turns <= number; e += turns) {
+      for (int turn = 0; turn < turns; ++turn) {
+        add_row(e + turn, turn);
       }
     }
     if (e < number) {
-      const T* const one = rows.at(numbers[e]) + first;
-      for (int v = 0; v < n; ++v) {
-        even[v] += weights[e] * load_vector(one + v * lanes<T>);
-      }
+      add_row(e, 0);
     }
     for (int v = 0; v < n; ++v) {
       A* const here = to + first + v * lanes<T>;
-      store(here, load(here) * rescale + (even[v] + odd[v]));
+      vec<A> sum = sums[0][v];
+      for (int turn = 1; turn < turns; ++turn) {
+        sum += sums[turn][v];
+      }
+      store(here, load(here) * rescale + sum);
     }
   };
   for_stretches(size / lanes<T>, [&](int64_t vector, auto vectors) {

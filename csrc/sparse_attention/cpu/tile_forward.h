@@ -36,9 +36,7 @@ void forward_of_tile(const AttentionForward<T>& args, const TileForwardScratch<E
             padded_rows, scratch.queries);
   scratch.clear(padded_rows, columns);
   scratch.runs.start(0, entries, end_of_keys(inputs.rule, sequence, tile.last_query()));
-  const auto next = [&] {
-    return scratch.runs.next(0, sizes.num_keys, key_block<E>, inputs.rule.block_size == 1);
-  };
+  const auto next = [&] { return scratch.runs.next(0, sizes.num_keys, key_block<E>, inputs.rule.block_size == 1); };
   for (Run run = next(); run.count > 0; run = next()) {
     const int64_t num_keys = round_up(run.count, panel_columns<A>);
     pack_transposed(ListedRows<T>(inputs.key, tile.batch, kv_head, run), sizes.head_dim, num_keys, scratch.keys);
@@ -65,8 +63,7 @@ void forward_by_tile(const AttentionForward<T>& args, void* scratch, int64_t beg
     const int64_t batch = unit / lists / groups, head = unit / lists % groups * inputs.heads_of_list();
     const int64_t list = balanced_tile(unit % lists, lists);
     fill_list(buffers.lists, 0, inputs, batch, head, list, Range{0, inputs.sizes.num_keys});
-    for_tiles(inputs, batch, head, list,
-              [&](const ListTile& tile) { forward_of_tile(args, buffers, tile, list); });
+    for_tiles(inputs, batch, head, list, [&](const ListTile& tile) { forward_of_tile(args, buffers, tile, list); });
   }
 }
 

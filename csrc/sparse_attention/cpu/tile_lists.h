@@ -22,7 +22,7 @@ uint64_t order_of_bias(A bias) {
 // One list in scratch memory.
 struct List {
   int32_t* begin;  // the first key of each entry
-  int32_t* end;    // behind its last one
+  int32_t* end;    // behind its last one; for entries that name a block
   int32_t* place;  // where it stands in the caller's list
   int64_t length;
 };
@@ -54,7 +54,7 @@ class TileLists {
                       : collect(to, lists.wide.row(batch, list_head, list), lists.num_listed, rule, sequence, range);
     const List here = (*this)[to];
     if (!is_ascending(here)) {
-      sort(here, sequence.num_keys);
+      sort(here, sequence.num_keys, rule.block_size > 1);
     }
     if (biases != nullptr) {
       order_equal_entries(here, biases);
@@ -69,6 +69,15 @@ class TileLists {
                   Range range) const {
     const List here = (*this)[to];
     int64_t length = 0;
+    if (rule.block_size == 1) {
+      // An entry is its key: nobody asks where it ends.
+      for (int64_t i = 0; i < count; ++i) {
+        here.begin[length] = static_cast<int32_t>(entries[i]);
+        here.place[length] = static_cast<int32_t>(i);
+        length += range.contains(entries[i]) ? 1 : 0;
+      }
+      return length;
+    }
     for (int64_t i = 0; i < count; ++i) {
       const Range keys = listed_keys(rule, sequence, entries[i]);
       const int64_t begin = keys.begin > range.begin ? keys.begin : range.begin;
@@ -91,7 +100,7 @@ class TileLists {
   }
 
   // By digits, from the lowest; entries that begin with the same key keep their order.
-  void sort(const List& list, int64_t num_keys) const {
+  void sort(const List& list, int64_t num_keys, bool with_ends) const {
     uint64_t *from = sorted_, *to = spare_;
     for (int64_t i = 0; i < list.length; ++i) {
       from[i] = static_cast<uint64_t>(list.begin[i]) << 32 | static_cast<uint64_t>(i);
@@ -114,7 +123,9 @@ class TileLists {
       from = to;
       to = other;
     }
-    permute(list.end, from, to, list.length);
+    if (with_ends) {
+      permute(list.end, from, to, list.length);
+    }
     permute(list.place, from, to, list.length);
     for (int64_t i = 0; i < list.length; ++i) {
       list.begin[i] = static_cast<int32_t>(from[i] >> 32);

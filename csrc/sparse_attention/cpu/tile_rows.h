@@ -99,11 +99,15 @@ class Runs {
     Progress& at = progress_[row];
     const int64_t bound = end < at.end_of_keys ? end : at.end_of_keys;
     if (of_single_keys) {
-      const int64_t first = at.entry;
-      while (at.entry < at.list.length && at.entry - first < most && at.list.begin[at.entry] < bound) {
-        ++at.entry;
+      const int32_t* const begin = at.list.begin + at.entry;
+      const int32_t* const place = at.list.place + at.entry;
+      const int64_t left = at.list.length - at.entry < most ? at.list.length - at.entry : most;
+      int64_t count = 0;
+      while (count < left && begin[count] < bound) {
+        ++count;
       }
-      return {at.list.begin + first, at.list.place + first, at.entry - first};
+      at.entry += count;
+      return {begin, place, count};
     }
     int64_t count = 0;
     while (at.entry < at.list.length && count < most && at.list.begin[at.entry] < bound) {
@@ -130,13 +134,15 @@ class Runs {
 };
 
 // Scores of a run, computed in the same way by the forward and the backward; -inf up to whole vectors behind the last.
+// Its values are fetched meanwhile.
 template <typename E, typename T>
 void scores_of_run(const Attention<T>& inputs, const typename element<E>::vector* query, const RowsByNumber<T>& keys,
-                   const Run& run, const sum_t<E>* key_bias, const sum_t<E>* pair_bias, sum_t<E>* bias,
-                   sum_t<E>* scores) {
+                   const RowsByNumber<T>& values, const Run& run, const sum_t<E>* key_bias, const sum_t<E>* pair_bias,
+                   sum_t<E>* bias, sum_t<E>* scores) {
   using A = sum_t<E>;
   using Lane = typename lane_index<sizeof(A)>::type;
-  products_with_rows<E>(query, keys, inputs.sizes.head_dim, run.keys, run.count, scores);
+  products_with_rows<E>(query, keys, inputs.sizes.head_dim, run.keys, run.count, values, inputs.sizes.value_dim,
+                        scores);
   const bool biased = key_bias != nullptr || pair_bias != nullptr;
   if (biased) {
     for (int64_t e = 0; e < run.count; ++e) {

@@ -62,8 +62,8 @@ class CpuTopkAttention : public CpuAttention {
     // cut into tiles of queries and ranges of keys.
     const int64_t heads = sizes.batch * sizes.num_kv_heads, threads = at::get_num_threads();
     const int64_t whole = for_queries && for_keys ? heads / threads * threads : 0;
-    parallel_tiles(whole, 4 * units * unit_cost(inputs),
-                   whole > 0 ? scratch_bytes(sizes.num_keys) : 0, [&](char* scratch, int64_t begin, int64_t end) {
+    parallel_tiles(whole, 4 * units * unit_cost(inputs), whole > 0 ? scratch_bytes(sizes.num_keys) : 0,
+                   [&](char* scratch, int64_t begin, int64_t end) {
                      TORCHOPS_KERNEL(sparse_attention, backward_heads<T>)(args, scratch, begin, end);
                    });
     const int64_t rest = heads - whole;

@@ -33,8 +33,8 @@ void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& 
   const Sizes& sizes = args.inputs.sizes;
   const int64_t queries_of_warp = args.grad_pair_bias == nullptr ? 1 : args.inputs.rule.query_block;
   const int64_t units = sizes.batch * sizes.num_heads * device::tiles_of(sizes.num_queries, queries_of_warp);
-  device::launch({device::tiles_of(units, num_warps), num_threads, WarpMemory<accumulate_t<T>>::bytes}, query_gradient<T>, args,
-                 sorted, queries_of_warp);
+  device::launch({device::tiles_of(units, num_warps), num_threads, WarpMemory<accumulate_t<T>>::bytes},
+                 query_gradient<T>, args, sorted, queries_of_warp);
 }
 
 // One of args.grad_key, grad_value and grad_key_bias is wanted.
@@ -49,8 +49,9 @@ void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& so
 template <typename T>
 void launch_row_delta(const RowDelta<T>& args) {
   const Sizes& sizes = args.sizes;
-  device::launch({device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads), row_delta_threads},
-                 row_delta_fma<1, T>, args);
+  device::launch(
+      {device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads), row_delta_threads},
+      row_delta_fma<1, T>, args);
 }
 
 }  // namespace torchops::kernels::sparse_attention

@@ -13,7 +13,8 @@ int64_t sorted_heads(const Attention<T>& inputs) {
 
 // Lists in ascending order.
 struct SortedLists {
-  int32_t* begins;  // [B, sorted_heads, Nq, k]: the first key of each entry; no_key, behind all others, for one without keys
+  int32_t*
+      begins;  // [B, sorted_heads, Nq, k]: the first key of each entry; no_key, behind all others, for one without keys
   int32_t* places;  // [B, sorted_heads, Nq, k]: where it stands in the caller's list
   int64_t num_heads;
 

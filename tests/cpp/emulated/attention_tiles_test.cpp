@@ -119,16 +119,9 @@ struct Run {
   const Sizes& sizes() const { return what.sizes; }
   float scale() const { return 1 / std::sqrt(static_cast<float>(sizes().head_dim)); }
   attention::Attention<bfloat16> inputs() const {
-    return {query.read(),
-            key.read(),
-            value.read(),
-            what.with_bias ? bias.data() : nullptr,
-            what.with_sink ? sink.data() : nullptr,
-            query_start.data(),
-            nullptr,
-            sizes(),
-            what.span,
-            scale()};
+    return {{query.read(), key.read(), value.read(), what.with_bias ? bias.data() : nullptr,
+             what.with_sink ? sink.data() : nullptr, query_start.data(), nullptr, sizes(), scale()},
+            what.span};
   }
   attention::AttentionBackward<bfloat16> backward() {
     return {inputs(),           grad_output.read(), normalizer.data(),  delta.data(),
@@ -171,7 +164,7 @@ void compute_forward(Run& run, int64_t threads) {
 void compute_backward(Run& run, bool whole_heads, int64_t threads) {
   const Sizes& sizes = run.sizes();
   const int64_t heads = sizes.batch * sizes.num_kv_heads;
-  on_tiles::row_delta<bfloat16>(
+  torchops::kernels::attention::amx::row_delta<bfloat16>(
       {run.grad_output.read(), run.output.read(), run.grad_logsumexp.data(), run.delta.data(), sizes}, 0,
       static_cast<int64_t>(run.delta.size()));
   const auto args = run.backward();

@@ -210,10 +210,9 @@ struct Problem {
 
   Attention<T> inputs() const {
     const auto data = [](const auto& numbers) { return numbers.empty() ? nullptr : numbers.data(); };
-    return {query.heads(),        key.heads(), value.heads(),
-            data(key_bias),       data(sink),  data(query_start),
-            data(key_start),      sizes,       make_span(spec.block_size, spec.left, spec.right, spec.is_causal),
-            static_cast<A>(scale)};
+    return {{query.heads(), key.heads(), value.heads(), data(key_bias), data(sink), data(query_start), data(key_start),
+             sizes, static_cast<A>(scale)},
+            make_span(spec.block_size, spec.left, spec.right, spec.is_causal)};
   }
 
   // By the definition, not by span.h.

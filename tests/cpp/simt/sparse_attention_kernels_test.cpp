@@ -124,21 +124,17 @@ struct Problem {
   }
   Attention<T> inputs() const {
     const auto data = [](const auto& numbers) { return numbers.empty() ? nullptr : numbers.data(); };
-    return {heads(query.data(), sizes.num_heads, sizes.num_queries, sizes.head_dim),
-            heads(key.data(), sizes.num_kv_heads, sizes.num_keys, sizes.head_dim),
-            heads(value.data(), sizes.num_kv_heads, sizes.num_keys, sizes.value_dim),
-            {spec.is_wide ? Heads<const int32_t>{} : heads(narrow.data(), spec.list_heads, num_lists, spec.num_listed),
-             spec.is_wide ? heads(wide.data(), spec.list_heads, num_lists, spec.num_listed) : Heads<const int64_t>{},
-             spec.list_heads, num_lists, spec.num_listed},
-            data(key_bias),
-            data(pair_bias),
-            data(sink),
-            data(query_start),
-            data(key_start),
-            spec.has_sides ? sizes.num_heads : 1,
-            sizes,
-            {spec.block_size, spec.query_block, spec.is_causal},
-            static_cast<A>(1 / std::sqrt(static_cast<double>(sizes.head_dim)))};
+    return {
+        {heads(query.data(), sizes.num_heads, sizes.num_queries, sizes.head_dim),
+         heads(key.data(), sizes.num_kv_heads, sizes.num_keys, sizes.head_dim),
+         heads(value.data(), sizes.num_kv_heads, sizes.num_keys, sizes.value_dim), data(key_bias), data(sink),
+         data(query_start), data(key_start), sizes, static_cast<A>(1 / std::sqrt(static_cast<double>(sizes.head_dim)))},
+        {spec.is_wide ? Heads<const int32_t>{} : heads(narrow.data(), spec.list_heads, num_lists, spec.num_listed),
+         spec.is_wide ? heads(wide.data(), spec.list_heads, num_lists, spec.num_listed) : Heads<const int64_t>{},
+         spec.list_heads, num_lists, spec.num_listed},
+        data(pair_bias),
+        spec.has_sides ? sizes.num_heads : 1,
+        {spec.block_size, spec.query_block, spec.is_causal}};
   }
 
   // Of the right lengths and full of NaN, but for shares that are added to.
@@ -168,14 +164,12 @@ struct Problem {
             grad_logsumexp.data(), results.delta.data(), sizes};
   }
   AttentionBackward<T> backward_arguments(Results<T>& results) const {
-    return {inputs(),
-            heads(grad_output.data(), sizes.num_heads, sizes.num_queries, sizes.value_dim),
-            results.normalizer.data(),
-            results.delta.data(),
-            heads(results.grad_query.data(), sizes.num_heads, sizes.num_queries, sizes.head_dim),
-            heads(results.grad_key.data(), sizes.num_kv_heads, sizes.num_keys, sizes.head_dim),
-            heads(results.grad_value.data(), sizes.num_kv_heads, sizes.num_keys, sizes.value_dim),
-            results.key_bias_shares.data(),
+    return {{inputs(), heads(grad_output.data(), sizes.num_heads, sizes.num_queries, sizes.value_dim),
+             results.normalizer.data(), results.delta.data(),
+             heads(results.grad_query.data(), sizes.num_heads, sizes.num_queries, sizes.head_dim),
+             heads(results.grad_key.data(), sizes.num_kv_heads, sizes.num_keys, sizes.head_dim),
+             heads(results.grad_value.data(), sizes.num_kv_heads, sizes.num_keys, sizes.value_dim),
+             results.key_bias_shares.data()},
             results.pair_shares.data()};
   }
 
@@ -184,9 +178,8 @@ struct Problem {
     const auto scratch_of = [](int64_t bytes) { return AlignedBuffer<char>(static_cast<size_t>(bytes)); };
     const auto forward = forward_arguments(results);
     auto scratch = scratch_of(baseline::forward_scratch_bytes(forward.inputs));
-    baseline::forward(forward, scratch.data(), 0,
-                      sizes.batch * sizes.num_heads * baseline::forward_units(forward.inputs));
-    baseline::row_delta(delta_arguments(results), 0, num_rows());
+    baseline::forward(forward, scratch.data(), 0, baseline::forward_units(forward.inputs));
+    baseline::row_delta(delta_arguments(results), by_tile(forward.inputs), 0, num_rows());
     const auto backward = backward_arguments(results);
     auto of_backward = scratch_of(baseline::backward_scratch_bytes(backward, sizes.num_keys));
     baseline::backward_heads(backward, of_backward.data(), 0, sizes.batch * sizes.num_kv_heads);

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "core/cpu/level.h"
 #include "core/attention/attention.h"
+#include "core/cpu/level.h"
 
 namespace torchops::kernels::attention {
 

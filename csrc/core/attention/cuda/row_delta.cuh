@@ -7,7 +7,8 @@ namespace torchops::kernels::attention {
 
 inline constexpr int row_delta_threads = 128;
 
-// Summed up in ascending order: a thread for each row, grid [B * Hq * Lq / row_delta_threads]. `width` divides Dv, and all rows are aligned to width elements.
+// Summed up in ascending order: a thread for each row, grid [B * Hq * Lq / row_delta_threads]. `width` divides Dv, and
+// all rows are aligned to width elements.
 template <int width, typename T>
 __global__ void __launch_bounds__(row_delta_threads) row_delta_fma(RowDelta<T> args) {
   using A = accumulate_t<T>;
