@@ -26,12 +26,12 @@ void compute_keys(const AttentionBackward<T>& args, Scratch& scratch, int64_t kv
                       columns_of<multiplicand_t<T>>(sizes.value_dim));
 }
 
-// Calls body(type_tag of steps and of their scratch memory, heads that go together).
 template <typename Steps, typename Scratch>
 struct form {
   using steps = Steps;
   using scratch = Scratch;
 };
+// Calls body(form, heads whose lists its steps go through together).
 template <typename T, typename Body>
 auto with_form(const Attention<T>& inputs, const Body& body) {
   using E = multiplicand_t<T>;

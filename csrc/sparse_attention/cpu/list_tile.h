@@ -47,6 +47,16 @@ struct ListTile {
   int64_t query_of(int64_t row) const { return first_query + row % num_queries; }
   int64_t last_query() const { return first_query + num_queries - 1; }
 
+  // The first query that sees a key of the list. Which part of the list a range of keys leaves does not count: what is
+  // no number in a query reaches the same keys, however many threads there are.
+  int64_t first_seeing(const ListRule& rule, const Sequence& sequence, const List& list) const {
+    int64_t query = first_query;
+    while (query <= last_query() && list.first_key >= end_of_keys(rule, sequence, query)) {
+      ++query;
+    }
+    return query;
+  }
+
   // What each row sees of a run.
   TileRanges ranges_of(const ListRule& rule, const Sequence& sequence, const Run& run) const {
     TileRanges ranges;
@@ -92,15 +102,6 @@ void for_tiles(const Attention<T>& inputs, int64_t batch, int64_t first_head, in
                     smaller(num_queries - query, query_tile)});
     }
   }
-}
-
-// The first query that sees a key of a list, whose keys ascend.
-inline int64_t first_seeing(const ListRule& rule, const Sequence& sequence, const List& list, const ListTile& tile) {
-  int64_t query = tile.first_query;
-  while (query <= tile.last_query() && (list.length == 0 || list.begin[0] >= end_of_keys(rule, sequence, query))) {
-    ++query;
-  }
-  return query;
 }
 
 }  // namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL

@@ -25,6 +25,7 @@ struct List {
   int32_t* end;    // behind its last one; for entries that name a block
   int32_t* place;  // where it stands in the caller's list
   int64_t length;
+  int64_t first_key;  // of all that the caller's list names, of whatever range
 };
 
 class TileLists {
@@ -36,22 +37,26 @@ class TileLists {
     end_ = arena->take<int32_t>(num_lists * stride_);
     place_ = arena->take<int32_t>(num_lists * stride_);
     length_ = arena->take<int64_t>(num_lists);
+    first_key_ = arena->take<int64_t>(num_lists);
     sorted_ = arena->take<uint64_t>(lists.num_listed);
     spare_ = arena->take<uint64_t>(lists.num_listed);
     counts_ = arena->take<int32_t>(int64_t{1} << digit_bits);
   }
 
   List operator[](int64_t list) const {
-    return {begin_ + list * stride_, end_ + list * stride_, place_ + list * stride_, length_[list]};
+    return {begin_ + list * stride_, end_ + list * stride_, place_ + list * stride_, length_[list], first_key_[list]};
   }
 
   // The entries of a list as far as they name keys of `range`.
   template <typename A>
   void fill(int64_t to, const Lists& lists, const ListRule& rule, const Sequence& sequence, int64_t batch,
             int64_t list_head, int64_t list, Range range, const A* biases) const {
-    length_[to] = lists.wide.data == nullptr
-                      ? collect(to, lists.narrow.row(batch, list_head, list), lists.num_listed, rule, sequence, range)
-                      : collect(to, lists.wide.row(batch, list_head, list), lists.num_listed, rule, sequence, range);
+    const auto collect_from = [&](const auto* entries) {
+      return rule.block_size == 1 ? collect_keys(to, entries, lists.num_listed, sequence.num_keys, range)
+                                  : collect(to, entries, lists.num_listed, rule, sequence, range);
+    };
+    length_[to] = lists.wide.data == nullptr ? collect_from(lists.narrow.row(batch, list_head, list))
+                                             : collect_from(lists.wide.row(batch, list_head, list));
     const List here = (*this)[to];
     if (!is_ascending(here)) {
       sort(here, sequence.num_keys, rule.block_size > 1);
@@ -68,16 +73,7 @@ class TileLists {
   int64_t collect(int64_t to, const Index* entries, int64_t count, const ListRule& rule, const Sequence& sequence,
                   Range range) const {
     const List here = (*this)[to];
-    int64_t length = 0;
-    if (rule.block_size == 1) {
-      // An entry is its key: nobody asks where it ends.
-      for (int64_t i = 0; i < count; ++i) {
-        here.begin[length] = static_cast<int32_t>(entries[i]);
-        here.place[length] = static_cast<int32_t>(i);
-        length += range.contains(entries[i]) ? 1 : 0;
-      }
-      return length;
-    }
+    int64_t length = 0, first_key = sequence.num_keys;
     for (int64_t i = 0; i < count; ++i) {
       const Range keys = listed_keys(rule, sequence, entries[i]);
       const int64_t begin = keys.begin > range.begin ? keys.begin : range.begin;
@@ -86,7 +82,25 @@ class TileLists {
       here.end[length] = static_cast<int32_t>(end);
       here.place[length] = static_cast<int32_t>(i);
       length += begin < end ? 1 : 0;
+      first_key = !keys.empty() && keys.begin < first_key ? keys.begin : first_key;
     }
+    first_key_[to] = first_key;
+    return length;
+  }
+
+  // The same where an entry is its key: nobody asks where it ends.
+  template <typename Index>
+  int64_t collect_keys(int64_t to, const Index* entries, int64_t count, int64_t num_keys, Range range) const {
+    const List here = (*this)[to];
+    int64_t length = 0, first_key = num_keys;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t key = entries[i];
+      here.begin[length] = static_cast<int32_t>(key);
+      here.place[length] = static_cast<int32_t>(i);
+      length += range.contains(key) ? 1 : 0;
+      first_key = key >= 0 && key < first_key ? key : first_key;
+    }
+    first_key_[to] = first_key;
     return length;
   }
 
@@ -157,7 +171,7 @@ class TileLists {
 
   int64_t stride_;
   int32_t *begin_, *end_, *place_;
-  int64_t* length_;
+  int64_t *length_, *first_key_;
   uint64_t *sorted_, *spare_;
   int32_t* counts_;
 };

@@ -88,12 +88,11 @@ class CpuTopkAttention : public CpuAttention {
     if (!args.query || !args.key || !args.indices) {
       return false;
     }
-    const int64_t num_heads = args.query->size(1);
     const int64_t bias_heads = args.options.pair_bias ? args.options.pair_bias->size(1) : 1;
-    return num_heads > 0 &&
-           kernels::sparse_attention::by_tile(rule_of(args.options, args.query->size(2)).query_block,
-                                              kernels::sparse_attention::heads_of_list(
-                                                  num_heads, args.key->size(1), args.indices->size(1), bias_heads));
+    return kernels::sparse_attention::by_tile(
+        rule_of(args.options, args.query->size(2)).query_block,
+        kernels::sparse_attention::heads_of_list(args.query->size(1), args.key->size(1), args.indices->size(1),
+                                                 bias_heads));
   }
 
   bool by_tile_ = false;
