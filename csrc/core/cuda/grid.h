@@ -6,11 +6,6 @@
 
 namespace torchops::device {
 
-// How many tiles a length is cut into.
-inline int64_t tiles_of(int64_t length, int64_t tile) {
-  return (length + tile - 1) / tile;
-}
-
 // The blocks of a launch, in numbers that do not wrap around before they are checked.
 struct Grid {
   int64_t x, y, z;

@@ -2,6 +2,7 @@
 
 #include "core/cuda/block.cuh"
 #include "core/cuda/pack.cuh"
+#include "core/cuda/tiles.h"
 #include "span_attention/cuda/tile.cuh"
 #include "span_attention/pieces.h"
 

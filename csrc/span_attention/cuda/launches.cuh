@@ -5,6 +5,7 @@
 
 #include "core/attention/cuda/side_gradients.cuh"
 #include "core/cuda/launch.h"
+#include "core/cuda/tiles.h"
 #include "span_attention/cuda/decode.cuh"
 #include "span_attention/cuda/forward_fma.cuh"
 #include "span_attention/cuda/forward_mma.cuh"

@@ -4,6 +4,7 @@
 
 #include "core/attention/cuda/row_delta.cuh"
 #include "core/cuda/launch.h"
+#include "core/cuda/tiles.h"
 #include "sparse_attention/cuda/forward.cuh"
 #include "sparse_attention/cuda/key_gradient.cuh"
 #include "sparse_attention/cuda/query_gradient.cuh"

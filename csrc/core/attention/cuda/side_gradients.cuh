@@ -3,6 +3,7 @@
 #include "core/attention/cuda/softmax.cuh"
 #include "core/cuda/block.cuh"
 #include "core/cuda/launch.h"
+#include "core/cuda/tiles.h"
 
 // Gradients to the inputs that several heads or rows of the batch share, each summed up in one order.
 
