@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
 
 #include "core/attention/attention.h"
 #include "core/attention/cuda/side_gradients.cuh"
