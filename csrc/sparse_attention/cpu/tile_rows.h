@@ -110,7 +110,9 @@ class Runs {
       return {begin, place, count};
     }
     int64_t count = 0;
-    while (at.entry < at.list.length && count < most && at.list.begin[at.entry] < bound) {
+    // A block that is listed twice begins another run, so that what a query sees of one is its first keys.
+    const auto ascends = [&] { return count == 0 || at.list.begin[at.entry] + at.key > keys_[count - 1]; };
+    while (at.entry < at.list.length && count < most && at.list.begin[at.entry] < bound && ascends()) {
       const int64_t first = at.list.begin[at.entry] + at.key;
       const int64_t last = at.list.end[at.entry] < at.end_of_keys ? at.list.end[at.entry] : at.end_of_keys;
       const int64_t taken = last - first < most - count ? last - first : most - count;
