@@ -133,7 +133,8 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
                 return value[0] if isinstance(value, (list, tuple)) else value
         return otherwise
 
-    tokens = torch.randint(60, min(setting("vocab_size", 500), 500), (2, 16))
+    vocabulary = min(setting("vocab_size", 500), 500)
+    tokens = torch.randint(min(60, vocabulary // 2), vocabulary, (2, 16))
     image, channels = setting("image_size", 224), setting("num_channels", 3)
     mels = setting("num_mel_bins", 80)
     frames = 2 * setting("max_source_positions", 100)
