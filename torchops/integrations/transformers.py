@@ -139,7 +139,7 @@ def remember(config: Any) -> None:
 def check_model(model: PreTrainedModel) -> None:
     """Every part of it takes attention implementations from outside, and gives them the mask that it is given."""
     for name, part in model.named_modules():
-        if makes_its_mask(type(part)):
+        if makes_its_mask(type(part)):  # type: ignore[arg-type]  # mypy takes no class for hashable
             raise TypeError(
                 f"span attention: {type(part).__name__} ({name}) makes the mask of its attention itself, which no span "
                 "describes: leave the model its own attention"
