@@ -27,9 +27,11 @@ def cases_of_programs() -> list:
     items = []
     for program in programs():
         # Catch2 2 returns the number of cases as its exit status.
-        listed = subprocess.run([program, "--list-test-names-only"], capture_output=True, text=True).stdout
-        for name in filter(None, (line.strip() for line in listed.splitlines())):
-            items.append(pytest.param(program, name, id=f"{program.name}: {name}"))
+        run = subprocess.run([program, "--list-test-names-only"], env=unpoisoned(), capture_output=True, text=True)
+        names = [line.strip() for line in run.stdout.splitlines() if line.strip()]
+        # A sanitizer that refuses to start, say.
+        assert names, f"{program} names no tests: {run.stderr}"
+        items += [pytest.param(program, name, id=f"{program.name}: {name}") for name in names]
     return items
 
 
