@@ -93,6 +93,15 @@ def test_another_copy_loaded_afterwards_registers_nothing(tmp_path: Path) -> Non
     assert f"{torchops.utils.library_path}: its operators stay" in run.stderr
 
 
+def test_copies_are_told_apart_where_symbols_are_global(tmp_path: Path) -> None:
+    first, second = (shutil.copy(torchops.utils.library_path, tmp_path / name) for name in ("first.so", "second.so"))
+    code = f"import ctypes, torch\nfor path in {[str(first), str(second)]}: ctypes.CDLL(path, ctypes.RTLD_GLOBAL)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    expected = f"{second} registers nothing, for this process has loaded another copy of the library, {first}: its"
+    assert expected in run.stderr
+
+
 def imported(preparation: str) -> str:
     """What a process prints as the version, after some lines of Python."""
     code = f"{preparation}\nimport torchops; print(torchops.__version__)"

@@ -14,6 +14,9 @@ extern "C" TORCHOPS_API const char torchops_library = 0;
 namespace torchops {
 namespace {
 
+// Has an address in this copy. That of the exported name may be the other's: global symbols come from the first copy.
+const char here = 0;
+
 // The file that an address was loaded from.
 std::string file_of(const void* address) {
   Dl_info info;
@@ -35,7 +38,7 @@ std::string other_copy() {
     }
     const void* const found = dlsym(handle, "torchops_library");
     dlclose(handle);
-    if (found != nullptr && found != &torchops_library) {
+    if (found != nullptr && file_of(found) != file_of(&here)) {
       return file_of(found);
     }
   }
@@ -49,7 +52,7 @@ bool registers_operators() {
     if (!c10::Dispatcher::singleton().findSchema({qualified_name("merge_tokens"), ""})) {
       return true;
     }
-    TORCH_WARN("torchops: ", file_of(&torchops_library),
+    TORCH_WARN("torchops: ", file_of(&here),
                " registers nothing, for this process has loaded another copy of the library, ", other_copy(),
                ": its operators stay");
     return false;
