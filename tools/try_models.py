@@ -222,18 +222,15 @@ def attend(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # where it has no other attention than its own
         model.set_attn_implementation("eager")
     expected = compute(model, inputs)
+    refusal = "refused"
     try:
         apply_span_attention(model)
+        refusal = "refused in the forward"
+        outputs = compute(model, inputs)
     except (TypeError, ValueError) as error:
         if not str(error).startswith("span attention: "):
             raise
-        return {"outcome": "refused", "refused": str(error)}
-    try:
-        outputs = compute(model, inputs)
-    except ValueError as error:
-        if not str(error).startswith("span attention: "):
-            raise
-        return {"outcome": "refused in the forward", "refused": str(error)}
+        return {"outcome": refusal, "refused": str(error)}
     if [output.shape for output in outputs] != [output.shape for output in expected]:
         raise ConversionError("other shapes")
     for output, one in zip(outputs, expected, strict=True):
