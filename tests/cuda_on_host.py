@@ -1,5 +1,7 @@
 """The CUDA floor executed on the host: how a process that test_cuda_on_host.py starts uses it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -28,3 +30,13 @@ def has_cuda_half(name: str) -> bool:
 def num_launches() -> int:
     """So far."""
     return torch.ops.torchops_on_host.num_launches()
+
+
+@contextmanager
+def random_order() -> Iterator[None]:
+    """Of threads and blocks of the kernels launched meanwhile."""
+    torch.ops.torchops_on_host.use_order(1)
+    try:
+        yield
+    finally:
+        torch.ops.torchops_on_host.use_order(None)

@@ -29,8 +29,7 @@ def try_models() -> ModuleType:
     ["bert", "gpt2", "albert", "bart", "t5", "llama", "vit", "whisper"],
 )
 def test_models_convert_and_compute(try_models: ModuleType, name: str) -> None:
-    (class_name,) = try_models.classes(name)
-    result = try_models.attempt(name, class_name)
+    result = try_models.attempt(name, try_models.class_of(name))
     assert result["outcome"] == "converted", result
     assert result["factored"] > 0
 

@@ -61,7 +61,7 @@ def test_missing_library(copy_of_package: Path) -> None:
 
 @pytest.mark.parametrize("name", ["libtorchops.so", "renamed_torchops.so", "renamed.so"])
 def test_another_copy_of_the_library(tmp_path: Path, name: str) -> None:
-    """A second registration of the operators would end the process."""
+    """The package would run on the other's operators."""
     copy = shutil.copy(torchops.utils.library_path, tmp_path / name)
     message = import_error(f"import torch; torch.ops.load_library({str(copy)!r})")
     assert message.startswith(f"ImportError: torchops cannot load {torchops.utils.library_path}: ")
@@ -72,6 +72,34 @@ def test_another_copy_loaded_without_torch(tmp_path: Path) -> None:
     copy = shutil.copy(torchops.utils.library_path, tmp_path)
     message = import_error(f"import ctypes, torch; ctypes.CDLL({str(copy)!r})")
     assert f"another copy of the library ({copy})" in message
+
+
+def test_another_copy_loaded_afterwards_registers_nothing(tmp_path: Path) -> None:
+    """Python cannot catch what a library throws while it loads, so it warns."""
+    copy = shutil.copy(torchops.utils.library_path, tmp_path / "renamed.so")
+    code = (
+        "import torch, torchops\n"
+        "kernels = torch._C._dispatch_dump_table('torchops::merge_tokens')\n"
+        f"torch.ops.load_library({str(copy)!r})\n"
+        "assert torch._C._dispatch_dump_table('torchops::merge_tokens') == kernels\n"
+        "print(torchops.bipartite_assignment(torch.ones(1, 4, 2), 1).tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert run.stdout.strip() == "[[0, 0, 1, 2]]", run.stderr
+    assert run.stderr.count("Warning:") == 1, run.stderr
+    assert (
+        f"torchops: {copy} registers nothing, for this process has loaded another copy of the library, " in run.stderr
+    )
+    assert f"{torchops.utils.library_path}: its operators stay" in run.stderr
+
+
+def test_copies_are_told_apart_where_symbols_are_global(tmp_path: Path) -> None:
+    first, second = (shutil.copy(torchops.utils.library_path, tmp_path / name) for name in ("first.so", "second.so"))
+    code = f"import ctypes, torch\nfor path in {[str(first), str(second)]}: ctypes.CDLL(path, ctypes.RTLD_GLOBAL)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    expected = f"{second} registers nothing, for this process has loaded another copy of the library, {first}: its"
+    assert expected in run.stderr
 
 
 def imported(preparation: str) -> str:

@@ -1,6 +1,5 @@
-"""What is special to span_attention: equality with torch's attention, positions, merging, counts, and the modules."""
+"""What is special to span_attention: equality with torch's attention, positions, merging, numbers, and counts."""
 
-import io
 import math
 import subprocess
 import sys
@@ -13,17 +12,12 @@ from contract import FLOATS, Inputs, gradients, random, to_double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from own_process import unpoisoned
-from torch import Tensor, nn
+from span_inputs import HUGE, qkv, spans
+from torch import Tensor
 
 import torchops
-from torchops.nn import SpanAttention, mixed_span, visible_pairs
+from torchops.nn import visible_pairs
 from torchops.reference import span_attention as reference
-
-HUGE = 2**62
-
-
-def qkv(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(random(*shape, dtype=dtype, device="cpu", seed=seed) for seed in range(3))
 
 
 def seen_keys(queries: int, keys: int, **options: Any) -> Tensor:
@@ -120,18 +114,6 @@ def test_a_trimmed_cache_needs_its_start() -> None:
     seen = seen_keys(1, 8, **span, query_start=query_start, key_start=key_start)
     assert seen.nonzero()[:, 1].tolist() == [6, 7]
     assert seen_keys(1, 8, **span).sum() == 4, "shapes alone would tell position 7"
-
-
-@st.composite
-def spans(draw: st.DrawFn) -> dict[str, Any]:
-    size = st.one_of(st.integers(1, 8), st.just(HUGE))
-    reach = st.one_of(st.integers(-1, 6), st.just(HUGE))
-    return {
-        "block_size": draw(size),
-        "left": draw(reach),
-        "right": draw(reach),
-        "is_causal": draw(st.booleans()),
-    }
 
 
 @settings(deadline=None, max_examples=150)
@@ -506,176 +488,3 @@ def test_memory_grows_with_the_length() -> None:
     run = subprocess.run(command, env=unpoisoned(), capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
     assert int(run.stdout) < 128, f"{run.stdout.strip()} MiB"
-
-
-# ---- few queries, whose keys are cut into pieces ------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("heads", "kv_heads", "queries"), [(1, 1, 1), (8, 1, 1), (3, 3, 5), (16, 1, 4)])
-def test_decoding_has_the_same_bits_for_any_number_of_threads(
-    heads: int, kv_heads: int, queries: int, dtype: torch.dtype
-) -> None:
-    query = random(1, heads, queries, 24, dtype=dtype, device="cpu")
-    key, value = (random(1, kv_heads, 5000, 24, dtype=dtype, device="cpu", seed=seed) for seed in (1, 2))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(torchops.span_attention_lse(query, key, value, is_causal=True))
-    finally:
-        torch.set_num_threads(threads)
-    for output, logsumexp in results[1:]:
-        assert torch.equal(output, results[0][0])
-        assert torch.equal(logsumexp, results[0][1])
-
-
-@pytest.mark.parametrize("position", [0, 700, 1299])
-def test_what_is_no_number_in_one_piece_reaches_the_result(position: int) -> None:
-    query, (key, value, _) = qkv(1, 8, 1, 8, dtype=torch.float32)[0], qkv(1, 1, 1300, 8, dtype=torch.float32)
-
-    def spoiled(tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        tensor[0, 0, position, 3] = math.nan
-        return tensor
-
-    output, logsumexp = torchops.span_attention_lse(query, spoiled(key), value)
-    assert output.isnan().all()
-    assert logsumexp.isnan().all()
-    output, logsumexp = torchops.span_attention_lse(query, key, spoiled(value))
-    assert output[..., 3].isnan().all()
-    assert output[..., :3].isfinite().all()
-    assert logsumexp.isfinite().all()
-    for score in (math.nan, math.inf):
-        bias = torch.zeros(1, 1300)
-        bias[0, position] = score
-        output, logsumexp = torchops.span_attention_lse(query, key, value, key_bias=bias)
-        assert output.isnan().all()
-        assert logsumexp.isnan().all()
-
-
-@pytest.mark.numeric
-@settings(deadline=None, max_examples=25)
-@given(
-    span=spans(),
-    heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (32, 1)]),
-    queries=st.integers(1, 9),
-    keys=st.sampled_from([511, 512, 513, 1024, 1151, 1153, 2000]),
-    dims=st.sampled_from([(1, 1), (8, 24), (17, 40), (64, 33)]),
-    start=st.one_of(st.none(), st.integers(-20, 2100)),
-)
-def test_decoding_of_any_shape_and_span(
-    span: dict[str, Any], heads: tuple[int, int], queries: int, keys: int, dims: tuple[int, int], start: int | None
-) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
-        inputs: Inputs = span | {
-            "query": random(2, heads[0], queries, dims[0], dtype=dtype, device="cpu"),
-            "key": random(2, heads[1], keys, dims[0], dtype=dtype, device="cpu", seed=1),
-            "value": random(2, heads[1], keys, dims[1], dtype=dtype, device="cpu", seed=2),
-            "sink": random(heads[0], dtype=dtype, device="cpu"),
-            "query_start": None if start is None else torch.tensor([start, start + 3]),
-        }
-        actual = torchops.span_attention_lse(**inputs)
-        expected = reference.span_attention_lse(**to_double(inputs))
-        for one, other in zip(actual, expected, strict=True):
-            error = (one.double() - other).abs().max().item()
-            assert error <= tolerance * max(1.0, other.abs().max().item())
-
-
-# ---- modules ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("full_layers", "share"), [(4, 0.271), (6, 0.344), (8, 0.417)])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_cost_of_a_mixed_stack(full_layers: int, share: float, is_causal: bool) -> None:
-    spans = mixed_span(24, range(full_layers), block_size=1024, is_causal=is_causal)
-    pairs = sum(visible_pairs(8192, **span) for span in spans)
-    assert pairs / (24 * visible_pairs(8192, is_causal=is_causal)) == pytest.approx(share, abs=5e-4)
-
-
-def test_mixed_span_takes_any_layers() -> None:
-    spans = mixed_span(5, [0, 2, -1], left=9, right=0, is_causal=True)
-    assert [span["left"] for span in spans] == [-1, 9, -1, 9, -1]
-    assert all(span["is_causal"] for span in spans)
-    spans[1]["left"] = 3
-    assert spans[3]["left"] == 9, "layers do not share their settings"
-    for layer in (5, -6):
-        with pytest.raises(ValueError, match=f"mixed_span: expected full_layers in -5..4, got {layer}"):
-            mixed_span(5, [layer])
-
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "window": {"left": 5, "right": 0, "is_causal": True, "num_kv_heads": 2},
-    "blocks-sink": {"block_size": 4, "left": 0, "right": 0, "sink": True, "bias": False},
-}
-
-
-def scripted_copy(module: nn.Module) -> torch.jit.ScriptModule:
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(module), buffer)
-    buffer.seek(0)
-    return torch.jit.load(buffer)
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_module_scripts_exports_and_compiles(name: str) -> None:
-    module = SpanAttention(16, 4, **SETTINGS[name])
-    padding, start = torch.arange(11).expand(2, 11) < 3, torch.tensor([-3, -3])
-    for inputs in ((torch.randn(2, 11, 16),), (torch.randn(2, 11, 16), padding, start)):
-        expected = module(*inputs)
-        assert torch.equal(scripted_copy(module)(*inputs), expected)
-        assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(*inputs), expected)
-        exported = torch.export.export(module, inputs).module()
-        assert torch.equal(exported(*inputs), expected)
-
-
-def test_module_by_hand() -> None:
-    module = SpanAttention(12, 6, block_size=2, left=1, right=0, is_causal=True, num_kv_heads=3, sink=True).double()
-    nn.init.normal_(module.sink)
-    assert module.k_proj.out_features == module.v_proj.out_features == 6
-    input = torch.randn(2, 9, 12, dtype=torch.float64)
-
-    def heads(projection: nn.Linear) -> Tensor:
-        return projection(input).view(2, 9, -1, 2).transpose(1, 2)
-
-    output = reference.span_attention(
-        heads(module.q_proj), heads(module.k_proj), heads(module.v_proj), 2, 1, 0, True, sink=module.sink
-    )
-    torch.testing.assert_close(module(input), module.out_proj(output.transpose(1, 2).reshape(2, 9, 12)))
-    module(input).square().sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
-    assert "block_size=2, left=1, right=0, is_causal=True, sink=True" in repr(module)
-
-
-def test_module_gives_padded_rows_what_they_give_alone() -> None:
-    module = SpanAttention(8, 2, block_size=4, left=0, right=0, is_causal=True).double()
-    input = torch.randn(2, 9, 8, dtype=torch.float64)
-    padding = torch.arange(9) < torch.tensor([[3], [0]])
-    output = module(input, padding, torch.tensor([-3, 0]))
-    torch.testing.assert_close(output[:1, 3:], module(input[:1, 3:]))
-    torch.testing.assert_close(output[1:], module(input[1:]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_module_in_low_precision(dtype: torch.dtype) -> None:
-    module = SpanAttention(16, 4, left=5, sink=True).to(dtype)
-    padding = torch.arange(11).expand(2, 11) < 3
-    output = module(torch.randn(2, 11, 16, dtype=dtype), padding)
-    assert output.dtype == dtype
-    output.sum().backward()
-    assert module.sink.grad.dtype == dtype
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((10, 3), "expected embed_dim to be a multiple of num_heads = 3, got 10"),
-        ((12, 4, 3), "expected num_heads to be a multiple of num_kv_heads = 3, got 4"),
-        ((12, 4, 0), "expected num_heads to be a multiple of num_kv_heads = 0, got 4"),
-    ],
-)
-def test_module_refuses(arguments: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=f"SpanAttention: {message}"):
-        SpanAttention(*arguments[:2], num_kv_heads=arguments[2] if len(arguments) > 2 else None)

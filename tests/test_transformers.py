@@ -559,6 +559,31 @@ def test_spans_that_do_not_fit_the_model_are_refused(name: str, spans: Any, mess
         model(tokens())
 
 
+TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+
+# A mask that depends on values, keys that an indexer chose, positions added to the scores, all in place of the mask.
+@pytest.mark.parametrize(
+    ("config_name", "model_name", "attention", "options"),
+    [
+        ("Doge", "DogeModel", "DogeAttention", {"num_key_value_heads": 1, **TINY}),
+        ("DeepseekV32", "DeepseekV32Model", "DeepseekV32Attention", {"n_routed_experts": 2, **TINY, **LATENT}),
+        ("HYV4", "HYV4Model", "HYV4Attention", {"pad_token_id": 0, **TINY, **LATENT}),
+        ("Swin", "SwinModel", "SwinAttention", {"embed_dim": 8, "depths": [1], "num_heads": [1], "image_size": 32}),
+    ],
+)
+def test_models_that_make_the_mask_of_their_attention_are_refused(
+    config_name: str, model_name: str, attention: str, options: dict[str, Any]
+) -> None:
+    with torch.device("meta"):
+        model = getattr(transformers, model_name)(getattr(transformers, f"{config_name}Config")(**options))
+    before = model.config._attn_implementation
+    with pytest.raises(TypeError, match=rf"{attention} \(.+\) makes the mask of its attention itself"):
+        apply_span_attention(model)
+    assert model.config._attn_implementation == before
+
+
 @pytest.mark.parametrize(
     ("config_name", "model_name", "options"),
     [

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Builds torchops with several versions of torch, each in an environment of its own, and runs the numbers of the contract:
 #   tools/torch_versions.sh [VERSION...]
-# Without arguments the oldest that is supported and the newest that the package registry has. Prints a row for each;
+# Without arguments the oldest that is supported and the newest that pip installs. Prints a row for each;
 # README's table of what is supported comes from here. CPU only: the CUDA half is tools/gpu.sh's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
-newest() { "$python" -m pip index versions torch 2>/dev/null | sed -n 's/^torch (\([0-9.]*\).*/\1/p'; }
+# What pip would install: the newest that is listed may be excluded by constraints.
+newest() {
+  "$python" -m pip install --quiet --dry-run --ignore-installed --no-deps --report - torch 2>/dev/null |
+    "$python" -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])'
+}
 
 # Everything that can go wrong is in the log; the row says at which step it did.
 try() {

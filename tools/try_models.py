@@ -1,12 +1,14 @@
-"""Factors a tiny random model of every architecture that the installed transformers has, and lets it compute.
+"""Converts a tiny random model of every architecture that the installed transformers has, and lets it compute.
 
     python tools/try_models.py            # all of them, in subprocesses that may crash; an hour
     python tools/try_models.py bert t5    # these, in this process
 
 Each configuration is its class's default with widths divided and two layers, so that sizes still go together. A
-model counts only if it computes before the conversion, from one of a few kinds of input. Then it is factored, and
-must compute finite numbers of the same shapes, train, and survive copying, freezing and a state dict; or the
-conversion is refused, and must succeed with the skip that the error names.
+model counts only if it computes before the conversion, from one of a few kinds of input. Then one copy of it
+
+- is factored, and must compute finite numbers of the same shapes, train, and survive copying, freezing and a state
+  dict; or the conversion is refused, and must succeed with the skip that the error names;
+- is switched to span attention, and must compute what its own attention does; or is refused by name.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
+from torchops.integrations.transformers import apply_span_attention
 from torchops.nn import STFLinear, factorize_
 
 MOST_PARAMETERS = 20_000_000
@@ -90,6 +94,7 @@ def smaller(config: Any, divisor: int) -> dict[str, Any]:
     return arguments
 
 
+@lru_cache(1)
 def build(name: str, class_name: str) -> Any:
     """A model of narrow layers that computes, and inputs for it."""
     model_class, problems = getattr(transformers, class_name), []
@@ -128,7 +133,8 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
                 return value[0] if isinstance(value, (list, tuple)) else value
         return otherwise
 
-    tokens = torch.randint(60, min(setting("vocab_size", 500), 500), (2, 16))
+    vocabulary = min(setting("vocab_size", 500), 500)
+    tokens = torch.randint(min(60, vocabulary // 2), vocabulary, (2, 16))
     image, channels = setting("image_size", 224), setting("num_channels", 3)
     mels = setting("num_mel_bins", 80)
     frames = 2 * setting("max_source_positions", 100)
@@ -177,58 +183,87 @@ def computes(model: Any) -> dict[str, Any] | None:
     return None
 
 
-def attempt(name: str, class_name: str) -> dict[str, Any]:
-    result: dict[str, Any] = {"name": name, "class": class_name}
+class ConversionError(Exception):
+    pass
+
+
+def factor(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    expected = compute(model, inputs)
+    result: dict[str, Any] = {"outcome": "converted"}
+    try:
+        report = factorize_(model, 1.5, num_iterations=1, verbose=False)
+    except ValueError as error:
+        skip = re.search(r"skip=(\[.*\])", str(error))
+        result["refused"] = str(error)[:400]
+        if any(isinstance(module, STFLinear) for module in model.modules()):
+            raise ConversionError("refused and changed") from error
+        if not skip:
+            return {**result, "outcome": "refused"}
+        report = factorize_(model, 1.5, skip=json.loads(skip[1].replace("'", '"')), num_iterations=1, verbose=False)
+    result |= {"factored": len(report.layers), "left": [entry[:2] for entry in report.left][:5]}
+    outputs = compute(model, inputs)
+    if [output.shape for output in outputs] != [output.shape for output in expected]:
+        raise ConversionError("other shapes")
+    if not all(output.isfinite().all() for output in outputs):
+        raise ConversionError("not finite")
+    if not all(map(torch.equal, compute(copy.deepcopy(model), inputs), outputs)):
+        raise ConversionError("the copy differs")
+    model.load_state_dict(model.state_dict())
+    model.train()
+    with torch.enable_grad():
+        sum(output.square().sum() for output in compute(model, inputs)).backward()
+    model.requires_grad_(False)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConversionError("not frozen")
+    return result
+
+
+def attend(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    with contextlib.suppress(Exception):  # where it has no other attention than its own
+        model.set_attn_implementation("eager")
+    expected = compute(model, inputs)
+    refusal = "refused"
+    try:
+        apply_span_attention(model)
+        refusal = "refused in the forward"
+        outputs = compute(model, inputs)
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("span attention: "):
+            raise
+        return {"outcome": refusal, "refused": str(error)}
+    if [output.shape for output in outputs] != [output.shape for output in expected]:
+        raise ConversionError("other shapes")
+    for output, one in zip(outputs, expected, strict=True):
+        error = (output - one).norm() / one.norm().clamp(min=1e-30)
+        if not error < 1e-3:
+            raise ConversionError(f"other numbers: {error:.1e}")
+    return {"outcome": "converted"}
+
+
+CONVERSIONS = {"factorize_": factor, "span_attention": attend}
+
+
+def attempt(name: str, class_name: str, conversion: str = "factorize_") -> dict[str, Any]:
+    result: dict[str, Any] = {"name": name, "class_name": class_name, "conversion": conversion}
     try:
         model, inputs = build(name, class_name)
     except Exception as error:
         return {**result, "outcome": "not built", "why": str(error)[:200]}
-    with torch.no_grad():
-        expected = compute(model, inputs)
-    step = "conversion"
     try:
-        try:
-            report = factorize_(model, 1.5, num_iterations=1, verbose=False)
-        except ValueError as error:
-            skip = re.search(r"skip=(\[.*\])", str(error))
-            result["refused"] = str(error)[:400]
-            if any(isinstance(module, STFLinear) for module in model.modules()):
-                raise AssertionError("refused and changed") from error
-            if not skip:
-                return {**result, "outcome": "refused"}
-            step = "conversion with the skip that the error names"
-            report = factorize_(model, 1.5, skip=json.loads(skip[1].replace("'", '"')), num_iterations=1, verbose=False)
-        result |= {"factored": len(report.layers), "left": [entry[:2] for entry in report.left][:5]}
-        step = "forward"
         with torch.no_grad():
-            outputs = compute(model, inputs)
-        assert [output.shape for output in outputs] == [output.shape for output in expected], "shapes"
-        assert all(output.isfinite().all() for output in outputs), "not finite"
-        step = "copy"
-        with torch.no_grad():
-            assert all(map(torch.equal, compute(copy.deepcopy(model), inputs), outputs)), "copy differs"
-        step = "state dict"
-        model.load_state_dict(model.state_dict())
-        step = "training"
-        model.train()
-        sum(output.square().sum() for output in compute(model, inputs)).backward()
-        step = "freezing"
-        model.requires_grad_(False)
-        assert not any(parameter.requires_grad for parameter in model.parameters())
+            return {**result, **CONVERSIONS[conversion](copy.deepcopy(model), inputs)}
     except Exception as error:
         where = "".join(traceback.format_tb(error.__traceback__)[-2:])
-        why = f"{step}: {type(error).__name__}: {error}"
-        return {**result, "outcome": "failed", "why": why[:600], "where": where}
-    return {**result, "outcome": "converted"}
+        return {**result, "outcome": "failed", "why": f"{type(error).__name__}: {error}"[:600], "where": where}
 
 
-def classes(name: str) -> list[str]:
+def class_of(name: str) -> str | None:
     """The model with its first head, or without one if it has none."""
     for mapping in (*(f"MODEL_{head}" for head in HEADS), "MODEL"):
         value = getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").get(name)
         if value:
-            return [value[0] if isinstance(value, (list, tuple)) else value]
-    return []
+            return value[0] if isinstance(value, (list, tuple)) else value
+    return None
 
 
 def main() -> None:
@@ -241,15 +276,19 @@ def main() -> None:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
         for name in options.names:
-            for class_name in classes(name):
+            for conversion in CONVERSIONS:
+                about = {"name": name, "class_name": class_of(name), "conversion": conversion}
                 if options.json:
-                    print(json.dumps({"name": name, "class": class_name, "outcome": "begun"}), flush=True)
+                    print(json.dumps({**about, "outcome": "begun"}), flush=True)
                 signal.alarm(SECONDS)  # ends the process
-                print(json.dumps(attempt(name, class_name)), flush=True)
+                result = attempt(**about)
+                print(json.dumps(result), flush=True)
+                if result["outcome"] == "not built":
+                    break
         return
 
-    results: dict[tuple[str, str], dict[str, Any]] = {}
-    left = [name for name in CONFIG_MAPPING_NAMES if classes(name)]
+    results: dict[tuple[str, str], dict[str, Any]] = {}  # by architecture and conversion
+    left = [name for name in CONFIG_MAPPING_NAMES if class_of(name)]
     while left:
         batch, left = left[:BATCH], left[BATCH:]
         command = [sys.executable, __file__, "--json", *batch]
@@ -259,7 +298,7 @@ def main() -> None:
             if line.startswith('{"name"'):
                 result = json.loads(line)
                 begun = result["name"]
-                results[begun, result["class"]] = result
+                results[begun, result["conversion"]] = result
         for result in results.values():
             if result["outcome"] == "begun":
                 result |= {"outcome": "failed", "why": f"the process ended: {run.returncode}"}
@@ -267,9 +306,10 @@ def main() -> None:
             left = batch[batch.index(begun) + 1 if begun in batch else 1 :] + left
         if options.output:
             options.output.write_text("".join(json.dumps(result) + "\n" for result in results.values()))
-        print(f"{len(left)} to go: {dict(Counter(result['outcome'] for result in results.values()))}", flush=True)
+        counts = Counter(f"{result['conversion']} {result['outcome']}" for result in results.values())
+        print(f"{len(left)} to go: {dict(counts)}", flush=True)
     for result in results.values():
-        if result["outcome"] in ("failed", "refused"):
+        if result["outcome"] not in ("converted", "not built"):
             print(json.dumps(result))
 
 

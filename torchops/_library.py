@@ -20,7 +20,7 @@ def _release(version: str) -> str:
 def _other_copy() -> Optional[str]:
     """The library of another copy of torchops, if this process has loaded one.
 
-    Its operators have the names of ours, and torch ends a process that registers a name twice.
+    Its operators have the names of ours, which then registers none.
     """
     import torch
 

@@ -12,11 +12,26 @@
 
 #define TORCHOPS_NAMESPACE torchops
 // { m.def("<schema>"); }
-#define TORCHOPS_LIBRARY(m) TORCH_LIBRARY_FRAGMENT(TORCHOPS_NAMESPACE, m)
+#define TORCHOPS_LIBRARY(m) TORCHOPS_REGISTRATION(TORCH_LIBRARY_FRAGMENT(TORCHOPS_NAMESPACE, library), m)
 // { m.impl("<op>", function); } for a dispatch key
-#define TORCHOPS_LIBRARY_IMPL(key, m) TORCH_LIBRARY_IMPL(TORCHOPS_NAMESPACE, key, m)
+#define TORCHOPS_LIBRARY_IMPL(key, m) TORCHOPS_REGISTRATION(TORCH_LIBRARY_IMPL(TORCHOPS_NAMESPACE, key, library), m)
+
+// What follows runs as the body of torch's macro, unless another copy of the library has been loaded.
+#define TORCHOPS_REGISTRATION(head, m) TORCHOPS_REGISTRATION_NAMED(head, m, C10_CONCATENATE(register_at_, __LINE__))
+#define TORCHOPS_REGISTRATION_NAMED(head, m, register_operators) \
+  static void register_operators(torch::Library& m);             \
+  head {                                                         \
+    if (torchops::registers_operators()) {                       \
+      register_operators(library);                               \
+    }                                                            \
+  }                                                              \
+  static void register_operators(torch::Library& m)
 
 namespace torchops {
+
+// Whether this copy of the library is the first in the process. A second one warns and registers nothing: torch throws
+// where a name is registered twice, and while a library loads nobody catches that.
+bool registers_operators();
 
 // "torchops::<op>"
 inline std::string qualified_name(const char* op) {

@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "core/heads.h"
 #include "core/rows.h"
 #include "core/scalar.h"
@@ -64,9 +66,20 @@ kernels::Heads<T> mutable_heads(const at::Tensor& tensor) {
                           : kernels::Heads<T>{};
 }
 
+// A kernel's pointer is null, and its Heads and Rows have no data, where the tensor is absent.
 template <typename T>
 const T* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<at::Tensor>& tensor) {
+  return tensor ? data_or_null<T>(*tensor) : nullptr;
+}
+
+template <typename T>
+T* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
 }  // namespace torchops

@@ -87,7 +87,7 @@ TopkGradients topk_attention_backward_on(const TopkBackward& args) {
       device.backward(
           kernels::sparse_attention::AttentionBackward<T>{
               tensors.arguments<T>(inputs.arguments<T>(), rows[0], rows[1], rows[2]),
-              pair_shares.defined() ? pair_shares.mutable_data_ptr<A>() : nullptr},
+              mutable_data_or_null<A>(pair_shares)},
           mask);
     });
     if (mask.key_bias()) {

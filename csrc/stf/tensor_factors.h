@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "core/tensors.h"
 #include "stf/packed_factor.h"
 #include "stf/sparse_factor.h"
 
@@ -9,10 +10,9 @@
 
 namespace torchops {
 
-// Undefined values are a null pointer.
 template <typename T>
 kernels::stf::SparseFactor<T> sparse_factor(const at::Tensor& values, const at::Tensor& indices, int64_t basis_size) {
-  return {values.defined() ? static_cast<const T*>(values.const_data_ptr()) : nullptr,
+  return {data_or_null<T>(values),
           indices.const_data_ptr(),
           indices.scalar_type() == at::kByte,
           indices.size(0),

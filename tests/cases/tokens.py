@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
@@ -38,6 +39,27 @@ BOUND = f"the largest 32-bit integer = {TOO_MANY - 1}, got {TOO_MANY}"
 
 
 # ---- bipartite_assignment, bipartite_pairs ------------------------------------------------------
+
+
+@cache
+def rows_at_a_step(dtype: torch.dtype, device: str) -> Tensor:
+    """Rows as long as those are whose integers just halve: what decides is the smallest part of the bound on their
+    length (csrc/tokens/best_destination.h). Bounds on both sides, and a shift of 1 and of -1."""
+    size, step, peak = 1024, 65534.0**2 / 2**10, 100
+    noise = near_equal(1, 60, size, noise=0.04, dtype=torch.float64, device=device)[0]
+    batches = []
+    for side in (0.5, -0.5):
+        low, high = torch.zeros(60, 1, dtype=torch.float64, device=device), 60.0
+        rows = noise
+        for _ in range(40):
+            middle = (low + high) / 2
+            rows = (noise * middle).clamp(-peak, peak)
+            rows[:, 0] = peak
+            rounded = rows.to(dtype).double().abs().round()
+            too_long = 4 * (rounded * (rounded + 1)).sum(1, keepdim=True) + size > step + side * size
+            low, high = torch.where(too_long, low, middle), torch.where(too_long, middle, high)
+        batches += [rows, 4 * rows]
+    return torch.stack(batches).to(dtype)
 
 
 def bipartite_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -83,6 +105,7 @@ def bipartite_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     for features in (64, 99):
         metric = near_equal(4, 120, features, noise=0.03, dtype=dtype, device=device)
         yield Sample(f"near-equal-K{features}", {"metric": metric, "r": 16, "num_protected": 1})
+    yield Sample("at-a-step", {"metric": rows_at_a_step(dtype, device), "r": 10})
     # Rows of one large feature among small ones, of both signs, and magnitudes of any kind side by side.
     peaks = 1e-3 * random(2, 40, 9, dtype=torch.float64, device=device)
     peaks[:, ::3, 4] = 1
@@ -99,6 +122,13 @@ def bipartite_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     odd_rows[1, 7, 0] = math.inf
     yield Sample("zeros-nan-inf", {"metric": odd_rows, "r": 8})
     yield Sample("all-nan", {"metric": torch.full_like(odd_rows, math.nan), "r": 3})
+    # A NaN is less similar than opposites are, and so is what stands behind the last of 23 destinations in vectors.
+    opposites = torch.ones(2, 46, 4, dtype=dtype, device=device)
+    opposites[:, 1::2] = -1
+    opposites[:, 15, 0] = 1
+    opposites[0, 0] = math.nan
+    opposites[1, 1] = math.nan
+    yield Sample("nan-and-opposites", {"metric": opposites, "r": 1})
     # Squares of these overflow or vanish in the dtype they are computed in.
     extreme = 0.5 * torch.finfo(dtype).max ** 0.999
     rows = random(2, 16, 8, dtype=torch.float64, device=device).sign()

@@ -28,6 +28,7 @@ except ImportError as error:
 from ..ops.span_attention import span_attention
 from ._mask_carrier import Visible, pack, unpack
 from ._mask_functions import Span, read
+from ._own_masks import makes_its_mask
 
 __all__ = ["apply_span_attention", "register_span_attention"]
 
@@ -48,8 +49,8 @@ def register_span_attention() -> str:
     What the operator does not offer raises, in the forward pass: attention dropout (in training mode), masks of
     three or four dimensions, mask functions that are not understood as a span, packed sequences, soft-capped
     scores, position biases, ``output_attentions``, paged caches. :func:`apply_span_attention` also refuses
-    models that compute attention, or parts of it, by themselves; switched by name such a model fails or gives
-    NaN where it uses a mask.
+    models that compute attention, or parts of it such as the mask, by themselves; switched by name such a model
+    fails or gives NaN where it uses a mask.
 
     Returns:
         The name.
@@ -91,7 +92,8 @@ def apply_span_attention(
         model.
 
     Raises:
-        TypeError: the model, or a part of it, does not take attention implementations from outside. With spans:
+        TypeError: the model, or a part of it, does not take attention implementations from outside, or makes the mask
+            of its attention itself (sparse attention with an indexer, position biases). With spans:
             it has cross-attention, or a layer with a span whose attention does not say which layer it is.
         ValueError: a list of another length than the model has layers, an unknown key, or something else than
             integers; in the forward pass, a span for a layer that has a window or chunks already or differs in
@@ -135,8 +137,13 @@ def remember(config: Any) -> None:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Every part of it takes attention implementations from outside."""
+    """Every part of it takes attention implementations from outside, and gives them the mask that it is given."""
     for name, part in model.named_modules():
+        if makes_its_mask(type(part)):  # type: ignore[arg-type]  # mypy takes no class for hashable
+            raise TypeError(
+                f"span attention: {type(part).__name__} ({name}) makes the mask of its attention itself, which no span "
+                "describes: leave the model its own attention"
+            )
         if not isinstance(part, PreTrainedModel):
             continue
         known = part._supports_sdpa or part._supports_flex_attn or part._supports_attention_backend

@@ -26,7 +26,7 @@ void attend(const Device& device, const Tensors& inputs, const at::Tensor& outpu
     using Inputs = decltype(inputs.template arguments<T>());
     device.forward(kernels::attention::Forward<Inputs, T>{
         inputs.template arguments<T>(), mutable_heads<T>(output),
-        logsumexp.defined() ? logsumexp.mutable_data_ptr<A>() : nullptr, normalizers<A>(normalizer)});
+        mutable_data_or_null<A>(logsumexp), normalizers<A>(normalizer)});
   });
 }
 
@@ -104,7 +104,7 @@ class BackwardTensors {
             mutable_heads<T>(grad_query),
             mutable_heads<T>(grad_key),
             mutable_heads<T>(grad_value),
-            key_bias_shares_.defined() ? key_bias_shares_.mutable_data_ptr<A>() : nullptr};
+            mutable_data_or_null<A>(key_bias_shares_)};
   }
 
  private:

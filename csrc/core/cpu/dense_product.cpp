@@ -42,7 +42,7 @@ void dense_product(const at::Tensor& left, const at::Tensor& right, const at::Te
                                         left.size(2),
                                         matrices<T>(l),
                                         matrices<T>(r),
-                                        b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
+                                        data_or_null<T>(b),
                                         b.defined() ? b.stride(0) : 0,
                                         static_cast<T*>(output.mutable_data_ptr()),
                                         output.stride(0),

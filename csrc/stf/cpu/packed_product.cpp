@@ -103,8 +103,8 @@ at::Tensor CpuPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::o
       const auto wide = a.to(at::toOpMathType(v.scalar_type()));
       const auto b = bias ? bias->contiguous() : at::Tensor();
       const kernels::stf::PackedAtomsToRows<T> args{factor, wide.template const_data_ptr<kernels::accumulate_t<T>>(),
-                                                    b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
-                                                    static_cast<T*>(output.mutable_data_ptr()), num_tokens};
+                                                    data_or_null<T>(b), static_cast<T*>(output.mutable_data_ptr()),
+                                                    num_tokens};
       parallel_groups(factor, factor.num_groups(), 1, [&](char* memory, int64_t begin, int64_t end) {
         return TORCHOPS_KERNEL(stf, packed_atoms_to_rows<T>)(args, memory, begin, end);
       });

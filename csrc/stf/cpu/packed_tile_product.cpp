@@ -38,11 +38,10 @@ at::Tensor tile_atoms_to_rows(const at::Tensor& packed_values, const at::Tensor&
   const auto a = with_contiguous_rows(atoms);
   const auto b = bias ? bias->contiguous() : at::Tensor();
   auto output = at::empty({a.size(1), num_rows}, packed_values.options());
-  multiply(
-      {packed_factor<bfloat16>(packed_values, mask, num_rows), false, static_cast<const bfloat16*>(a.const_data_ptr()),
-       a.stride(0), a.stride(1), b.defined() ? static_cast<const bfloat16*>(b.const_data_ptr()) : nullptr,
-       static_cast<bfloat16*>(output.mutable_data_ptr()), a.size(1)},
-      wrong);
+  multiply({packed_factor<bfloat16>(packed_values, mask, num_rows), false,
+            static_cast<const bfloat16*>(a.const_data_ptr()), a.stride(0), a.stride(1), data_or_null<bfloat16>(b),
+            static_cast<bfloat16*>(output.mutable_data_ptr()), a.size(1)},
+           wrong);
   return output;
 }
 

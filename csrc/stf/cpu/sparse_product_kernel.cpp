@@ -16,7 +16,7 @@ void atoms_to_rows(const AtomsToRows<T, Factor>& args, const RowBlock<T>& rows, 
     const A* const atoms = args.atoms + (block * args.num_tiles() + tile) * factor.basis_size * width;
     for (int64_t chunk = 0; chunk < rows.num_chunks; ++chunk) {
       for (int64_t row = 0; row < count; ++row) {
-        const int32_t* const start = rows.starts + (row * factor.num_blocks + block) * (rows.num_chunks + 1) + chunk;
+        const int64_t* const start = rows.starts + (row * factor.num_blocks + block) * (rows.num_chunks + 1) + chunk;
         add_list<vectors>(rows.values + start[0], rows.sources + start[0], start[1] - start[0], atoms,
                           rows.output + row * width);
       }
@@ -113,7 +113,7 @@ void value_gradient(const ValueGradient<T>& args, const RowBlock<T>& rows, int64
       const A* const atoms = args.atoms + (block * args.num_tiles() + tile) * factor.basis_size * width;
       for (int64_t chunk = 0; chunk < rows.num_chunks; ++chunk) {
         for (int64_t row = 0; row < count; ++row) {
-          const int32_t* const start = rows.starts + (row * factor.num_blocks + block) * (rows.num_chunks + 1) + chunk;
+          const int64_t* const start = rows.starts + (row * factor.num_blocks + block) * (rows.num_chunks + 1) + chunk;
           add_products<vectors>(tokens + row * width, rows.sources + start[0], start[1] - start[0], atoms,
                                 rows.values + start[0]);
         }

@@ -61,7 +61,7 @@ struct RowBlock {
 
   A* values;           // [row_block][blocks][nnz]
   uint16_t* sources;   // [row_block][blocks][nnz]
-  int32_t* starts;     // [row_block][blocks][chunks + 1]: where the nonzeros of a chunk of atoms begin
+  int64_t* starts;     // [row_block][blocks][chunks + 1]: where the nonzeros of a chunk of atoms begin
   A* output;           // [row_block][token_tile]
   A* group = nullptr;  // room for the values of a packed factor's group
   int64_t chunk_size;
@@ -72,7 +72,7 @@ struct RowBlock {
       : chunk_size(sources_of_chunk(factor, token_tile)), num_chunks(parts_of(factor.basis_size, chunk_size)) {
     values = arena->take<A>(row_block * factor.row_size());
     sources = arena->take<uint16_t>(row_block * factor.row_size());
-    starts = arena->take<int32_t>(row_block * factor.num_blocks * (num_chunks + 1));
+    starts = arena->take<int64_t>(row_block * factor.num_blocks * (num_chunks + 1));
     output = arena->take<A>(row_block * token_tile);
     if constexpr (std::is_same_v<Factor<T>, PackedFactor<T>>) {
       group = arena->take<A>(group_scratch(factor));
@@ -126,16 +126,15 @@ struct RowBlock {
   }
 
   // Sources that do not increase count as the first chunk's: slower and as right.
-  void find_chunks(int64_t begin, int64_t nnz, int32_t* chunk_starts) const {
+  void find_chunks(int64_t begin, int64_t nnz, int64_t* chunk_starts) const {
     bool descends = false;
     for (int64_t e = begin + 1; e < begin + nnz && num_chunks > 1; ++e) {
       descends |= sources[e] < sources[e - 1];
     }
-    chunk_starts[0] = static_cast<int32_t>(begin);
-    chunk_starts[num_chunks] = static_cast<int32_t>(begin + nnz);
+    chunk_starts[0] = begin;
+    chunk_starts[num_chunks] = begin + nnz;
     for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
-      chunk_starts[chunk] =
-          static_cast<int32_t>(descends ? begin + nnz : first_at_least(begin, nnz, chunk * chunk_size));
+      chunk_starts[chunk] = descends ? begin + nnz : first_at_least(begin, nnz, chunk * chunk_size);
     }
   }
 

@@ -49,12 +49,8 @@ void tiled_atoms_to_rows(const Factor<T>& factor, const at::Tensor& atoms, const
   const auto b = bias ? bias->contiguous() : at::Tensor();
   const auto token_tile = TORCHOPS_KERNEL(stf, token_tile<T>)(num_tokens);
   auto tiles = token_tiles<T>(atoms, token_tile);
-  const kernels::stf::AtomsToRows<T, Factor> args{factor,
-                                                  tiles.data(),
-                                                  b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
-                                                  static_cast<T*>(output.mutable_data_ptr()),
-                                                  num_tokens,
-                                                  token_tile};
+  const kernels::stf::AtomsToRows<T, Factor> args{
+      factor, tiles.data(), data_or_null<T>(b), static_cast<T*>(output.mutable_data_ptr()), num_tokens, token_tile};
   const auto scratch = TORCHOPS_KERNEL(stf, sparse_scratch_bytes<T, Factor>)(factor, token_tile);
   // Units that share what they read of the factor are neighbours.
   parallel_lists(args.num_units(), kernels::stf::row_block * factor.row_size(), scratch, wrong,

@@ -111,8 +111,7 @@ at::Tensor CudaPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::
       device::launch({num_tokens, kernels::stf::cuda::repair_threads}, kernels::stf::cuda::repair_packed_tokens<T>,
                      kernels::stf::cuda::RepairTokens<T, kernels::stf::PackedFactor>{
                          packed_factor<T>(v, m, num_rows), static_cast<const T*>(a.const_data_ptr()),
-                         b ? static_cast<const T*>(b->const_data_ptr()) : nullptr,
-                         static_cast<T*>(output.mutable_data_ptr()), num_tokens});
+                         data_or_null<T>(b), static_cast<T*>(output.mutable_data_ptr()), num_tokens});
     });
     return output;
   }
@@ -124,10 +123,9 @@ at::Tensor CudaPackedProduct::atoms_to_rows(const at::Tensor& atoms, const std::
                       kernels::stf::cuda::packed_gather_threads,
                       kernels::stf::cuda::packed_gather_shared_bytes<T>(tokens)},
                      kernels::stf::cuda::packed_atoms_to_rows<decltype(tokens)::value, T>,
-                     kernels::stf::cuda::PackedAtomsToRows<T>{packed_factor<T>(v, m, num_rows),
-                                                              static_cast<const T*>(a.const_data_ptr()),
-                                                              b ? static_cast<const T*>(b->const_data_ptr()) : nullptr,
-                                                              static_cast<T*>(output.mutable_data_ptr()), num_tokens});
+                     kernels::stf::cuda::PackedAtomsToRows<T>{
+                         packed_factor<T>(v, m, num_rows), static_cast<const T*>(a.const_data_ptr()),
+                         data_or_null<T>(b), static_cast<T*>(output.mutable_data_ptr()), num_tokens});
     });
   });
   return output;

@@ -21,11 +21,11 @@ void add_up_parts(const at::Tensor& output, int64_t num_parts, const std::option
   const auto sums =
       at::empty({num_parts, output.numel()}, output.options().dtype(at::toOpMathType(output.scalar_type())));
   fill(sums.template mutable_data_ptr<kernels::accumulate_t<T>>());
-  device::launch(
-      {divide_up(output.numel(), threads_of_elements), threads_of_elements}, kernels::stf::cuda::add_parts<T>,
-      kernels::stf::cuda::AddParts<T>{sums.template const_data_ptr<kernels::accumulate_t<T>>(), num_parts,
-                                      output.numel(), static_cast<T*>(output.mutable_data_ptr()),
-                                      bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr, output.size(-1)});
+  device::launch({divide_up(output.numel(), threads_of_elements), threads_of_elements},
+                 kernels::stf::cuda::add_parts<T>,
+                 kernels::stf::cuda::AddParts<T>{sums.template const_data_ptr<kernels::accumulate_t<T>>(), num_parts,
+                                                 output.numel(), static_cast<T*>(output.mutable_data_ptr()),
+                                                 data_or_null<T>(bias), output.size(-1)});
 }
 
 }  // namespace torchops

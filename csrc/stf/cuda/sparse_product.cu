@@ -52,8 +52,7 @@ at::Tensor CudaSparseProduct::atoms_to_rows(const at::Tensor& atoms, const std::
       device::launch({num_tokens, kernels::stf::cuda::repair_threads}, kernels::stf::cuda::repair_tokens<T>,
                      kernels::stf::cuda::RepairTokens<T, kernels::stf::SparseFactor>{
                          sparse_factor<T>(v, i, basis_size), static_cast<const T*>(a.const_data_ptr()),
-                         b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
-                         static_cast<T*>(output.mutable_data_ptr()), num_tokens});
+                         data_or_null<T>(b), static_cast<T*>(output.mutable_data_ptr()), num_tokens});
     });
     return output;
   }
@@ -67,10 +66,9 @@ at::Tensor CudaSparseProduct::atoms_to_rows(const at::Tensor& atoms, const std::
                       kernels::stf::cuda::gather_threads,
                       kernels::stf::cuda::gather_shared_bytes<T>(chunk, tokens)},
                      kernels::stf::cuda::atoms_to_rows<decltype(tokens)::value, T>,
-                     kernels::stf::cuda::AtomsToRows<T>{
-                         sparse_factor<T>(v, i, basis_size), static_cast<const T*>(a.const_data_ptr()),
-                         b.defined() ? static_cast<const T*>(b.const_data_ptr()) : nullptr,
-                         static_cast<T*>(output.mutable_data_ptr()), num_tokens, chunk});
+                     kernels::stf::cuda::AtomsToRows<T>{sparse_factor<T>(v, i, basis_size),
+                                                        static_cast<const T*>(a.const_data_ptr()), data_or_null<T>(b),
+                                                        static_cast<T*>(output.mutable_data_ptr()), num_tokens, chunk});
     });
   });
   return output;

@@ -19,7 +19,7 @@ MatchedPairs matched_pairs(const char* op, const at::Tensor& metric, int64_t r, 
   check_bipartite_matching(op, metric, r, num_protected, padding_mask);
   const auto batch = metric.size(0), num_tokens = metric.size(1), num_features = metric.size(2);
   const auto mask = checked_padding_mask(op, padding_mask, num_protected);
-  const bool* padding = mask ? mask->const_data_ptr<bool>() : nullptr;
+  const bool* padding = data_or_null<bool>(mask);
   const auto features = with_contiguous_rows(metric);
   const int64_t removed = clamped_r(num_tokens, r, num_protected).expect_int();
   const auto int64_options = metric.options().dtype(at::kLong);

@@ -9,6 +9,7 @@
 
 #include "core/library.h"
 #include "core/parallel.h"
+#include "core/tensors.h"
 #include "tokens/cpu/assignment.h"
 
 namespace torchops {
@@ -19,7 +20,7 @@ at::Tensor topk_assignment_cpu(const at::Tensor& scores, int64_t k, const std::o
   check_topk_assignment(scores, k, num_protected, padding_mask);
   const auto batch = scores.size(0), num_tokens = scores.size(1);
   const auto mask = checked_padding_mask("topk_assignment", padding_mask, num_protected);
-  const bool* padding = mask ? mask->const_data_ptr<bool>() : nullptr;
+  const bool* padding = data_or_null<bool>(mask);
   const int64_t kept = std::min(k, num_tokens - num_protected);
   const int64_t fused_group = num_protected + kept;
   // Every floating dtype is exact in float64.

@@ -21,7 +21,7 @@ BestDestinations best_destinations_cuda(const at::Tensor& metric, int64_t r, int
   if (padding_mask) {
     best.padding = padding_mask->contiguous();
   }
-  const bool* padding = best.padding ? best.padding->const_data_ptr<bool>() : nullptr;
+  const bool* padding = data_or_null<bool>(best.padding);
   best.args = {best.similarity.const_data_ptr<int32_t>(),
                best.destination.const_data_ptr<int64_t>(),
                padding,

@@ -23,7 +23,7 @@ at::Tensor topk_assignment_cuda(const at::Tensor& scores, int64_t k, const std::
   for_dtype(scores.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const kernels::tokens::TopkAssignment<T> args{static_cast<const T*>(values.const_data_ptr()),
-                                                  padding.defined() ? padding.template const_data_ptr<bool>() : nullptr,
+                                                  data_or_null<bool>(padding),
                                                   assign.template mutable_data_ptr<int64_t>(),
                                                   num_tokens,
                                                   num_protected,
