@@ -17,7 +17,7 @@
 #define TORCHOPS_LIBRARY_IMPL(key, m) TORCHOPS_REGISTRATION(TORCH_LIBRARY_IMPL(TORCHOPS_NAMESPACE, key, library), m)
 
 // What follows runs as the body of torch's macro, unless another copy of the library has been loaded.
-#define TORCHOPS_REGISTRATION(head, m) TORCHOPS_REGISTRATION_NAMED(head, m, C10_CONCATENATE(register_at_, __LINE__))
+#define TORCHOPS_REGISTRATION(head, m) TORCHOPS_REGISTRATION_NAMED(head, m, C10_ANONYMOUS_VARIABLE(register_))
 #define TORCHOPS_REGISTRATION_NAMED(head, m, register_operators) \
   static void register_operators(torch::Library& m);             \
   head {                                                         \
