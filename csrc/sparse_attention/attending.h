@@ -84,11 +84,10 @@ TopkGradients topk_attention_backward_on(const TopkBackward& args) {
     for_dtype(args.query->scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
       using A = kernels::accumulate_t<T>;
-      device.backward(
-          kernels::sparse_attention::AttentionBackward<T>{
-              tensors.arguments<T>(inputs.arguments<T>(), rows[0], rows[1], rows[2]),
-              mutable_data_or_null<A>(pair_shares)},
-          mask);
+      device.backward(kernels::sparse_attention::AttentionBackward<T>{tensors.arguments<T>(inputs.arguments<T>(),
+                                                                                           rows[0], rows[1], rows[2]),
+                                                                      mutable_data_or_null<A>(pair_shares)},
+                      mask);
     });
     if (mask.key_bias()) {
       grad_key_bias =
