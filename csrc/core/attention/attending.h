@@ -24,9 +24,9 @@ void attend(const Device& device, const Tensors& inputs, const at::Tensor& outpu
     using T = typename decltype(tag)::type;
     using A = kernels::accumulate_t<T>;
     using Inputs = decltype(inputs.template arguments<T>());
-    device.forward(kernels::attention::Forward<Inputs, T>{
-        inputs.template arguments<T>(), mutable_heads<T>(output),
-        mutable_data_or_null<A>(logsumexp), normalizers<A>(normalizer)});
+    device.forward(kernels::attention::Forward<Inputs, T>{inputs.template arguments<T>(), mutable_heads<T>(output),
+                                                          mutable_data_or_null<A>(logsumexp),
+                                                          normalizers<A>(normalizer)});
   });
 }
 
