@@ -26,10 +26,10 @@ def run(table: str, way: str, cases: str, mistake: str = "") -> subprocess.Compl
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("way", ["plain", "asan", "tsan"])
-def test_without_a_mistake(table: str, way: str) -> None:
-    cases = {mutation["case"] for mutation in TABLES[table] if mutation["way"] == way}
-    result = run(table, way, ",".join(sorted(cases)))
+def test_without_a_mistake(table: str) -> None:
+    """What is built in changes nothing by itself. Sanitizers run the kernels as they are in test_cpp."""
+    cases = {mutation["case"] for mutation in TABLES[table]}
+    result = run(table, "plain", ",".join(sorted(cases)))
     assert "All tests passed" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
 
 
