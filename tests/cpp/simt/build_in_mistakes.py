@@ -27,35 +27,40 @@ def choice(mutation: Mutation) -> str:
     return f"({made} ? ({replacement}) : ({text}))"
 
 
-def with_mistakes(kernel: str, mutations: list[Mutation]) -> str:
-    declarations, changed, done = "", "", 0
+def with_mistakes(kernel: str, mutations: list[Mutation]) -> tuple[str, list[str]]:
+    """The changed text, and the names of the mistakes in it."""
+    changed, done, names = '#include "mistakes.h"\n', 0, []
     places = [(place(kernel, mutation), mutation) for mutation in mutations]
     for begin, mutation in sorted(places, key=lambda item: item[0] or 0):
-        name = mutation["name"]
         if begin is None or begin < done:
             problem = "not exactly once in" if begin is None else "part of another's in"
-            print(f"Mistake {name} is left out: its text is {problem} {mutation['file']}.", file=sys.stderr)
+            print(f"Mistake {mutation['name']} is left out: its text is {problem} {mutation['file']}.", file=sys.stderr)
             continue
-        declarations += f'inline const bool {name} = is_to_be_made("{name}");\n'
         changed += kernel[done:begin] + choice(mutation)
         done = begin + len(mutation["text"])
-    declarations = f"namespace torchops::simt::mistakes {{\n{declarations}}}\n"
-    return f'#include "engine/mistakes.h"\n{declarations}{changed}{kernel[done:]}'
+        names.append(mutation["name"])
+    return changed + kernel[done:], names
 
 
 def main(table: Path, sources: Path, folder: Path) -> None:
     mutations_of = defaultdict(list)
     for mutation in json.loads(table.read_text()):
         mutations_of[mutation["file"]].append(mutation)
+    # All copies include it. A kernel's first copy is a file that no program depends on yet, but this one changes with it.
+    header = '#pragma once\n\n#include "engine/mistakes.h"\n\nnamespace torchops::simt::mistakes {\n'
+    files = {}
     for file, mutations in mutations_of.items():
         print(sources / file, end=";")
-        changed = with_mistakes((sources / file).read_text(), mutations)
+        files[file], names = with_mistakes((sources / file).read_text(), mutations)
+        header += "".join(f'inline const bool {name} = is_to_be_made("{name}");\n' for name in names)
+    files["mistakes.h"] = header + "}\n"
+    for file, text in files.items():
         copy = folder / file
-        if not copy.exists() or copy.read_text() != changed:  # what did not change is not compiled again
+        if not copy.exists() or copy.read_text() != text:  # what did not change is not compiled again
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(changed)
+            copy.write_text(text)
     for copy in folder.rglob("*"):
-        if copy.is_file() and str(copy.relative_to(folder)) not in mutations_of:
+        if copy.is_file() and str(copy.relative_to(folder)) not in files:
             copy.unlink()
 
 
