@@ -21,7 +21,7 @@ def run(table: str, way: str, cases: str, mistake: str = "") -> subprocess.Compl
         env={**unpoisoned(), "TSAN_OPTIONS": "halt_on_error=1", "SIMT_MISTAKE": mistake},  # the first one is enough
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

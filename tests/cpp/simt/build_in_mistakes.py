@@ -46,7 +46,7 @@ def main(table: Path, sources: Path, folder: Path) -> None:
     mutations_of = defaultdict(list)
     for mutation in json.loads(table.read_text()):
         mutations_of[mutation["file"]].append(mutation)
-    # All copies include it. A kernel's first copy is a file that no program depends on yet, but this one changes with it.
+    # All copies include it: a kernel's first copy is a file that no program depends on yet, and this one changes too.
     header = '#pragma once\n\n#include "engine/mistakes.h"\n\nnamespace torchops::simt::mistakes {\n'
     files = {}
     for file, mutations in mutations_of.items():
