@@ -1,4 +1,4 @@
-# CUDA kernels (csrc/*/cuda/*.cu). TORCHOPS_CUDA is AUTO, ON or OFF; AUTO builds them where torch is a
+# The CUDA half (csrc/*/cuda). TORCHOPS_CUDA is AUTO, ON or OFF; AUTO builds them where torch is a
 # CUDA build and nvcc is found, and says which of the two is missing where only one is there.
 # Architectures come from TORCH_CUDA_ARCH_LIST. Of the toolkit, nvcc and cudart are enough.
 
@@ -53,7 +53,7 @@ if(build_cuda)
   message(STATUS "CUDA ${TORCHOPS_CUDA_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
 endif()
 
-# Adds the CUDA sources to a target; nothing where CUDA is not built.
+# Adds the CUDA half to a target; nothing where CUDA is not built.
 function(torchops_add_cuda_sources target)
   if(NOT TORCHOPS_CUDA_VERSION)
     return()

@@ -34,9 +34,10 @@ endif()
 message(STATUS "torch ${TORCHOPS_TORCH_VERSION} in ${TORCHOPS_TORCH_DIR}")
 
 add_library(torchops_torch INTERFACE)
+# nvcc gets none of them: it takes a minute a file to read them.
 target_include_directories(
-  torchops_torch SYSTEM INTERFACE "${TORCHOPS_TORCH_DIR}/include"
-                                  "${TORCHOPS_TORCH_DIR}/include/torch/csrc/api/include")
+  torchops_torch SYSTEM
+  INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${TORCHOPS_TORCH_DIR}/include;${TORCHOPS_TORCH_DIR}/include/torch/csrc/api/include>")
 target_link_libraries(torchops_torch INTERFACE "${TORCHOPS_TORCH_DIR}/lib/libc10.so"
                                                "${TORCHOPS_TORCH_DIR}/lib/libtorch_cpu.so")
 

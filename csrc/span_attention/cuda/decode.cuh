@@ -2,9 +2,8 @@
 
 #include "core/cuda/block.cuh"
 #include "core/cuda/pack.cuh"
-#include "core/cuda/tiles.h"
+#include "span_attention/cuda/launches.h"
 #include "span_attention/cuda/tile.cuh"
-#include "span_attention/pieces.h"
 
 // The forward of few queries and many keys, without a backward: the keys of a head are cut into pieces, which blocks
 // compute by themselves, and a second kernel merges what they give. Keys and values are read once, by all queries of
@@ -14,41 +13,8 @@ namespace torchops::kernels::span_attention {
 
 inline constexpr int decode_threads = 128;
 inline constexpr int decode_warps = decode_threads / device::warp_size;
-// Keys whose scores are computed at a time.
-inline constexpr int decode_block = 64;
 // Neighbouring threads that share a key.
 inline constexpr int decode_side = 8;
-// Rows of a block: the queries of the heads that share its keys, or some of them.
-inline constexpr int most_decode_rows = 8;
-// More queries of a head are worth the tiles of the other kernels.
-inline constexpr int64_t most_decode_queries = 8;
-// A piece has so many keys at least; blocks are as many as it takes to give 132 multiprocessors four each.
-inline constexpr int64_t least_decode_piece = 2 * decode_block;
-inline constexpr int64_t most_decode_blocks = int64_t{4} * 132;
-
-inline int64_t decode_row_tiles(const Sizes& sizes) {
-  return device::tiles_of(rows_of(sizes), most_decode_rows);
-}
-inline int64_t decode_pieces(const Sizes& sizes, const Span& span) {
-  return num_pieces(sizes, span, least_decode_piece, sizes.batch * sizes.num_kv_heads * decode_row_tiles(sizes),
-                    most_decode_blocks);
-}
-
-// Whether a call is one of few queries and many keys, cut into pieces.
-template <typename T>
-bool decodes(const AttentionForward<T>& args) {
-  const Sizes& sizes = args.inputs.sizes;
-  return args.normalizer == nullptr && 1 <= sizes.num_queries && sizes.num_queries <= most_decode_queries &&
-         decode_pieces(sizes, args.inputs.span) > 1;
-}
-
-// What pieces give for each row of the output, without having divided by the sum.
-template <typename A>
-struct DecodePartials {
-  A* output;   // [B, Hq, Lq, pieces, Dv]
-  A* softmax;  // [B, Hq, Lq, pieces, 2]: the largest score, and the sum of exp(score - largest)
-  int64_t pieces;
-};
 
 template <typename A, int rows>
 inline constexpr size_t decode_shared_bytes =

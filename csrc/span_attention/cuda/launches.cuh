@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "core/attention/cuda/side_gradients.cuh"
 #include "core/cuda/launch.h"
 #include "core/cuda/tiles.h"
 #include "span_attention/cuda/decode.cuh"
@@ -11,6 +10,7 @@
 #include "span_attention/cuda/forward_mma.cuh"
 #include "span_attention/cuda/key_gradient_fma.cuh"
 #include "span_attention/cuda/key_gradient_mma.cuh"
+#include "span_attention/cuda/launches.h"
 #include "span_attention/cuda/query_gradient_fma.cuh"
 #include "span_attention/cuda/query_gradient_mma.cuh"
 #include "span_attention/cuda/row_delta.cuh"
@@ -88,7 +88,6 @@ void launch_forward(const AttentionForward<T>& args) {
   }
 }
 
-// decodes(args).
 template <typename T>
 void launch_decode(const AttentionForward<T>& args, const DecodePartials<accumulate_t<T>>& partials) {
   const Attention<T>& inputs = args.inputs;
@@ -108,7 +107,6 @@ void launch_decode(const AttentionForward<T>& args, const DecodePartials<accumul
   device::launch({sizes.batch * sizes.num_heads * sizes.num_queries, decode_threads}, decode_merge<T>, args, partials);
 }
 
-// args.grad_query is wanted.
 template <typename T>
 void launch_query_gradient(const AttentionBackward<T>& args) {
   const Sizes& sizes = args.inputs.sizes;
@@ -132,7 +130,6 @@ void launch_query_gradient(const AttentionBackward<T>& args) {
   }
 }
 
-// One of args.grad_key, grad_value and grad_key_bias is wanted.
 template <typename T>
 void launch_key_gradient(const AttentionBackward<T>& args) {
   const Sizes& sizes = args.inputs.sizes;

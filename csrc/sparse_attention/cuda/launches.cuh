@@ -7,6 +7,7 @@
 #include "core/cuda/tiles.h"
 #include "sparse_attention/cuda/forward.cuh"
 #include "sparse_attention/cuda/key_gradient.cuh"
+#include "sparse_attention/cuda/launches.h"
 #include "sparse_attention/cuda/query_gradient.cuh"
 
 // Which kernel on which grid.
@@ -28,7 +29,6 @@ void launch_forward(const AttentionForward<T>& args, const SortedLists& sorted) 
                  forward<T>, args, sorted);
 }
 
-// args.grad_query or grad_pair_bias is wanted.
 template <typename T>
 void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& sorted) {
   const Sizes& sizes = args.inputs.sizes;
@@ -38,7 +38,6 @@ void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& 
                  query_gradient<T>, args, sorted, queries_of_warp);
 }
 
-// One of args.grad_key, grad_value and grad_key_bias is wanted.
 template <typename T>
 void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted) {
   const Sizes& sizes = args.inputs.sizes;

@@ -1,33 +1,14 @@
 #pragma once
 
 #include "core/cuda/block.cuh"
-#include "sparse_attention/attention.h"
+#include "sparse_attention/cuda/launches.h"
 
 namespace torchops::kernels::sparse_attention {
 
-// Heads whose lists are sorted: those of pair_bias, or of the lists where there is none.
-template <typename T>
-int64_t sorted_heads(const Attention<T>& inputs) {
-  return inputs.pair_bias == nullptr ? inputs.lists.num_heads : inputs.bias_heads;
-}
-
-// Lists in ascending order.
-struct SortedLists {
-  int32_t*
-      begins;  // [B, sorted_heads, Nq, k]: the first key of each entry; no_key, behind all others, for one without keys
-  int32_t* places;  // [B, sorted_heads, Nq, k]: where it stands in the caller's list
-  int64_t num_heads;
-
-  static constexpr int32_t no_key = INT32_MAX;
-
-  template <typename T>
-  __device__ int64_t first_of(const Attention<T>& inputs, int64_t batch, int64_t head, int64_t list) const {
-    const int64_t own = head / (inputs.sizes.num_heads / num_heads);
-    return ((batch * num_heads + own) * inputs.lists.num_lists + list) * inputs.lists.num_listed;
-  }
-};
-
 inline constexpr int sort_threads = 128;
+
+// Where an entry without keys begins: behind all others.
+inline constexpr int32_t no_key = INT32_MAX;
 
 // What an entry is ordered by, before its place: entries that name the same keys by the bits of their biases, so that
 // the order of the caller's list, biases along with it, does not show.
@@ -68,7 +49,7 @@ __global__ void __launch_bounds__(sort_threads) sort_lists(Attention<T> inputs, 
     const int64_t entry = lists.wide.data == nullptr ? int64_t{lists.narrow.row(batch, list_head, list)[i]}
                                                      : lists.wide.row(batch, list_head, list)[i];
     const Range keys = listed_keys(inputs.rule, sequence, entry);
-    return EntryOrder{keys.empty() ? SortedLists::no_key : static_cast<int32_t>(keys.begin),
+    return EntryOrder{keys.empty() ? no_key : static_cast<int32_t>(keys.begin),
                       biases == nullptr ? 0 : order_of_bias(biases[i])};
   };
 

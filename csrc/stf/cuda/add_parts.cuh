@@ -1,18 +1,9 @@
 #pragma once
 
 #include "core/cuda/device.cuh"
+#include "stf/cuda/launches.h"
 
 namespace torchops::kernels::stf::cuda {
-
-// output[i] = bias[i % bias_size], if there is a bias, + the sum of sums[part][i] over the parts in ascending order.
-template <typename T>
-struct AddParts {
-  const accumulate_t<T>* sums;  // [parts][size]
-  int64_t num_parts, size;
-  T* output;                // [size]
-  const T* bias = nullptr;  // [bias_size]
-  int64_t bias_size = 1;
-};
 
 // A thread per element.
 template <typename T>

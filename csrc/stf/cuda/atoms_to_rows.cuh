@@ -3,20 +3,9 @@
 #include "core/cuda/block.cuh"
 #include "core/cuda/pack.cuh"
 #include "stf/cuda/column_of_nonzero.cuh"
+#include "stf/cuda/launches.h"
 
 namespace torchops::kernels::stf::cuda {
-
-// output[t, r] = bias[r] + sum over b, e of values[r, b, e] * atoms[b, t, indices[r, b, e]], for few tokens, where
-// reading the factor is what takes the time.
-template <typename T>
-struct AtomsToRows {
-  SparseFactor<T> factor;
-  const T* atoms;  // [blocks, T, K]
-  const T* bias;   // [rows], or null
-  T* output;       // [T, rows]
-  int64_t num_tokens;
-  int64_t chunk;  // atoms that are in shared memory at a time
-};
 
 inline constexpr int gather_threads = 256;
 inline constexpr int rows_of_warp = 4;

@@ -1,17 +1,9 @@
 #pragma once
 
 #include "core/cuda/block.cuh"
-#include "stf/packed_factor.h"
-#include "stf/sparse_factor.h"
+#include "stf/cuda/launches.h"
 
 namespace torchops::kernels::stf::cuda {
-
-template <typename T>
-struct PackFactor {
-  SparseFactor<T> factor;  // whose indices increase in every row and block
-  T* values;               // [groups, blocks, 16 * nnz]
-  uint16_t* mask;          // [groups, blocks, K]
-};
 
 inline constexpr int pack_threads = 128;
 

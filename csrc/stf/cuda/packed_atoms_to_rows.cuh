@@ -2,19 +2,10 @@
 
 #include "core/cuda/block.cuh"
 #include "core/cuda/pack.cuh"
+#include "stf/cuda/launches.h"
 #include "stf/cuda/packed_value.cuh"
 
 namespace torchops::kernels::stf::cuda {
-
-// output[t, r] = bias[r] + sum over columns of the packed factor's row r times atoms[b, t, column], for few tokens.
-template <typename T>
-struct PackedAtomsToRows {
-  PackedFactor<T> factor;
-  const T* atoms;  // [blocks, T, K]
-  const T* bias;   // [rows], or null
-  T* output;       // [T, rows]
-  int64_t num_tokens;
-};
 
 inline constexpr int packed_gather_threads = 256;
 inline constexpr int packed_gather_warps = packed_gather_threads / device::warp_size;

@@ -1,20 +1,9 @@
 #pragma once
 
 #include "stf/cuda/expand_packed_tile.cuh"
+#include "stf/cuda/launches.h"
 
 namespace torchops::kernels::stf::cuda {
-
-// sums[part][t, r] = sum over the blocks b and columns k of a part of the packed factor's [r, b, k] times
-// atoms[b, t, k], for 16-bit types.
-template <typename T>
-struct PackedAtomsToRowsMma {
-  PackedFactor<T> factor;
-  const T* atoms;  // [blocks, T, K]
-  float* sums;     // [parts][T, rows]
-  int64_t num_tokens;
-  int64_t part_size;  // tiles of columns, counted through all blocks
-  bool wide;          // atoms can be copied 16 bytes at a time
-};
 
 inline constexpr int packed_gather_tile_columns = 256;
 

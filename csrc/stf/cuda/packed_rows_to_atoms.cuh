@@ -1,20 +1,10 @@
 #pragma once
 
 #include "core/cuda/block.cuh"
+#include "stf/cuda/launches.h"
 #include "stf/cuda/packed_value.cuh"
 
 namespace torchops::kernels::stf::cuda {
-
-// sums[part][b, t, k] = sum over the rows r of a part of the packed factor's column k times rows[t, r], for few
-// tokens.
-template <typename T>
-struct PackedRowsToAtoms {
-  PackedFactor<T> factor;
-  const T* rows;          // [T, rows]
-  accumulate_t<T>* sums;  // [parts][blocks, T, K]
-  int64_t num_tokens;
-  int64_t part_size;  // groups of rows
-};
 
 inline constexpr int packed_columns_of_thread = 4;
 inline constexpr int packed_scatter_most_threads = 256;

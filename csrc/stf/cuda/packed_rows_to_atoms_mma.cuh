@@ -1,20 +1,9 @@
 #pragma once
 
 #include "stf/cuda/expand_packed_tile.cuh"
+#include "stf/cuda/launches.h"
 
 namespace torchops::kernels::stf::cuda {
-
-// sums[part][b, t, k] = sum over the rows r of a part of the packed factor's [r, b, k] times rows[t, r], for 16-bit
-// types.
-template <typename T>
-struct PackedRowsToAtomsMma {
-  PackedFactor<T> factor;
-  const T* rows;  // [T, rows]
-  float* sums;    // [parts][blocks, T, K]
-  int64_t num_tokens;
-  int64_t part_size;  // tiles of rows
-  bool wide;          // rows can be copied 16 bytes at a time
-};
 
 // As many as leave room for the sums in registers.
 inline constexpr int packed_scatter_tile_columns = 128;

@@ -2,6 +2,7 @@
 
 #include "core/cuda/block.cuh"
 #include "stf/cuda/column_of_nonzero.cuh"
+#include "stf/cuda/launches.h"
 #include "stf/cuda/packed_value.cuh"
 
 // A product with the factor as a dense matrix multiplies its zeros, and makes a NaN of each that meets an infinity or a
@@ -9,15 +10,6 @@
 // by nonzero.
 
 namespace torchops::kernels::stf::cuda {
-
-template <typename T, template <typename> typename Factor>
-struct RepairTokens {
-  Factor<T> factor;
-  const T* atoms;  // [blocks, T, K]
-  const T* bias;   // [rows], or null
-  T* output;       // [T, rows]
-  int64_t num_tokens;
-};
 
 inline constexpr int repair_threads = 256;
 inline constexpr int repair_warps = repair_threads / device::warp_size;

@@ -1,19 +1,9 @@
 #pragma once
 
 #include "stf/cuda/expand_row.cuh"
+#include "stf/cuda/launches.h"
 
 namespace torchops::kernels::stf::cuda {
-
-// sums[part][b, t, k] = sum over the rows r of a part and the e with indices[r, b, e] = k of values[r, b, e] *
-// rows[t, r], for few tokens, where reading the factor is what takes the time.
-template <typename T>
-struct RowsToAtoms {
-  SparseFactor<T> factor;
-  const T* rows;          // [T, rows]
-  accumulate_t<T>* sums;  // [parts][blocks, T, K]
-  int64_t num_tokens;
-  int64_t part_size;  // rows
-};
 
 inline constexpr int columns_of_thread = 4;
 inline constexpr int scatter_most_threads = 256;

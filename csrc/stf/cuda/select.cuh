@@ -3,20 +3,9 @@
 #include <cstring>
 
 #include "core/cuda/block.cuh"
+#include "stf/cuda/launches.h"
 
 namespace torchops::kernels::stf::cuda {
-
-// Of every row and block of the latent, the nnz entries that are largest in magnitude, the lower index among
-// equals, in ascending order of indices.
-template <typename T>
-struct Select {
-  const T* latent;  // [rows, blocks, K]
-  T* values;        // [rows, blocks, nnz]
-  void* indices;    // [rows, blocks, nnz], uint8 or int16
-  bool byte_indices;
-  int32_t basis_size;  // K
-  int32_t nnz;         // at least 1
-};
 
 inline constexpr int select_threads = 128;
 

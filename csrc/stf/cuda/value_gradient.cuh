@@ -1,18 +1,9 @@
 #pragma once
 
 #include "stf/cuda/column_of_nonzero.cuh"
+#include "stf/cuda/launches.h"
 
 namespace torchops::kernels::stf::cuda {
-
-// grad_values[r, b, e] = sum over t, in ascending order, of rows[t, r] * atoms[b, t, indices[r, b, e]].
-template <typename T>
-struct ValueGradient {
-  SparseFactor<T> factor;  // without values
-  const T* rows;           // [T, rows]
-  const T* atoms;          // [blocks, T, K]
-  T* grad_values;          // [rows, blocks, nnz]
-  int64_t num_tokens;
-};
 
 // A thread per nonzero. An index out of range counts as zero.
 template <typename T>

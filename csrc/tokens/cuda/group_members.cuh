@@ -2,20 +2,9 @@
 
 #include "core/cuda/block.cuh"
 #include "tokens/cuda/assigned_group.cuh"
+#include "tokens/cuda/launches.h"
 
 namespace torchops::kernels::tokens {
-
-// The tokens of each group by a stable counting sort.
-struct GroupMembers {
-  const int64_t* assign;  // [B, N], in -1..M-1
-  int64_t* offsets;       // [B, M + 1]: group m's members are members[offsets[m]..offsets[m+1]-1]
-  int64_t* members;       // [B, N]: tokens sorted by group, ascending in each
-  int32_t* counts;        // [B, group_members_warps, M], scratch
-  int64_t num_tokens;     // N
-  int64_t num_groups;     // M
-};
-
-inline constexpr int group_members_warps = 8;
 
 // A block of group_members_warps warps per batch row, grid [B]. Each warp has its own stretch of tokens
 // and counts its members of every group, so that its places follow from the counts of the warps before.

@@ -3,19 +3,9 @@
 #include <cstring>
 
 #include "core/cuda/block.cuh"
+#include "tokens/cuda/launches.h"
 
 namespace torchops::kernels::tokens {
-
-template <typename T>
-struct TopkAssignment {
-  const T* scores;      // [B, N]
-  const bool* padding;  // [B, N], or null for none
-  int64_t* assign;      // [B, N]
-  int64_t num_tokens;   // N
-  int64_t num_protected;
-  int64_t num_kept;  // k, at most num_tokens - num_protected
-  bool fuse;
-};
 
 inline constexpr int topk_threads = 256;
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "catch.h"
+#include "core/attention/cuda/side_gradients.cuh"
 #include "numbers.h"
 #include "orders.h"
 #include "span_attention/cuda/launches.cuh"

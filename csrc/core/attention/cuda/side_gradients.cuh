@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/attention/cuda/launches.h"
 #include "core/attention/cuda/softmax.cuh"
 #include "core/cuda/block.cuh"
 #include "core/cuda/launch.h"

@@ -9,16 +9,6 @@
 
 // csrc/core/cuda/launch.h for g++: the kernel has run when launch returns.
 
-namespace c10::cuda {
-
-// What host layers begin with; here there is one device.
-struct CUDAGuard {
-  template <typename Device>
-  explicit CUDAGuard(const Device& /* device */) {}
-};
-
-}  // namespace c10::cuda
-
 namespace torchops::device {
 
 struct LaunchShape {

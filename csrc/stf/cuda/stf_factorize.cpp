@@ -1,4 +1,3 @@
-
 #include "core/library.h"
 #include "stf/factorization.h"
 

@@ -1,13 +1,13 @@
 #include "tokens/topk_assignment.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
-#include "core/cuda/launch.h"
 #include "core/library.h"
 #include "core/tensors.h"
-#include "tokens/cuda/topk_assignment.cuh"
+#include "tokens/cuda/launches.h"
 
 namespace torchops {
 namespace {
@@ -15,7 +15,7 @@ namespace {
 at::Tensor topk_assignment_cuda(const at::Tensor& scores, int64_t k, const std::optional<at::Tensor>& padding_mask,
                                 int64_t num_protected, bool fuse) {
   check_topk_assignment(scores, k, num_protected, padding_mask);
-  const c10::cuda::CUDAGuard guard(scores.device());
+  const c10::DeviceGuard guard(scores.device());
   const auto batch = scores.size(0), num_tokens = scores.size(1);
   const auto values = scores.contiguous();
   const auto padding = padding_mask ? padding_mask->contiguous() : at::Tensor();
@@ -29,8 +29,7 @@ at::Tensor topk_assignment_cuda(const at::Tensor& scores, int64_t k, const std::
                                                   num_protected,
                                                   std::min(k, num_tokens - num_protected),
                                                   fuse};
-    device::launch({batch, kernels::tokens::topk_threads, device::BlockMemory::bytes},
-                   kernels::tokens::topk_assignment<T>, args);
+    kernels::tokens::launch_topk_assignment(args, batch);
   });
   return assign;
 }

@@ -1,10 +1,10 @@
-#pragma once
-
-#include "core/attention/cuda/device.cuh"
+#include "core/attention/cuda/device.h"
+#include "core/library.h"
 #include "sparse_attention/attending.h"
-#include "sparse_attention/cuda/launches.cuh"
+#include "sparse_attention/cuda/launches.h"
 
 namespace torchops {
+namespace {
 
 // A CUDA device, for sparse_attention/attending.h.
 class CudaTopkAttention : public CudaAttention {
@@ -53,5 +53,14 @@ class CudaTopkAttention : public CudaAttention {
     return sorted;
   }
 };
+
+}  // namespace
+
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
+  m.impl("topk_attention", flattened<topk_attention_on<CudaTopkAttention>>);
+  m.impl("topk_attention_lse", flattened<topk_attention_lse_on<CudaTopkAttention>>);
+  m.impl("_topk_attention_forward", flattened<topk_attention_forward_on<CudaTopkAttention>>);
+  m.impl("_topk_attention_backward", flattened<topk_attention_backward_on<CudaTopkAttention>>);
+}
 
 }  // namespace torchops

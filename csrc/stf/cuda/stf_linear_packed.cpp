@@ -1,5 +1,5 @@
+#include <c10/core/DeviceGuard.h>
 
-#include "core/cuda/launch.h"
 #include "core/library.h"
 #include "stf/cuda/packed_product.h"
 #include "stf/linear.h"
@@ -11,7 +11,7 @@ at::Tensor stf_linear_packed_cuda(const at::Tensor& input, const at::Tensor& bas
                                   const at::Tensor& mask, int64_t rows, const std::optional<at::Tensor>& bias,
                                   bool transpose) {
   check_stf_linear_packed(input, basis, packed_values, mask, rows, bias, transpose);
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::DeviceGuard guard(input.device());
   return std::get<0>(stf_linear_forward(CudaPackedProduct{packed_values, mask, rows}, input, basis, bias, transpose));
 }
 

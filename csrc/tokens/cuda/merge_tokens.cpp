@@ -1,5 +1,5 @@
 #include "core/library.h"
-#include "tokens/cuda/moving.cuh"
+#include "tokens/cuda/moving.h"
 
 namespace torchops {
 

@@ -1,10 +1,10 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 
 #include "core/attention/attention.h"
-#include "core/attention/cuda/side_gradients.cuh"
-#include "core/cuda/launch.h"
+#include "core/attention/cuda/launches.h"
 
 namespace torchops {
 
@@ -36,7 +36,7 @@ class CudaAttention {
 
  private:
   at::Device device_;
-  c10::cuda::CUDAGuard guard_;
+  c10::DeviceGuard guard_;
 };
 
 }  // namespace torchops

@@ -1,13 +1,13 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <tuple>
 
-#include "core/cuda/launch.h"
 #include "core/library.h"
 #include "tokens/bipartite_matching.h"
 #include "tokens/cuda/bipartite_matching.h"
-#include "tokens/cuda/pair_matched_tokens.cuh"
+#include "tokens/cuda/launches.h"
 
 namespace torchops {
 namespace {
@@ -16,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor> bipartite_pairs_cuda(const at::Tensor& metric
                                                         const std::optional<at::Tensor>& padding_mask,
                                                         int64_t num_protected) {
   check_bipartite_matching("bipartite_pairs", metric, r, num_protected, padding_mask);
-  const c10::cuda::CUDAGuard guard(metric.device());
+  const c10::DeviceGuard guard(metric.device());
   const auto best = best_destinations_cuda(metric, r, num_protected, padding_mask);
   auto sources = at::empty({metric.size(0), best.args.num_removed}, metric.options().dtype(at::kLong));
   auto destinations = at::empty_like(sources);
@@ -24,9 +24,9 @@ std::tuple<at::Tensor, at::Tensor> bipartite_pairs_cuda(const at::Tensor& metric
     return {sources, destinations};
   }
   auto unordered = at::empty_like(sources);
-  device::launch({metric.size(0), kernels::tokens::matched_tokens_threads, device::BlockMemory::bytes},
-                 kernels::tokens::pair_matched_tokens, best.args, unordered.mutable_data_ptr<int64_t>(),
-                 sources.mutable_data_ptr<int64_t>(), destinations.mutable_data_ptr<int64_t>());
+  kernels::tokens::launch_pair_matched_tokens(best.args, metric.size(0), unordered.mutable_data_ptr<int64_t>(),
+                                              sources.mutable_data_ptr<int64_t>(),
+                                              destinations.mutable_data_ptr<int64_t>());
   return {sources, destinations};
 }
 

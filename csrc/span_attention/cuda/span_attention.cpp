@@ -1,11 +1,13 @@
-#pragma once
+#include "span_attention/span_attention.h"
 
-#include "core/attention/cuda/device.cuh"
+#include "core/attention/cuda/device.h"
+#include "core/library.h"
 #include "span_attention/attending.h"
-#include "span_attention/cuda/launches.cuh"
+#include "span_attention/cuda/launches.h"
 #include "span_attention/cuda/lengths.h"
 
 namespace torchops {
+namespace {
 
 // A CUDA device, for span_attention/attending.h.
 class CudaSpanAttention : public CudaAttention {
@@ -44,5 +46,14 @@ class CudaSpanAttention : public CudaAttention {
     }
   }
 };
+
+}  // namespace
+
+TORCHOPS_LIBRARY_IMPL(CUDA, m) {
+  m.impl("span_attention", flattened<span_attention_on<CudaSpanAttention>>);
+  m.impl("span_attention_lse", flattened<span_attention_lse_on<CudaSpanAttention>>);
+  m.impl("_span_attention_forward", flattened<span_attention_forward_on<CudaSpanAttention>>);
+  m.impl("_span_attention_backward", flattened<span_attention_backward_on<CudaSpanAttention>>);
+}
 
 }  // namespace torchops

@@ -2,10 +2,9 @@
 
 #include <ATen/ops/empty.h>
 
-#include "core/cuda/launch.h"
 #include "core/tensors.h"
-#include "tokens/cuda/best_destination.cuh"
 #include "tokens/cuda/bipartite_matching.h"
+#include "tokens/cuda/launches.h"
 
 namespace torchops {
 
@@ -42,10 +41,7 @@ BestDestinations best_destinations_cuda(const at::Tensor& metric, int64_t r, int
                                                    metric.size(2),
                                                    num_protected,
                                                    num_sources};
-    constexpr int64_t tile = kernels::tokens::match_tile;
-    device::launch({batch * ((num_sources + tile - 1) / tile), kernels::tokens::match_threads,
-                    kernels::tokens::match_shared_bytes<T>},
-                   kernels::tokens::best_destination<T>, args);
+    kernels::tokens::launch_best_destination(args, batch);
   });
   return best;
 }

@@ -1,0 +1,14 @@
+#include "core/cuda/dtypes.h"
+#include "sparse_attention/cuda/launches.cuh"
+
+namespace torchops::kernels::sparse_attention {
+
+#define TORCHOPS_INSTANTIATE(T)                                                         \
+  template void launch_sort_lists(const Attention<T>&, const SortedLists&);             \
+  template void launch_forward(const AttentionForward<T>&, const SortedLists&);         \
+  template void launch_row_delta(const RowDelta<T>&);                                   \
+  template void launch_query_gradient(const AttentionBackward<T>&, const SortedLists&); \
+  template void launch_key_gradient(const AttentionBackward<T>&, const SortedLists&);
+TORCHOPS_FOR_EACH_DTYPE(TORCHOPS_INSTANTIATE)
+
+}  // namespace torchops::kernels::sparse_attention
