@@ -34,10 +34,11 @@ at::Tensor atoms_to_rows_mma(const at::Tensor& values, const at::Tensor& mask, i
   const auto output = at::empty({num_tokens, num_rows}, values.options());
   for_dtype_with_matrix_units(values.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    add_up_parts(kernels::stf::cuda::PackedAtomsToRowsMma<T>{packed_factor<T>(values, mask, num_rows),
-                                                             static_cast<const T*>(atoms.const_data_ptr()), nullptr,
-                                                             num_tokens, 0, has_wide_rows(atoms)},
-                 output, bias);
+    add_up_parts(
+        kernels::stf::cuda::PackedAtomsToRowsMma<T>{packed_factor<T>(values, mask, num_rows),
+                                                    static_cast<const T*>(atoms.const_data_ptr()), /*sums=*/nullptr,
+                                                    num_tokens, /*part_size=*/0, has_wide_rows(atoms)},
+        output, bias);
   });
   return output;
 }
@@ -48,10 +49,11 @@ at::Tensor rows_to_atoms_mma(const at::Tensor& values, const at::Tensor& mask, c
   const auto output = at::empty({mask.size(1), num_tokens, mask.size(2)}, values.options());
   for_dtype_with_matrix_units(values.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    add_up_parts(kernels::stf::cuda::PackedRowsToAtomsMma<T>{packed_factor<T>(values, mask, rows.size(1)),
-                                                             static_cast<const T*>(rows.const_data_ptr()), nullptr,
-                                                             num_tokens, 0, has_wide_rows(rows)},
-                 output, std::nullopt);
+    add_up_parts(
+        kernels::stf::cuda::PackedRowsToAtomsMma<T>{packed_factor<T>(values, mask, rows.size(1)),
+                                                    static_cast<const T*>(rows.const_data_ptr()), /*sums=*/nullptr,
+                                                    num_tokens, /*part_size=*/0, has_wide_rows(rows)},
+        output, std::nullopt);
   });
   return output;
 }
@@ -107,10 +109,10 @@ at::Tensor CudaPackedProduct::rows_to_atoms(const at::Tensor& rows) const {
   auto output = at::empty({m.size(1), num_tokens, m.size(2)}, v.options());
   for_dtype(v.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    add_up_parts(
-        kernels::stf::cuda::PackedRowsToAtoms<T>{packed_factor<T>(v, m, num_rows),
-                                                 static_cast<const T*>(r.const_data_ptr()), nullptr, num_tokens, 0},
-        output, std::nullopt);
+    add_up_parts(kernels::stf::cuda::PackedRowsToAtoms<T>{packed_factor<T>(v, m, num_rows),
+                                                          static_cast<const T*>(r.const_data_ptr()), /*sums=*/nullptr,
+                                                          num_tokens, /*part_size=*/0},
+                 output, std::nullopt);
   });
   return output;
 }

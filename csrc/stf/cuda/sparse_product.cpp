@@ -57,7 +57,8 @@ at::Tensor CudaSparseProduct::rows_to_atoms(const at::Tensor& rows) const {
   for_dtype(v.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     add_up_parts(kernels::stf::cuda::RowsToAtoms<T>{sparse_factor<T>(v, i, basis_size),
-                                                    static_cast<const T*>(r.const_data_ptr()), nullptr, num_tokens, 0},
+                                                    static_cast<const T*>(r.const_data_ptr()), /*sums=*/nullptr,
+                                                    num_tokens, /*part_size=*/0},
                  output, std::nullopt);
   });
   return output;
