@@ -34,4 +34,7 @@ TORCHOPS_API std::tuple<at::Tensor, at::Tensor> topk_attention_lse(
     const std::optional<at::Tensor>& query_start = std::nullopt,
     const std::optional<at::Tensor>& key_start = std::nullopt);
 
+// The nearest codeword of each part of each row: input [..., D], codebooks [M, E, D / M] -> uint8 [..., M]
+TORCHOPS_API at::Tensor pq_encode(const at::Tensor& input, const at::Tensor& codebooks);
+
 }  // namespace torchops

@@ -82,3 +82,16 @@ TEST_CASE("topk_attention reports bad input as an error that says what is wrong"
   const auto indices = torch::zeros({1, 3, 8, 2}, at::kLong);
   CHECK_THROWS_AS(torchops::topk_attention(query, key, key, indices), c10::ValueError);
 }
+
+TEST_CASE("pq_encode names the nearest codeword of each part") {
+  torch::manual_seed(0);
+  const auto codebooks = torch::randn({3, 20, 4}, at::kDouble);
+  const auto codes = torch::randint(20, {2, 7, 3}, at::kLong);
+  const auto parts = torch::stack({codebooks[0].index_select(0, codes.select(-1, 0).flatten()),
+                                   codebooks[1].index_select(0, codes.select(-1, 1).flatten()),
+                                   codebooks[2].index_select(0, codes.select(-1, 2).flatten())},
+                                  1);
+  const auto encoded = torchops::pq_encode(parts.reshape({2, 7, 12}), codebooks);
+  REQUIRE(encoded.dtype() == at::kByte);
+  REQUIRE(encoded.to(at::kLong).equal(codes));
+}

@@ -9,7 +9,9 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-__all__ = ["topk_attention", "topk_attention_lse"]
+from .._namespace import operators
+
+__all__ = ["pq_encode", "topk_attention", "topk_attention_lse"]
 
 
 def topk_attention(
@@ -67,7 +69,7 @@ def topk_attention(
     >>> torchops.topk_attention(query, key, value, indices, is_causal=True).shape
     torch.Size([1, 2, 6, 8])
     """
-    return torch.ops.torchops.topk_attention(
+    return operators.topk_attention(
         query,
         key,
         value,
@@ -123,7 +125,7 @@ def topk_attention_lse(
     >>> merged = first * weight + second * (1 - weight)
     >>> torch.testing.assert_close(merged, torchops.span_attention(query, key, value))
     """
-    return torch.ops.torchops.topk_attention_lse(
+    return operators.topk_attention_lse(
         query,
         key,
         value,
@@ -138,3 +140,31 @@ def topk_attention_lse(
         is_causal=is_causal,
         scale=scale,
     )
+
+
+def pq_encode(input: Tensor, codebooks: Tensor) -> Tensor:
+    """The codes of product quantization: for each part of a row, which codeword is nearest to it.
+
+    A row of D numbers is cut into M parts of D / M, and each has a codebook of E codewords of its own. Near is by the sum
+    of absolute differences, in float32 (float64 for float64); of equally near codewords the first one is taken, and a
+    distance that is NaN counts as infinite. Rows whose codes agree in many parts have a large product, by which SPT
+    chooses the keys of a query. Integers have no gradient.
+
+    Args:
+        input: [..., D], float64, float32, bfloat16 or float16.
+        codebooks: [M, E, D / M], any floating dtype, E at most 256. SPT has E = 16 and D / M = 8.
+
+    Returns:
+        uint8 [..., M], the index of a codeword each.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; E that is 0 or above 256; M times D / M that is not D.
+
+    Source: product quantization (Jegou et al., 2011) as SPT (Gui et al., 2023) has it.
+
+    >>> codebooks = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 4.0]]])  # 2 parts, 2 codewords each
+    >>> torchops.pq_encode(torch.tensor([[0.9, 0.7, 0.0, 1.0], [0.2, 0.1, 0.0, 3.0]]), codebooks)
+    tensor([[1, 0],
+            [0, 1]], dtype=torch.uint8)
+    """
+    return operators.pq_encode(input, codebooks)

@@ -131,3 +131,16 @@ def topk_attention(
         query_start,
         key_start,
     )[0]
+
+
+def pq_encode(input: Tensor, codebooks: Tensor) -> Tensor:
+    num_subspaces, num_codewords, subspace = codebooks.shape
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    parts = input.to(dtype).reshape(*input.shape[:-1], num_subspaces, 1, subspace)
+    distance = parts.new_zeros(*input.shape[:-1], num_subspaces, num_codewords)
+    for channel in range(subspace):  # in this order, which decides between codewords that are nearly as near
+        distance = distance + (parts[..., channel] - codebooks[..., channel].to(dtype)).abs()
+    distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    code = torch.arange(num_codewords, device=input.device).expand_as(distance)
+    nearest = distance == distance.amin(-1, keepdim=True)
+    return code.masked_fill(~nearest, num_codewords).amin(-1).to(torch.uint8)

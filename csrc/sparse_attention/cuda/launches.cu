@@ -8,7 +8,8 @@ namespace torchops::kernels::sparse_attention {
   template void launch_forward(const AttentionForward<T>&, const SortedLists&);         \
   template void launch_row_delta(const RowDelta<T>&);                                   \
   template void launch_query_gradient(const AttentionBackward<T>&, const SortedLists&); \
-  template void launch_key_gradient(const AttentionBackward<T>&, const SortedLists&);
+  template void launch_key_gradient(const AttentionBackward<T>&, const SortedLists&);   \
+  template void launch_nearest_codeword(const NearestCodeword<T>&);
 TORCHOPS_FOR_EACH_DTYPE(TORCHOPS_INSTANTIATE)
 
 }  // namespace torchops::kernels::sparse_attention

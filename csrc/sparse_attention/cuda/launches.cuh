@@ -8,6 +8,7 @@
 #include "sparse_attention/cuda/forward.cuh"
 #include "sparse_attention/cuda/key_gradient.cuh"
 #include "sparse_attention/cuda/launches.h"
+#include "sparse_attention/cuda/nearest_codeword.cuh"
 #include "sparse_attention/cuda/query_gradient.cuh"
 
 // Which kernel on which grid.
@@ -52,6 +53,13 @@ void launch_row_delta(const RowDelta<T>& args) {
   device::launch(
       {device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads), row_delta_threads},
       row_delta_fma<1, T>, args);
+}
+
+template <typename T>
+void launch_nearest_codeword(const NearestCodeword<T>& args) {
+  device::launch(
+      {args.num_subspaces * device::tiles_of(args.num_rows, nearest_codeword_threads), nearest_codeword_threads},
+      nearest_codeword<T>, args);
 }
 
 }  // namespace torchops::kernels::sparse_attention

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "sparse_attention/attention.h"
+#include "sparse_attention/nearest_codeword.h"
 
 // What the host layer has to know of the kernels, and how it starts them.
 
@@ -43,5 +44,8 @@ void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& 
 // One of args.grad_key, grad_value and grad_key_bias is wanted.
 template <typename T>
 void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted);
+
+template <typename T>
+void launch_nearest_codeword(const NearestCodeword<T>& args);
 
 }  // namespace torchops::kernels::sparse_attention
