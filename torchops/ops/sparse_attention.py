@@ -9,6 +9,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from .._namespace import operators
+
 __all__ = ["topk_attention", "topk_attention_lse"]
 
 
@@ -67,7 +69,7 @@ def topk_attention(
     >>> torchops.topk_attention(query, key, value, indices, is_causal=True).shape
     torch.Size([1, 2, 6, 8])
     """
-    return torch.ops.torchops.topk_attention(
+    return operators.topk_attention(
         query,
         key,
         value,
@@ -123,7 +125,7 @@ def topk_attention_lse(
     >>> merged = first * weight + second * (1 - weight)
     >>> torch.testing.assert_close(merged, torchops.span_attention(query, key, value))
     """
-    return torch.ops.torchops.topk_attention_lse(
+    return operators.topk_attention_lse(
         query,
         key,
         value,
