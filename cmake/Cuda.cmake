@@ -1,4 +1,4 @@
-# The CUDA half (csrc/*/cuda). TORCHOPS_CUDA is AUTO, ON or OFF; AUTO builds them where torch is a
+# The CUDA half (csrc/*/cuda). TORCHOPS_CUDA is AUTO, ON or OFF; AUTO builds it where torch is a
 # CUDA build and nvcc is found, and says which of the two is missing where only one is there.
 # Architectures come from TORCH_CUDA_ARCH_LIST. Of the toolkit, nvcc and cudart are enough.
 

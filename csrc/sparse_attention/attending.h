@@ -9,8 +9,7 @@
 #include "sparse_attention/arguments.h"
 
 // The operators as every device computes them. Device is made of the device it runs on, resp. of the arguments of its
-// backward, and has, beside what
-// core/attention/attending.h asks,
+// backward, and has, beside what core/attention/attending.h asks,
 //   forward(AttentionForward<T>), with an output that is not empty
 //   backward(AttentionBackward<T>, mask), of query, key, value and the shares of key_bias and pair_bias
 

@@ -5,17 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from attention_cases import FLOATS, absent, invalid_inputs, invalid_rows, none, positions_first
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
+from torchops._namespace import operators
 from torchops.reference import sparse_attention as reference
 
 HUGE = 2**62
-
-
-def positions_first(tensor: Tensor) -> Tensor:
-    """[B, H, L, D] stored as [B, L, H, D], the way a projection leaves it."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attention_inputs(
@@ -291,54 +288,13 @@ def lse_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 
 def invalid_attention(device: str, good: Inputs) -> Iterator[Invalid]:
-    """What the forward refuses, and the backward too. `good` has 2 rows, 4 and 2 heads, 5 queries and 6 keys."""
-    query, key, value, indices = (good[name] for name in ("query", "key", "value", "indices"))
-    for name, dims in (
-        ("query", "[B, Hq, Lq, D]"),
-        ("key", "[B, Hkv, Lk, D]"),
-        ("value", "[B, Hkv, Lk, Dv]"),
-        ("indices", "[B, Hi, Nq, k]"),
-    ):
-        shape = list(good[name].shape[1:])
-        yield Invalid(f"{name}-rank", good | {name: good[name][0]}, f"expected {name} of shape {dims}, got {shape}")
-    floats = "Double, Float, BFloat16 or Half"
-    yield Invalid("query-dtype", good | {"query": query.int()}, f"expected query of dtype {floats}, got Int")
-    yield Invalid("key-dtype", good | {"key": key.double()}, "expected key of query's dtype Float, got Double")
+    yield from invalid_inputs(device, good)
+    indices = good["indices"]
     yield Invalid(
-        "value-dtype", good | {"value": value.bfloat16()}, "expected value of query's dtype Float, got BFloat16"
+        "indices-rank", good | {"indices": indices[0]}, "expected indices of shape [B, Hi, Nq, k], got [2, 5, 3]"
     )
     yield Invalid(
         "indices-dtype", good | {"indices": indices.short()}, "expected indices of dtype Long or Int, got Short"
-    )
-    for dim in (0, 257):
-        wide = torch.zeros(2, 4, 5, dim, device=device)
-        yield Invalid(f"D{dim}", good | {"query": wide}, f"expected query's last dimension in 1..256, got {dim}")
-        wide = torch.zeros(2, 2, 6, dim, device=device)
-        yield Invalid(f"Dv{dim}", good | {"value": wide}, f"expected value's last dimension in 1..256, got {dim}")
-    yield Invalid(
-        "key-batch",
-        good | {"key": key[:1]},
-        "expected key of shape [B, Hkv, Lk, D] = [2, 2, 6, 8], got [1, 2, 6, 8]",
-    )
-    yield Invalid(
-        "key-D",
-        good | {"key": key[..., :7]},
-        "expected key of shape [B, Hkv, Lk, D] = [2, 2, 6, 8], got [2, 2, 6, 7]",
-    )
-    yield Invalid(
-        "value-keys",
-        good | {"value": value[:, :, 1:]},
-        "expected value of shape [B, Hkv, Lk, Dv] = [2, 2, 6, 3], got [2, 2, 5, 3]",
-    )
-    yield Invalid(
-        "no-key-heads",
-        good | {"key": key[:, :0], "value": value[:, :0]},
-        "expected key's number of heads >= 1, got 0",
-    )
-    yield Invalid(
-        "heads",
-        good | {"query": query[:, :3]},
-        "expected query's number of heads to be a multiple of key's = 2, got 3",
     )
     yield Invalid(
         "list-heads",
@@ -355,14 +311,7 @@ def invalid_attention(device: str, good: Inputs) -> Iterator[Invalid]:
         good | {"query_block": 2},
         "expected indices of shape [B, Hi, Nq, k] = [2, 2, 3, 3], got [2, 2, 5, 3]",
     )
-    yield Invalid("block-size", good | {"block_size": 0}, "expected block_size >= 1, got 0")
     yield Invalid("query-block", good | {"query_block": 0}, f"expected query_block in 1..{HUGE}, got 0")
-    bias, sink = torch.zeros(2, 6, device=device), torch.zeros(4, device=device)
-    yield Invalid("bias-rank", good | {"key_bias": bias[0]}, "expected key_bias of shape [B, Lk], got [6]")
-    yield Invalid(
-        "bias-shape", good | {"key_bias": bias[:, 1:]}, "expected key_bias of shape [B, Lk] = [2, 6], got [2, 5]"
-    )
-    yield Invalid("bias-dtype", good | {"key_bias": bias.bool()}, f"expected key_bias of dtype {floats}, got Bool")
     pair_bias = torch.zeros(2, 2, 5, 3, device=device)
     dims = "[B, Hi or Hq, Nq, k]"
     yield Invalid("pair-rank", good | {"pair_bias": pair_bias[0]}, f"expected pair_bias of shape {dims}, got [2, 5, 3]")
@@ -376,13 +325,7 @@ def invalid_attention(device: str, good: Inputs) -> Iterator[Invalid]:
         good | {"pair_bias": pair_bias[..., 1:]},
         f"expected pair_bias of shape {dims} = [2, 2, 5, 3], got [2, 2, 5, 2]",
     )
-    yield Invalid("pair-dtype", good | {"pair_bias": pair_bias.int()}, f"expected pair_bias of dtype {floats}, got Int")
-    yield Invalid("sink-shape", good | {"sink": sink[:2]}, "expected sink of shape [Hq] = [4], got [2]")
-    yield Invalid("sink-dtype", good | {"sink": sink.int()}, f"expected sink of dtype {floats}, got Int")
-    for name in ("query_start", "key_start"):
-        start = torch.zeros(2, dtype=torch.int64, device=device)
-        yield Invalid(f"{name}-shape", good | {name: start[:1]}, f"expected {name} of shape [B] = [2], got [1]")
-        yield Invalid(f"{name}-dtype", good | {name: start.float()}, f"expected {name} of dtype Long or Int, got Float")
+    yield Invalid("pair-dtype", good | {"pair_bias": pair_bias.int()}, f"expected pair_bias of dtype {FLOATS}, got Int")
 
 
 def small_inputs(device: str) -> Inputs:
@@ -430,7 +373,7 @@ SIDES = ("key_bias", "sink", "pair_bias")
 def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:
     options = {"block_size": 1, "query_block": 1, "is_causal": False, "scale": None}
     options |= dict.fromkeys((*SIDES, "query_start", "key_start"))
-    output, logsumexp, normalizer = torch.ops.torchops._topk_attention_forward(**inputs)
+    output, logsumexp, normalizer = operators._topk_attention_forward(**inputs)
     if grad_output is None:
         generator = torch.Generator().manual_seed(5)
         grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
@@ -443,10 +386,6 @@ def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs
         "normalizer": normalizer,
         "output_mask": [True, True, True, *(inputs.get(name) is not None for name in SIDES)],
     }
-
-
-def none(*names: str) -> Inputs:
-    return dict.fromkeys(names)
 
 
 def only(*wanted: str) -> Inputs:
@@ -472,42 +411,8 @@ def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 def backward_invalid(device: str) -> Iterator[Invalid]:
     good = backward_inputs(small_inputs(device))
     yield from invalid_attention(device, good)
-    for name in ("grad_output", "output"):
-        yield Invalid(
-            f"{name}-shape",
-            good | {name: good[name][..., :2]},
-            f"expected {name} of shape [B, Hq, Lq, Dv] = [2, 4, 5, 3], got [2, 4, 5, 2]",
-        )
-        yield Invalid(
-            f"{name}-dtype", good | {name: good[name].half()}, f"expected {name} of query's dtype Float, got Half"
-        )
-    for name, dims, size in (
-        ("normalizer", "[B, Hq, Lq, 2]", [2, 4, 5, 2]),
-        ("grad_logsumexp", "[B, Hq, Lq]", [2, 4, 5]),
-    ):
-        yield Invalid(
-            f"{name}-shape",
-            good | {name: good[name][:1]},
-            f"expected {name} of shape {dims} = {size}, got {[1, *size[1:]]}",
-        )
-        yield Invalid(
-            f"{name}-dtype", good | {name: good[name].double()}, f"expected {name} of dtype Float, got Double"
-        )
-    for name, reason in (
-        ("query", "probabilities are made of it"),
-        ("key", "probabilities are made of it"),
-        ("indices", "probabilities are made of it"),
-        ("value", "gradients to scores are made of it"),
-        ("output", "the gradients asked for are made of it"),
-        ("grad_output", "value's gradient is asked for"),
-    ):
-        yield Invalid(f"no-{name}", good | {name: None}, f"expected {name} to be a tensor because {reason}, got None")
-    for name in SIDES:
-        yield Invalid(
-            f"no-{name}",
-            good | only(name),
-            f"expected {name} to be a tensor because its gradient is asked for, got None",
-        )
+    yield from invalid_rows(good, {name: only(name) for name in SIDES})
+    yield absent(good, "indices", "probabilities are made of it")
 
 
 def backward_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:

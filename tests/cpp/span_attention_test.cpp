@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "agreement.h"
 #include "catch.h"
 #include "torchops.h"
 
@@ -31,32 +32,14 @@ TEST_CASE("span_attention and its gradients agree with masked attention over a w
       const auto random = [&](at::IntArrayRef sizes) { return torch::randn(sizes, dtype).requires_grad_(); };
       const std::vector<at::Tensor> inputs{random({2, 3, length, head_dim}), random({2, 3, length, head_dim}),
                                            random({2, 3, length, 24}), random({2, length})};
-      const auto output =
-          torchops::span_attention(inputs[0], inputs[1], inputs[2], 1, window - 1, 0, true, std::nullopt, inputs[3]);
-      std::vector<at::Tensor> exact;
-      for (const auto& input : inputs) {
-        exact.push_back(input.detach().to(at::kDouble).requires_grad_());
-      }
-      const auto expected = dense_window(exact[0], exact[1], exact[2], window, exact[3]);
-      const auto grad = torch::randn_like(output);
-      const auto actual_grads = torch::autograd::grad({output}, inputs, {grad});
-      const auto expected_grads = torch::autograd::grad({expected}, exact, {grad.to(at::kDouble)});
-
-      const double tolerance = dtype == at::kDouble     ? 1e-12
-                               : dtype == at::kFloat    ? 2e-5
-                               : dtype == at::kBFloat16 ? 2e-2
-                                                        : 3e-3;
-      // Relative to the largest number, or to 1: with a single key in sight the gradient to its score is 0.
-      const auto close = [&](const at::Tensor& one, const at::Tensor& other) {
-        const auto largest = std::max(other.abs().max().item<double>(), 1.0);
-        return (one.to(at::kDouble) - other).abs().max().item<double>() <= tolerance * largest;
-      };
-      CHECK(output.scalar_type() == dtype);
-      CHECK(close(output, expected));
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        CAPTURE(i);
-        CHECK(close(actual_grads[i], expected_grads[i]));
-      }
+      check_agreement(
+          inputs,
+          [&, window = window](const std::vector<at::Tensor>& of) {
+            return torchops::span_attention(of[0], of[1], of[2], 1, window - 1, 0, true, std::nullopt, of[3]);
+          },
+          [&, window = window](const std::vector<at::Tensor>& of) {
+            return dense_window(of[0], of[1], of[2], window, of[3]);
+          });
     }
   }
 }

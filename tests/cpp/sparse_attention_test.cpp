@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "agreement.h"
 #include "catch.h"
 #include "torchops.h"
 
@@ -33,32 +34,12 @@ TEST_CASE("topk_attention and its gradients agree with dense attention") {
                                            random({2, 3, length, 24}), random({2, length})};
       auto indices = torch::randint(length, {2, 3, length, listed}, at::kLong);
       indices.select(-1, 0).copy_(torch::arange(length));  // every query sees itself
-      const auto output =
-          torchops::topk_attention(inputs[0], inputs[1], inputs[2], indices, 1, 1, true, std::nullopt, inputs[3]);
-      std::vector<at::Tensor> exact;
-      for (const auto& input : inputs) {
-        exact.push_back(input.detach().to(at::kDouble).requires_grad_());
-      }
-      const auto expected = dense(exact[0], exact[1], exact[2], indices, exact[3]);
-      const auto grad = torch::randn_like(output);
-      const auto actual_grads = torch::autograd::grad({output}, inputs, {grad});
-      const auto expected_grads = torch::autograd::grad({expected}, exact, {grad.to(at::kDouble)});
-
-      const double tolerance = dtype == at::kDouble     ? 1e-12
-                               : dtype == at::kFloat    ? 2e-5
-                               : dtype == at::kBFloat16 ? 2e-2
-                                                        : 3e-3;
-      // Relative to the largest number, or to 1: with a single key in sight the gradient to its score is 0.
-      const auto close = [&](const at::Tensor& one, const at::Tensor& other) {
-        const auto largest = std::max(other.abs().max().item<double>(), 1.0);
-        return (one.to(at::kDouble) - other).abs().max().item<double>() <= tolerance * largest;
-      };
-      CHECK(output.scalar_type() == dtype);
-      CHECK(close(output, expected));
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        CAPTURE(i);
-        CHECK(close(actual_grads[i], expected_grads[i]));
-      }
+      check_agreement(
+          inputs,
+          [&](const std::vector<at::Tensor>& of) {
+            return torchops::topk_attention(of[0], of[1], of[2], indices, 1, 1, true, std::nullopt, of[3]);
+          },
+          [&](const std::vector<at::Tensor>& of) { return dense(of[0], of[1], of[2], indices, of[3]); });
     }
   }
 }

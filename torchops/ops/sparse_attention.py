@@ -6,7 +6,6 @@ blocks in NSA, MoBA and MiniMax. What follows the choice is the same, exact soft
 
 from typing import Optional, Tuple
 
-import torch
 from torch import Tensor
 
 from .._namespace import operators

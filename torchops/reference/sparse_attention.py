@@ -6,6 +6,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ._softmax import softmax_with_sink
+
 
 def listed(
     query: Tensor,
@@ -84,21 +86,8 @@ def topk_attention_lse(
         bias = bias.repeat_interleave(scores.shape[-1] // max(bias.shape[-1], 1), dim=-1)
         scores = scores + bias.masked_fill(~inside, 0)
     scores = scores.masked_fill(~inside, -torch.inf)
-    # The sink is one more key, whose value is 0; a column of -inf changes nothing.
-    logits = torch.full_like(query[..., :1], -torch.inf)
-    if sink is not None:
-        logits = sink.to(query.dtype)[:, None, None].expand_as(logits)
-    scores = torch.cat([scores, logits], dim=-1)
-    # A row of nothing but -inf has no softmax.
-    nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(nothing, 0)
-    # Not by torch.logsumexp: its derivative takes scores less a logsumexp that was rounded, however large they are.
-    largest = scores.amax(-1, keepdim=True).detach()
-    weights = (scores - largest).exp()
-    total = weights.sum(-1, keepdim=True)
-    probabilities = (weights / total).masked_fill(nothing, 0)
-    logsumexp = (largest + total.log()).masked_fill(nothing, -torch.inf)
-    return (probabilities[..., None, :-1] @ value)[..., 0, :], logsumexp[..., 0]
+    probabilities, logsumexp = softmax_with_sink(scores, sink)
+    return (probabilities[..., None, :] @ value)[..., 0, :], logsumexp
 
 
 def topk_attention(

@@ -18,13 +18,15 @@ struct Grid {
   bool empty() const { return x == 0 || y == 0 || z == 0; }
   bool allowed() const { return 0 <= x && x <= max_x && 0 <= y && y <= max_yz && 0 <= z && z <= max_yz; }
 
-  // What to say where it is not allowed: of the file that launches, or of an operator.
-  std::string error(std::string_view file) const {
+  // What to say where it is not allowed, of an operator or of a file that launches: csrc/<family>/cuda/<file>.
+  std::string error(std::string_view name) const {
     const auto shape = [](int64_t a, int64_t b, int64_t c) {
       return std::string("[") + std::to_string(a) + ", " + std::to_string(b) + ", " + std::to_string(c) + "]";
     };
-    const auto name = file.substr(file.rfind('/') + 1);
-    return std::string(name.substr(0, name.rfind('.'))) + ": expected a grid of at most " +
+    if (const auto end = name.rfind("/cuda/"); end != std::string_view::npos) {
+      name = name.substr(0, end);
+    }
+    return std::string(name.substr(name.rfind('/') + 1)) + ": expected a grid of at most " +
            shape(max_x, max_yz, max_yz) + " blocks, got " + shape(x, y, z);
   }
 };

@@ -6,8 +6,9 @@ namespace torchops::kernels::sparse_attention {
 
 // AttentionBackward's grad_query and grad_pair_bias. A warp for queries_of_warp queries, one after the other: all that
 // share a list where the gradient to its biases is wanted; grid [B * Hq * ceil(Lq / queries_of_warp) / num_warps].
+// Four blocks on a multiprocessor: nvcc aims at seven for which it spills registers.
 template <typename T>
-__global__ void __launch_bounds__(num_threads)
+__global__ void __launch_bounds__(num_threads, 4)
     query_gradient(AttentionBackward<T> args, SortedLists sorted, int64_t queries_of_warp) {
   using A = accumulate_t<T>;
   const Attention<T>& inputs = args.inputs;

@@ -205,8 +205,11 @@ TEST_CASE("a launch checks its shape") {
   int* nothing = nullptr;
   device::launch({0, 32}, indices, nothing);
   device::launch({{5, 0}, 32}, indices, nothing);
-  CHECK_THROWS_WITH(device::launch({int64_t{1} << 31, 32}, indices, nothing),
-                    "block_test: expected a grid of at most [2147483647, 65535, 65535] blocks, got [2147483648, 1, 1]");
+  CHECK_THROWS_WITH(
+      device::launch({int64_t{1} << 31, 32}, indices, nothing),
+      "block_test.cpp: expected a grid of at most [2147483647, 65535, 65535] blocks, got [2147483648, 1, 1]");
   CHECK_THROWS_WITH(device::launch({{1, 65536}, 32}, indices, nothing), Contains("got [1, 65536, 1]"));
+  CHECK(device::Grid(-1).error("csrc/tokens/cuda/launches.cu").rfind("tokens: expected a grid", 0) == 0);
+  CHECK(device::Grid(-1).error("merge_tokens").rfind("merge_tokens: expected a grid", 0) == 0);
   CHECK_THROWS_WITH(device::launch({1, 48}, indices, nothing), Contains("multiple of 32 threads"));
 }

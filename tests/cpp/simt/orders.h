@@ -15,13 +15,15 @@ struct NamedSchedule {
   Schedule schedule;
 };
 
+#if defined(SIMT_THREAD_SANITIZER)
+// It finds races in any order, and takes a millisecond for every thread of a grid.
+inline constexpr NamedSchedule schedules[] = {{"random 1", {Order::random, 1}}};
+#else
 inline constexpr NamedSchedule schedules[] = {
-    {"forward", {Order::forward, 0}}, {"random 1", {Order::random, 1}},
-#if !defined(SIMT_THREAD_SANITIZER)  // which finds races in any order, and takes its time
-    {"reverse", {Order::reverse, 2}}, {"random 3", {Order::random, 3}}, {"random 4", {Order::random, 4}},
-    {"random 5", {Order::random, 5}}
-#endif
+    {"forward", {Order::forward, 0}}, {"random 1", {Order::random, 1}}, {"reverse", {Order::reverse, 2}},
+    {"random 3", {Order::random, 3}}, {"random 4", {Order::random, 4}}, {"random 5", {Order::random, 5}},
 };
+#endif
 
 // What compute() returns, a vector that kernels have filled, provided that it has the same bits in every
 // order of threads and blocks.

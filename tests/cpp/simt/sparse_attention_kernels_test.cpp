@@ -37,6 +37,7 @@ struct Case {
 const std::vector<Case> cases = {
     {"a list for each head", {1, 2, 1, 9, 40, 20, 36}, 2, 37, 1, 1, true, true, false, true},
     {"a shared list, more than a warp of queries", {1, 2, 1, 36, 20, 8, 8}, 1, 5, 1, 1, true, false, false, false},
+    {"keys that more than a warp of entries name", {1, 2, 1, 40, 5, 8, 8}, 2, 10, 1, 1, false, true, false, false},
     {"blocks for blocks of queries", {1, 2, 1, 37, 60, 24, 24}, 1, 4, 8, 16, true, true, false, false},
     {"no keys", {2, 2, 1, 5, 0, 8, 8}, 2, 3, 1, 1, false, true, false, true},
     {"empty lists", {1, 2, 1, 5, 6, 8, 8}, 1, 0, 1, 1, false, true, false, true},
@@ -264,6 +265,21 @@ TEMPLATE_TEST_CASE("topk_attention and its gradients", "", KERNEL_TYPES) {
     });
     check_close(results, problem.on_cpu());
   }
+}
+
+TEMPLATE_TEST_CASE("topk_attention gradient of value alone", "", KERNEL_TYPES) {
+  const Problem<TestType> problem(cases.front());
+  Results<TestType> expected = problem.on_cuda(), actual = expected;
+  actual.grad_value = problem.unwritten().grad_value;
+  auto backward = problem.backward_arguments(actual);
+  backward.delta = nullptr;
+  backward.grad_key = {};
+  backward.grad_key_bias = nullptr;
+  std::vector<int32_t> begins(problem.size_of_lists(2)), places(begins.size());
+  const SortedLists sorted{begins.data(), places.data(), 2};
+  launch_sort_lists(backward.inputs, sorted);
+  launch_key_gradient(backward, sorted);
+  REQUIRE(bytes_of(actual) == bytes_of(expected));
 }
 
 TEMPLATE_TEST_CASE("topk_attention lists in order, which are not ranked", "", KERNEL_TYPES) {
