@@ -144,9 +144,9 @@ def topk_attention_lse(
 def pq_encode(input: Tensor, codebooks: Tensor) -> Tensor:
     """The codes of product quantization: for each part of a row, which codeword is nearest to it.
 
-    A row of D numbers is cut into M parts of D / M, and each has a codebook of E codewords of its own. Near is by the sum
-    of absolute differences, in float32 (float64 for float64); of equally near codewords the first one is taken, and a
-    distance that is NaN counts as infinite. Rows whose codes agree in many parts have a large product, by which SPT
+    A row of D numbers is cut into M parts of D / M, and each has a codebook of E codewords of its own. Near is by the
+    sum of absolute differences, in float32 (float64 for float64); of equally near codewords the first one is taken, and
+    a distance that is NaN counts as infinite. Rows whose codes agree in many parts have a large product, by which SPT
     chooses the keys of a query. Integers have no gradient.
 
     Args:
