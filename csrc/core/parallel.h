@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/cpu/aligned_buffer.h"
+
 namespace torchops {
 
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
@@ -20,6 +22,15 @@ void parallel_units(int64_t count, int64_t cost, const Work& work) {
   constexpr int64_t worth_a_thread = 32768;
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, cost));
   at::parallel_for(0, count, grain, work);
+}
+
+// The same for units that need memory of their own: work(scratch, begin, end).
+template <typename Work>
+void parallel_tiles(int64_t count, int64_t cost, int64_t scratch_bytes, const Work& work) {
+  parallel_units(count, cost, [&](int64_t begin, int64_t end) {
+    AlignedBuffer<char> scratch(static_cast<size_t>(scratch_bytes));
+    work(scratch.data(), begin, end);
+  });
 }
 
 }  // namespace torchops

@@ -37,4 +37,12 @@ TORCHOPS_API std::tuple<at::Tensor, at::Tensor> topk_attention_lse(
 // The nearest codeword of each part of each row: input [..., D], codebooks [M, E, D / M] -> uint8 [..., M]
 TORCHOPS_API at::Tensor pq_encode(const at::Tensor& input, const at::Tensor& codebooks);
 
+// The k keys that agree with each query in most codes: query_codes uint8 [B, Hq, Lq, M], key_codes uint8 [B, Hkv, Lk,
+// M], key_bias [B, Lk], query_start and key_start int64 or int32 [B] -> int32 [B, Hq, Lq, k], ascending, -1 behind
+TORCHOPS_API at::Tensor pq_topk(const at::Tensor& query_codes, const at::Tensor& key_codes, c10::SymInt k,
+                                bool is_causal = false, c10::SymInt sink_keys = 0, c10::SymInt local_keys = 0,
+                                const std::optional<at::Tensor>& key_bias = std::nullopt,
+                                const std::optional<at::Tensor>& query_start = std::nullopt,
+                                const std::optional<at::Tensor>& key_start = std::nullopt);
+
 }  // namespace torchops

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._namespace import operators
 
-__all__ = ["pq_encode", "topk_attention", "topk_attention_lse"]
+__all__ = ["pq_encode", "pq_topk", "topk_attention", "topk_attention_lse"]
 
 
 def topk_attention(
@@ -167,3 +167,57 @@ def pq_encode(input: Tensor, codebooks: Tensor) -> Tensor:
             [0, 1]], dtype=torch.uint8)
     """
     return operators.pq_encode(input, codebooks)
+
+
+def pq_topk(
+    query_codes: Tensor,
+    key_codes: Tensor,
+    k: int,
+    is_causal: bool = False,
+    sink_keys: int = 0,
+    local_keys: int = 0,
+    key_bias: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    """The k keys that agree with each query in most codes, a list for topk_attention.
+
+    Codes are those of pq_encode. Of keys that agree in as many codes the nearer one in position is taken first, and of
+    two that are equally far the earlier one. The choice is exact.
+
+    Args:
+        query_codes: uint8 [B, Hq, Lq, M], M at most 253.
+        key_codes: uint8 [B, Hkv, Lk, M], where Hkv divides Hq.
+        k: How many keys a query gets, where it sees as many.
+        is_causal: Whether a query sees only keys at its own position and before.
+        sink_keys: The keys at positions 0 to sink_keys - 1 are among the k.
+        local_keys: So are the local_keys keys at the query's position and before it; without is_causal half of them
+            lie behind it, the query's position among the latter where their number is odd.
+        key_bias: [B, Lk], any floating dtype; -inf hides a key, any other number does nothing.
+        query_start: int64 or int32 [B], the position of query 0; by default the last query lies where the last key does.
+        key_start: int64 or int32 [B], the position of key 0; 0 by default.
+
+    Returns:
+        int32 [B, Hq, Lq, k], ascending, -1 behind where a query sees fewer than k keys. There is no gradient.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; sink_keys and local_keys that are together more than k.
+
+    Source: SPT (Gui et al., 2023), whose buckets lose some of the keys.
+
+    >>> query_codes = torch.tensor([[[[1, 2, 3]]]], dtype=torch.uint8)
+    >>> key_codes = torch.tensor([[[[1, 2, 0], [0, 0, 3], [1, 0, 3], [0, 2, 0], [0, 0, 0]]]], dtype=torch.uint8)
+    >>> torchops.pq_topk(query_codes, key_codes, 3)  # keys 0 and 2 agree in two codes, 1 and 3 in one: 3 is nearer
+    tensor([[[[0, 2, 3]]]], dtype=torch.int32)
+    """
+    return operators.pq_topk(
+        query_codes,
+        key_codes,
+        k,
+        key_bias,
+        query_start,
+        key_start,
+        is_causal=is_causal,
+        sink_keys=sink_keys,
+        local_keys=local_keys,
+    )

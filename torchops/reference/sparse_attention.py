@@ -133,3 +133,47 @@ def pq_encode(input: Tensor, codebooks: Tensor) -> Tensor:
     code = torch.arange(num_codewords, device=input.device).expand_as(distance)
     nearest = distance == distance.amin(-1, keepdim=True)
     return code.masked_fill(~nearest, num_codewords).amin(-1).to(torch.uint8)
+
+
+def pq_topk(
+    query_codes: Tensor,
+    key_codes: Tensor,
+    k: int,
+    is_causal: bool = False,
+    sink_keys: int = 0,
+    local_keys: int = 0,
+    key_bias: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    batch, num_heads, num_queries, num_subspaces = query_codes.shape
+    num_kv_heads, num_keys = key_codes.shape[1], key_codes.shape[2]
+    device = query_codes.device
+    if query_start is None:
+        query_start = torch.full((batch,), num_keys - num_queries, device=device)
+    if key_start is None:
+        key_start = torch.zeros(batch, dtype=torch.int64, device=device)
+    limit = 2**57
+    position = query_start.long().clamp(-limit, limit)[:, None, None] + torch.arange(num_queries, device=device)[:, None]
+    keys = torch.arange(num_keys, device=device)
+    key_position = key_start.long().clamp(-limit, limit)[:, None, None] + keys
+
+    pairs = query_codes[..., None, :] == key_codes.repeat_interleave(num_heads // num_kv_heads, dim=1)[..., None, :, :]
+    before = local_keys - 1 if is_causal else local_keys // 2
+    away = key_position - position
+    taken = ((key_position >= 0) & (key_position < sink_keys)) | ((away >= -before) & (away < local_keys - before))
+    score = pairs.sum(-1).masked_fill(taken[:, None], num_subspaces + 1)
+
+    # Distances in keys tell as much as those in positions, which may be too large to be added to a score.
+    place = (position - key_position[..., :1]).clamp(-1, num_keys)
+    nearness = 2 * (keys - place).abs() + (keys > place).long()
+    order = score * 2**32 - nearness[:, None]
+    hidden = torch.zeros_like(order, dtype=torch.bool)
+    if is_causal:
+        hidden = hidden | (away > 0)[:, None]
+    if key_bias is not None:
+        hidden = hidden | (key_bias == -torch.inf)[:, None, None]
+    order = torch.nn.functional.pad(order.masked_fill(hidden, -(2**62)), (0, k), value=-(2**62))
+    best = order.topk(k, dim=-1)
+    chosen = best.indices.masked_fill(best.values == -(2**62), num_keys).sort(-1).values
+    return chosen.masked_fill(chosen == num_keys, -1).int()

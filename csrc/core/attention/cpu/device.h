@@ -6,19 +6,9 @@
 
 #include "core/attention/attention.h"
 #include "core/attention/cpu/delta_kernel.h"
-#include "core/cpu/aligned_buffer.h"
 #include "core/parallel.h"
 
 namespace torchops {
-
-// Units of work that need memory of their own: calls work(scratch, begin, end).
-template <typename Work>
-void parallel_tiles(int64_t count, int64_t cost, int64_t scratch_bytes, const Work& work) {
-  parallel_units(count, cost, [&](int64_t begin, int64_t end) {
-    AlignedBuffer<char> scratch(static_cast<size_t>(scratch_bytes));
-    work(scratch.data(), begin, end);
-  });
-}
 
 // The CPU, for core/attention/attending.h.
 class CpuAttention {

@@ -13,6 +13,7 @@ typedef double __m512d __attribute__((vector_size(64)));
 typedef long long __m512i __attribute__((vector_size(64)));
 typedef short __m512bh __attribute__((vector_size(64)));
 typedef long long __m256i __attribute__((vector_size(32)));
+typedef uint64_t __mmask64;
 typedef uint32_t __mmask32;
 typedef uint16_t __mmask16;
 typedef uint8_t __mmask8;
@@ -222,6 +223,15 @@ SIMD_FUNCTION __mmask16 _mm256_movepi16_mask(__m256i from) {
     mask |= static_cast<unsigned>(lanes.lane[lane] >> 15) << lane;
   }
   return static_cast<__mmask16>(mask);
+}
+
+SIMD_FUNCTION __mmask64 _mm512_movepi8_mask(__m512i from) {
+  const emulated::Lanes<uint8_t, __m512i> lanes(from);
+  __mmask64 mask = 0;
+  for (int lane = 0; lane < lanes.count; ++lane) {
+    mask |= static_cast<__mmask64>(lanes.lane[lane] >> 7) << lane;
+  }
+  return mask;
 }
 
 // Products of 16-bit integers, those of neighbours added up.
