@@ -45,6 +45,9 @@ at::Tensor pq_topk_on_device(const at::Tensor& query_codes, const at::Tensor& ke
                              const LayOut& lay_out, const Launch& launch) {
   check_pq_topk(query_codes, key_codes, options);
   const auto indices = empty_choice(query_codes, options);
+  if (indices.numel() == 0) {
+    return indices;
+  }
   const CodeLayout layout = lay_out(query_codes, key_codes);
   const auto start = [](const std::optional<at::Tensor>& tensor) {
     return tensor ? tensor->to(at::kLong).contiguous() : at::Tensor();

@@ -1,7 +1,13 @@
 #include "core/cuda/dtypes.h"
+#include "sparse_attention/cuda/choose_by_codes.cuh"
 #include "sparse_attention/cuda/launches.cuh"
 
 namespace torchops::kernels::sparse_attention {
+
+void launch_choose_by_codes(const CodeChoice& args, int64_t batch) {
+  device::launch({batch * args.num_heads * args.num_queries, choice_threads, device::BlockMemory::bytes},
+                 choose_by_codes, args);
+}
 
 #define TORCHOPS_INSTANTIATE(T)                                                         \
   template void launch_sort_lists(const Attention<T>&, const SortedLists&);             \

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "sparse_attention/attention.h"
+#include "sparse_attention/code_choice.h"
 #include "sparse_attention/nearest_codeword.h"
 
 // What the host layer has to know of the kernels, and how it starts them.
@@ -47,5 +48,7 @@ void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& so
 
 template <typename T>
 void launch_nearest_codeword(const NearestCodeword<T>& args);
+
+void launch_choose_by_codes(const CodeChoice& args, int64_t batch);
 
 }  // namespace torchops::kernels::sparse_attention
