@@ -216,3 +216,37 @@ def test_saves_what_the_gradients_asked_for_are_made_of() -> None:
         rows = inputs["query"].numel()
         assert kept[name] <= {rows, indices.numel(), 2 * 2 * 40}
     assert len(kept["query"]) == 3
+
+
+# ---- pq_topk ------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_chosen_keys_are_no_worse_than_others(data: st.DataObject) -> None:
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    queries, keys, subspaces, k = draw(1, 6), draw(1, 150), draw(1, 9), draw(1, 40)
+    is_causal = data.draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(0, 2**31))
+    query_codes, key_codes = (
+        torch.randint(3, (1, 1, count, subspaces), dtype=torch.uint8, generator=generator) for count in (queries, keys)
+    )
+    start = torch.tensor([draw(-5, keys + 5)])
+    lists = torchops.pq_topk(query_codes, key_codes, k, is_causal=is_causal, query_start=start)[0, 0]
+    for query, row in enumerate(lists):
+        position = start.item() + query
+        rank = [
+            (-(query_codes[0, 0, query] == key_codes[0, 0, key]).sum().item(), abs(position - key), key)
+            for key in range(keys)
+            if not is_causal or key <= position
+        ]
+        expected = sorted(key for *_, key in sorted(rank)[:k])
+        assert row.tolist() == expected + [-1] * (k - len(expected))
+
+
+def test_windows_and_sinks_alone_are_span_attention() -> None:
+    inputs = qkv(1, 2, 90, 16)
+    codes = torch.zeros(1, 2, 90, 1, dtype=torch.uint8)
+    indices = torchops.pq_topk(codes, codes + 1, 12, is_causal=True, local_keys=12)
+    expected = torchops.span_attention(**inputs, left=11, right=0, is_causal=True)
+    torch.testing.assert_close(torchops.topk_attention(**inputs, indices=indices), expected, rtol=1e-10, atol=1e-10)

@@ -179,10 +179,14 @@ def topk_invalid(device: str) -> Iterator[Invalid]:
         yield Invalid(f"{name}-rank", good | {name: good[name][0]}, f"expected {name} of shape {dims}, got {shape}")
         yield Invalid(f"{name}-dtype", good | {name: good[name].int()}, f"expected {name} of dtype Byte, got Int")
     yield Invalid(
-        "batch", good | {"key_codes": key[:1]}, "expected key_codes of shape [B, Hkv, Lk, M] = [2, 2, 6, 3], got [1, 2, 6, 3]"
+        "batch",
+        good | {"key_codes": key[:1]},
+        "expected key_codes of shape [B, Hkv, Lk, M] = [2, 2, 6, 3], got [1, 2, 6, 3]",
     )
     yield Invalid(
-        "M", good | {"key_codes": key[..., 1:]}, "expected key_codes of shape [B, Hkv, Lk, M] = [2, 2, 6, 3], got [2, 2, 6, 2]"
+        "M",
+        good | {"key_codes": key[..., 1:]},
+        "expected key_codes of shape [B, Hkv, Lk, M] = [2, 2, 6, 3], got [2, 2, 6, 2]",
     )
     yield Invalid("no-key-heads", good | {"key_codes": key[:, :0]}, "expected key_codes's number of heads >= 1, got 0")
     yield Invalid(
@@ -195,11 +199,11 @@ def topk_invalid(device: str) -> Iterator[Invalid]:
     yield Invalid("k", good | {"k": -1}, "expected k in 0..1073741824, got -1")
     for name in ("sink_keys", "local_keys"):
         yield Invalid(name, good | {name: -1}, f"expected {name} >= 0, got -1")
-    yield Invalid(
-        "forced", good | {"sink_keys": 2, "local_keys": 3}, "expected sink_keys + local_keys <= k = 4, got 5"
-    )
+    yield Invalid("forced", good | {"sink_keys": 2, "local_keys": 3}, "expected sink_keys + local_keys <= k = 4, got 5")
     bias = torch.zeros(2, 6, device=device)
-    yield Invalid("bias-shape", good | {"key_bias": bias[:, 1:]}, "expected key_bias of shape [B, Lk] = [2, 6], got [2, 5]")
+    yield Invalid(
+        "bias-shape", good | {"key_bias": bias[:, 1:]}, "expected key_bias of shape [B, Lk] = [2, 6], got [2, 5]"
+    )
     yield Invalid(
         "bias-dtype",
         good | {"key_bias": bias.bool()},

@@ -76,3 +76,12 @@ TEST_CASE("pq_encode names the nearest codeword of each part") {
   REQUIRE(encoded.dtype() == at::kByte);
   REQUIRE(encoded.to(at::kLong).equal(codes));
 }
+
+TEST_CASE("pq_topk chooses the keys that share most codes") {
+  const auto query_codes = torch::tensor({1, 2, 3}, at::kByte).reshape({1, 1, 1, 3});
+  const auto key_codes = torch::tensor({1, 2, 0, 0, 0, 3, 1, 0, 3, 0, 2, 0, 0, 0, 0}, at::kByte).reshape({1, 1, 5, 3});
+  const auto indices = torchops::pq_topk(query_codes, key_codes, 3);
+  REQUIRE(indices.equal(torch::tensor({0, 2, 3}, at::kInt).reshape({1, 1, 1, 3})));
+  const auto few = torchops::pq_topk(query_codes, key_codes, 6, true, 0, 0, std::nullopt, torch::tensor({1}));
+  REQUIRE(few.equal(torch::tensor({0, 1, -1, -1, -1, -1}, at::kInt).reshape({1, 1, 1, 6})));
+}

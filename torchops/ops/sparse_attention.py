@@ -191,10 +191,10 @@ def pq_topk(
         k: How many keys a query gets, where it sees as many.
         is_causal: Whether a query sees only keys at its own position and before.
         sink_keys: The keys at positions 0 to sink_keys - 1 are among the k.
-        local_keys: So are the local_keys keys at the query's position and before it; without is_causal half of them
-            lie behind it, the query's position among the latter where their number is odd.
+        local_keys: So are the local_keys keys at the query's position and before it; without is_causal as many from
+            local_keys / 2, rounded down, before it on.
         key_bias: [B, Lk], any floating dtype; -inf hides a key, any other number does nothing.
-        query_start: int64 or int32 [B], the position of query 0; by default the last query lies where the last key does.
+        query_start: int64 or int32 [B], the position of query 0; Lk - Lq by default.
         key_start: int64 or int32 [B], the position of key 0; 0 by default.
 
     Returns:

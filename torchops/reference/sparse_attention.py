@@ -154,8 +154,8 @@ def pq_topk(
     if key_start is None:
         key_start = torch.zeros(batch, dtype=torch.int64, device=device)
     limit = 2**57
-    position = query_start.long().clamp(-limit, limit)[:, None, None] + torch.arange(num_queries, device=device)[:, None]
-    keys = torch.arange(num_keys, device=device)
+    queries, keys = (torch.arange(count, device=device) for count in (num_queries, num_keys))
+    position = query_start.long().clamp(-limit, limit)[:, None, None] + queries[:, None]
     key_position = key_start.long().clamp(-limit, limit)[:, None, None] + keys
 
     pairs = query_codes[..., None, :] == key_codes.repeat_interleave(num_heads // num_kv_heads, dim=1)[..., None, :, :]

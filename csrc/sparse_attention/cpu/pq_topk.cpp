@@ -24,8 +24,7 @@ at::Tensor pq_topk_cpu(const at::Tensor& query_codes, const at::Tensor& key_code
   return pq_topk_on_device(query_codes, key_codes, options, subspaces_first, [](const CodeChoice& args, int64_t batch) {
     constexpr int64_t queries = kernels::sparse_attention::queries_of_choice;
     const int64_t tiles = (args.num_queries + queries - 1) / queries;
-    parallel_tiles(batch * args.num_heads * tiles,
-                   queries * (args.key_stride + args.num_chosen),
+    parallel_tiles(batch * args.num_heads * tiles, queries * (args.key_stride + args.num_chosen),
                    TORCHOPS_KERNEL(sparse_attention, choose_by_codes_scratch_bytes)(args),
                    [&](char* scratch, int64_t begin, int64_t end) {
                      TORCHOPS_KERNEL(sparse_attention, choose_by_codes)
