@@ -37,4 +37,8 @@ TORCHOPS_API std::tuple<at::Tensor, at::Tensor> topk_attention_lse(
 // The nearest codeword of each part of each row: input [..., D], codebooks [M, E, D / M] -> uint8 [..., M]
 TORCHOPS_API at::Tensor pq_encode(const at::Tensor& input, const at::Tensor& codebooks);
 
+// How far rows are from their nearest codewords, and these from what the distances mix of all: input [..., D],
+// codebooks [M, E, D / M] -> a number in the accumulation dtype
+TORCHOPS_API at::Tensor pq_loss(const at::Tensor& input, const at::Tensor& codebooks);
+
 }  // namespace torchops

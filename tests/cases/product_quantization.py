@@ -98,6 +98,60 @@ def encode_large(device: str) -> Inputs:
     return {"input": rows.normal_(), "codebooks": codebooks_of(8, 16, 8, torch.float32, device)}
 
 
+# ---- pq_loss ------------------------------------------------------------------------------------
+
+
+def loss_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for sample in encode_samples(dtype, device):
+        # The formula has kinks where parts lie between codewords; gradcheck leaves out what has this many elements.
+        if sample.id == "ties":
+            whole = {"input": integers(-2, 3, 80, 6, device=device), "codebooks": sample.inputs["codebooks"]}
+            yield Sample("ties", {name: numbers.to(dtype) for name, numbers in whole.items()})
+        elif sample.id == "nan-inf":
+            for row in (None, *range(4)):  # one at a time too, for one is enough to make the loss NaN
+                odd = random(60, 8, dtype=dtype, device=device)
+                codebooks = codebooks_of(2, 20, 4, dtype, device)
+                if row is None:
+                    codebooks = sample.inputs["codebooks"]
+                else:
+                    odd[7] = sample.inputs["input"][row]
+                yield Sample(f"nan-inf-{row}", {"input": odd, "codebooks": codebooks})
+        else:
+            yield sample
+    # Codewords that are parts: their distances are smaller than any that counts.
+    codebooks = codebooks_of(3, 20, 5, dtype, device)
+    rows = codebooks[:, :7].transpose(0, 1).flatten(1).repeat(10, 1)
+    rows[::2] += random(35, 15, dtype=dtype, device=device) / 8
+    yield Sample("near", {"input": rows, "codebooks": codebooks})
+
+
+# ---- _pq_loss_backward --------------------------------------------------------------------------
+
+
+def backward_inputs(inputs: Inputs, output_mask: tuple[bool, bool] = (True, True)) -> Inputs:
+    dtype = torch.float64 if inputs["input"].dtype == torch.float64 else torch.float32
+    grad = torch.tensor(0.75, dtype=dtype, device=inputs["input"].device)
+    return {"grad": grad} | inputs | {"output_mask": output_mask}
+
+
+def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    for sample in loss_samples(dtype, device):
+        yield Sample(sample.id, backward_inputs(sample.inputs))
+    for mask in ((True, False), (False, True)):
+        yield Sample(f"mask-{mask}", backward_inputs(encode_sized(dtype, device, 5), mask))
+
+
+def backward_invalid(device: str) -> Iterator[Invalid]:
+    good = backward_inputs(encode_sized(torch.float32, device, 3))
+    yield Invalid("grad-shape", good | {"grad": good["grad"][None]}, "expected grad of shape [], got [1]")
+    yield Invalid("grad-dtype", good | {"grad": good["grad"].double()}, "expected grad of dtype Float, got Double")
+    yield Invalid("scalar", good | {"input": good["grad"]}, "expected input of shape [..., D], got []")
+
+
+def backward_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
+    return backward_inputs(encode_sized(dtype, device, length))
+
+
 CASES = [
     OpCase(
         "pq_encode",
@@ -108,5 +162,24 @@ CASES = [
         unbatched=("codebooks",),
         launches=1,
         large=encode_large,
+    ),
+    OpCase(
+        "pq_loss",
+        loss_samples,
+        encode_invalid,
+        encode_sized,
+        reference=reference.pq_loss,
+        differentiable=("input", "codebooks"),
+        backward="_pq_loss_backward",
+        unbatched=("codebooks",),
+        launches=2,
+    ),
+    OpCase(
+        "_pq_loss_backward",
+        backward_samples,
+        backward_invalid,
+        backward_sized,
+        unbatched=("grad", "codebooks"),
+        launches=2,
     ),
 ]
