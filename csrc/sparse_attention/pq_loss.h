@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
@@ -56,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor> pq_loss_backward_on(const at::Tensor& grad, c
     grad_input = at::empty(input.sizes(), input.options());
   }
   if (output_mask[1]) {
-    grad_codewords = at::zeros_like(partition.codewords);
+    grad_codewords = input.numel() > 0 ? at::empty_like(partition.codewords) : at::zeros_like(partition.codewords);
     piece_gradients = at::empty({pieces.num_pieces, partition.codewords.numel()}, partition.codewords.options());
   }
   if (input.numel() > 0) {
@@ -70,8 +71,8 @@ std::tuple<at::Tensor, at::Tensor> pq_loss_backward_on(const at::Tensor& grad, c
   }
   at::Tensor grad_codebooks;
   if (output_mask[1]) {
-    grad_codebooks =
-        grad_codewords.narrow(2, 0, codebooks.size(1)).transpose(1, 2).to(codebooks.scalar_type()).contiguous();
+    grad_codebooks = at::empty(codebooks.sizes(), codebooks.options());
+    grad_codebooks.copy_(grad_codewords.narrow(2, 0, codebooks.size(1)).transpose(1, 2));
   }
   return {grad_input, grad_codebooks};
 }

@@ -25,8 +25,8 @@ def encode_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         ((2, 9), (2, 256, 33)),
         ((4, 2), (64, 7, 1)),
         ((), (4, 16, 8)),
-        ((0, 3), (2, 16, 4)),
-        ((2, 0), (2, 16, 4)),
+        ((0, 3), (2, 16, 13)),
+        ((2, 0), (2, 16, 13)),
         ((2, 3), (0, 16, 4)),
         ((2, 3), (2, 16, 0)),
     ]:
@@ -103,7 +103,7 @@ def encode_large(device: str) -> Inputs:
 
 def loss_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     for sample in encode_samples(dtype, device):
-        # The formula has kinks where parts lie between codewords; gradcheck leaves out what has this many elements.
+        # Kinks and NaN are not for finite differences: gradcheck leaves out tensors of more than 400 numbers.
         if sample.id == "ties":
             whole = {"input": integers(-2, 3, 80, 6, device=device), "codebooks": sample.inputs["codebooks"]}
             yield Sample("ties", {name: numbers.to(dtype) for name, numbers in whole.items()})
