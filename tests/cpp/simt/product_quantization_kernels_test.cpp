@@ -39,6 +39,7 @@ const std::vector<Shape> shapes = {
     {"no channels", 5, 2, 0, 16},
 #else
     {"codes of 16", 7, 3, 3, 16},
+    {"a channel a subspace", 20, 2, 1, 20},
 #endif
 };
 
@@ -142,7 +143,7 @@ template <typename T>
 std::vector<T> rows_near(const Shape& shape, bool is_odd) {
   auto numbers = simt::whole_numbers(static_cast<size_t>(shape.num_rows * shape.num_subspaces * shape.subspace), 1);
   for (size_t i = 0; i < numbers.size(); ++i) {
-    numbers[i] = numbers[i] / 4 + 0.03125F;
+    numbers[i] /= 4;
   }
   if (is_odd && numbers.size() > 40) {
     numbers[1] = std::numeric_limits<float>::quiet_NaN();
