@@ -5,27 +5,20 @@
 namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
 namespace {
 
-template <typename A>
-inline constexpr int most_vectors = static_cast<int>(most_codewords) / lanes<A>;
-
 // A part and how it weights the codewords of its subspace. Vectors are those of codewords, or where that is said those
-// of channels.
-template <typename T>
+// of channels. With `most` = codeword_group the loops over vectors have a known length.
+template <typename T, int64_t most>
 class WeightedCodewords {
  public:
   using A = accumulate_t<T>;
 
-  WeightedCodewords(const Parts<T>& parts, int64_t m)
-      : parts_(parts),
-        codebook_(parts.codebook(m)),
-        padded_(parts.padded()),
-        num_vectors_(static_cast<int>(padded_ / lanes<A>)) {}
+  WeightedCodewords(const Parts<T>& parts, int64_t m) : parts_(parts), codebook_(parts.codebook(m)) {}
 
   void look_at(const T* part) {
     part_ = part;
     Nearest<A> nearest;
     vec<A> total = {};
-    for (int64_t first = 0; first < padded_; first += codeword_group) {
+    for (int64_t first = 0; first < padded(); first += codeword_group) {
       vec<A> distances[vectors_of_group<A>];
       measure_group(parts_, part, codebook_, first, distances);
       for (int piece = 0; piece < vectors_of_group<A>; ++piece) {
@@ -43,7 +36,7 @@ class WeightedCodewords {
     }
     nearest_ = nearest.code();
     const vec<A> divisor = broadcast(sum_lanes<A>(total));
-    for (int v = 0; v < num_vectors_; ++v) {
+    for (int v = 0; v < num_vectors(); ++v) {
       weights_[v] = weights_[v] / divisor;
     }
   }
@@ -63,21 +56,21 @@ class WeightedCodewords {
   }
 
   // How the loss grows with the distances, given that it grows by y - z with y.
-  inline __attribute__((always_inline)) void find_slopes() {
-    for (int v = 0; v < num_vectors_; ++v) {
+  void find_slopes() {
+    for (int v = 0; v < num_vectors(); ++v) {
       slopes_[v] = vec<A>{};
     }
     vec<A> with_mean = {};
     for_each_channels([&](int64_t channel, int count, vec<A>, vec<A> mixed, vec<A> towards) {
       with_mean += mixed * towards;
       for (int c = 0; c < count; ++c) {
-        for (int v = 0; v < num_vectors_; ++v) {
+        for (int v = 0; v < num_vectors(); ++v) {
           slopes_[v] += towards[c] * load(row(channel + c) + v * lanes<A>);
         }
       }
     });
     const vec<A> mean = broadcast(sum_lanes<A>(with_mean));
-    for (int v = 0; v < num_vectors_; ++v) {
+    for (int v = 0; v < num_vectors(); ++v) {
       const vec<A> slope = weights_[v] * (mean - slopes_[v]) / distances_[v];
       slopes_[v] = distances_[v] > static_cast<A>(least_distance) ? slope : vec<A>{};
     }
@@ -94,8 +87,8 @@ class WeightedCodewords {
                                                           A* sum) const {
     const vec<A> channels = load_piece(part_ + channel, count);
     for (int c = 0; c < count; ++c) {
-      A* const to = sum + (channel + c) * padded_;
-      for (int v = 0; v < num_vectors_; ++v) {
+      A* const to = sum + (channel + c) * padded();
+      for (int v = 0; v < num_vectors(); ++v) {
         const vec<A> side = sign(channels[c] - load(row(channel + c) + v * lanes<A>));
         store(to + v * lanes<A>, load(to + v * lanes<A>) + (towards[c] * weights_[v] - slopes_[v] * side));
       }
@@ -106,7 +99,9 @@ class WeightedCodewords {
  private:
   using Index = typename lane_index<sizeof(A)>::type;
 
-  const A* row(int64_t channel) const { return codebook_ + channel * padded_; }
+  int64_t padded() const { return most == codeword_group ? most : parts_.padded(); }
+  int num_vectors() const { return static_cast<int>(padded() / lanes<A>); }
+  const A* row(int64_t channel) const { return codebook_ + channel * padded(); }
 
   static inline __attribute__((always_inline)) vec<A> sign(vec<A> value) {
     const vec<A> one = broadcast(A{1});
@@ -119,7 +114,7 @@ class WeightedCodewords {
     const vec<A> channels = load_piece(part_ + channel, count);
     vec<A> of_channels[lanes<A>] = {};
     for (int c = 0; c < count; ++c) {
-      for (int v = 0; v < num_vectors_; ++v) {
+      for (int v = 0; v < num_vectors(); ++v) {
         of_channels[c] += term(v, load(row(channel + c) + v * lanes<A>), channels[c]);
       }
     }
@@ -128,23 +123,19 @@ class WeightedCodewords {
 
   const Parts<T>& parts_;
   const A* codebook_;
-  int64_t padded_;
-  int num_vectors_;
   const T* part_ = nullptr;
   int64_t nearest_ = 0;
-  vec<A> distances_[most_vectors<A>];
-  vec<A> weights_[most_vectors<A>];
-  vec<A> slopes_[most_vectors<A>];
+  vec<A> distances_[most / lanes<A>];
+  vec<A> weights_[most / lanes<A>];
+  vec<A> slopes_[most / lanes<A>];
 };
 
-}  // namespace
-
-template <typename T>
-void quantization_loss(const QuantizationLoss<T>& args, int64_t begin, int64_t end) {
+template <int64_t most, typename T>
+void loss_of_units(const QuantizationLoss<T>& args, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t piece = unit / args.parts.num_subspaces, m = unit % args.parts.num_subspaces;
-    WeightedCodewords<T> weighted(args.parts, m);
+    WeightedCodewords<T, most> weighted(args.parts, m);
     double sum = 0;
     for (int64_t row = args.pieces.begin(piece); row < args.pieces.end(piece); ++row) {
       weighted.look_at(args.parts.part(row, m));
@@ -158,13 +149,13 @@ void quantization_loss(const QuantizationLoss<T>& args, int64_t begin, int64_t e
   }
 }
 
-template <typename T>
-void quantization_gradient(const QuantizationGradient<T>& args, int64_t begin, int64_t end) {
+template <int64_t most, typename T>
+void gradient_of_units(const QuantizationGradient<T>& args, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const A factor = args.factor();
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t piece = unit / args.parts.num_subspaces, m = unit % args.parts.num_subspaces;
-    WeightedCodewords<T> weighted(args.parts, m);
+    WeightedCodewords<T, most> weighted(args.parts, m);
     A* const sum = args.piece_gradients == nullptr ? nullptr : args.piece_gradient(unit);
     if (sum != nullptr) {
       __builtin_memset(sum, 0, static_cast<size_t>(args.codebook_size()) * sizeof(A));
@@ -182,6 +173,26 @@ void quantization_gradient(const QuantizationGradient<T>& args, int64_t begin, i
         }
       });
     }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void quantization_loss(const QuantizationLoss<T>& args, int64_t begin, int64_t end) {
+  if (args.parts.padded() == codeword_group) {
+    loss_of_units<codeword_group>(args, begin, end);
+  } else {
+    loss_of_units<most_codewords>(args, begin, end);
+  }
+}
+
+template <typename T>
+void quantization_gradient(const QuantizationGradient<T>& args, int64_t begin, int64_t end) {
+  if (args.parts.padded() == codeword_group) {
+    gradient_of_units<codeword_group>(args, begin, end);
+  } else {
+    gradient_of_units<most_codewords>(args, begin, end);
   }
 }
 
