@@ -45,4 +45,8 @@ TORCHOPS_API at::Tensor pq_topk(const at::Tensor& query_codes, const at::Tensor&
                                 const std::optional<at::Tensor>& query_start = std::nullopt,
                                 const std::optional<at::Tensor>& key_start = std::nullopt);
 
+// How far rows are from their nearest codewords, and these from what the distances mix of all: input [..., D],
+// codebooks [M, E, D / M] -> a number in the accumulation dtype
+TORCHOPS_API at::Tensor pq_loss(const at::Tensor& input, const at::Tensor& codebooks);
+
 }  // namespace torchops

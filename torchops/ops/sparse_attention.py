@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._namespace import operators
 
-__all__ = ["pq_encode", "pq_topk", "topk_attention", "topk_attention_lse"]
+__all__ = ["pq_encode", "pq_loss", "pq_topk", "topk_attention", "topk_attention_lse"]
 
 
 def topk_attention(
@@ -221,3 +221,37 @@ def pq_topk(
         sink_keys=sink_keys,
         local_keys=local_keys,
     )
+
+
+def pq_loss(input: Tensor, codebooks: Tensor) -> Tensor:
+    """What product quantization loses: a loss that moves codewords to the parts of rows, and these to codewords.
+
+    With d_e the distance of a part x to codeword e as in :func:`pq_encode`, y is the mean of the codewords weighted by
+    1 / max(d_e, 1e-5), and z the nearest one. The loss is the mean of (y - z)^2 over all numbers of the input plus that
+    of (x - z)^2. Differentiable in input and codebooks: through z to the codeword that is nearest, and through the
+    weights wherever a distance is above 1e-5; which one is nearest has no gradient. The backward compares again, and
+    nothing that has a number for each row and codeword is stored. SPT adds 0.01 times the sum of this loss over
+    queries and keys to that of its task.
+
+    Args:
+        input: [..., D], float64, float32, bfloat16 or float16. Its gradient has its dtype and is as small as a mean's
+            is: float16 may need a scaled loss.
+        codebooks: [M, E, D / M], any floating dtype, E at most 256.
+
+    Returns:
+        A number [] in float32 (float64 for float64). NaN for an input without numbers, as torch's mse_loss gives, and
+        its gradient to codebooks is then zero. NaN too where input or codebooks hold a NaN or an infinity, as the
+        formula gives.
+
+    Raises:
+        ValueError: as :func:`pq_encode`.
+
+    Source: SPT (Gui et al., 2023).
+
+    >>> codebooks = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]], requires_grad=True)  # 1 part, 2 codewords
+    >>> loss = torchops.pq_loss(torch.tensor([[0.9, 0.7], [0.0, 0.1]]), codebooks)
+    >>> loss.backward()
+    >>> codebooks.grad.shape
+    torch.Size([1, 2, 2])
+    """
+    return operators.pq_loss(input, codebooks)

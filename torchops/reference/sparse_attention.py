@@ -177,3 +177,15 @@ def pq_topk(
     best = order.topk(k, dim=-1)
     chosen = best.indices.masked_fill(best.values == -(2**62), num_keys).sort(-1).values
     return chosen.masked_fill(chosen == num_keys, -1).int()
+
+
+def pq_loss(input: Tensor, codebooks: Tensor) -> Tensor:
+    num_subspaces, _, subspace = codebooks.shape
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    parts = input.to(dtype).reshape(*input.shape[:-1], num_subspaces, subspace)
+    codewords = codebooks.to(dtype)
+    distance = (parts[..., None, :] - codewords).abs().sum(-1)
+    weight = torch.softmax(-distance.clamp(min=1e-5).log(), -1)
+    mixed = torch.einsum("...me,mes->...ms", weight, codewords)
+    nearest = codewords[torch.arange(num_subspaces, device=input.device), pq_encode(input, codebooks).long()]
+    return torch.nn.functional.mse_loss(mixed, nearest) + torch.nn.functional.mse_loss(parts, nearest)

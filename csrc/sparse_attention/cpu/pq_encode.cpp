@@ -10,8 +10,9 @@ namespace {
 at::Tensor pq_encode_cpu(const at::Tensor& input, const at::Tensor& codebooks) {
   return pq_encode_on_device(input, codebooks,
                              []<typename T>(const kernels::sparse_attention::NearestCodeword<T>& args) {
-                               const int64_t cost = args.num_subspaces * args.subspace * args.num_codewords;
-                               parallel_units(args.num_rows, cost, [&](int64_t begin, int64_t end) {
+                               const auto& parts = args.parts;
+                               const int64_t cost = parts.num_subspaces * parts.subspace * parts.num_codewords;
+                               parallel_units(parts.num_rows, cost, [&](int64_t begin, int64_t end) {
                                  TORCHOPS_KERNEL(sparse_attention, nearest_codeword<T>)(args, begin, end);
                                });
                              });

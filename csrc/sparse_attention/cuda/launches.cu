@@ -15,7 +15,9 @@ void launch_choose_by_codes(const CodeChoice& args, int64_t batch) {
   template void launch_row_delta(const RowDelta<T>&);                                   \
   template void launch_query_gradient(const AttentionBackward<T>&, const SortedLists&); \
   template void launch_key_gradient(const AttentionBackward<T>&, const SortedLists&);   \
-  template void launch_nearest_codeword(const NearestCodeword<T>&);
+  template void launch_nearest_codeword(const NearestCodeword<T>&);                     \
+  template void launch_quantization_loss(const QuantizationLoss<T>&);                   \
+  template void launch_quantization_gradient(const QuantizationGradient<T>&);
 TORCHOPS_FOR_EACH_DTYPE(TORCHOPS_INSTANTIATE)
 
 }  // namespace torchops::kernels::sparse_attention

@@ -9,6 +9,7 @@
 #include "sparse_attention/cuda/key_gradient.cuh"
 #include "sparse_attention/cuda/launches.h"
 #include "sparse_attention/cuda/nearest_codeword.cuh"
+#include "sparse_attention/cuda/quantization_loss.cuh"
 #include "sparse_attention/cuda/query_gradient.cuh"
 
 // Which kernel on which grid.
@@ -57,9 +58,42 @@ void launch_row_delta(const RowDelta<T>& args) {
 
 template <typename T>
 void launch_nearest_codeword(const NearestCodeword<T>& args) {
-  device::launch(
-      {args.num_subspaces * device::tiles_of(args.num_rows, nearest_codeword_threads), nearest_codeword_threads},
-      nearest_codeword<T>, args);
+  device::launch({args.parts.num_subspaces * device::tiles_of(args.parts.num_rows, nearest_codeword_threads),
+                  nearest_codeword_threads},
+                 nearest_codeword<T>, args);
+}
+
+// A lane has one codeword, or up to the most that there can be.
+template <typename Args>
+bool has_one_share(const Args& args) {
+  return args.parts.num_codewords <= codeword_group;
+}
+
+template <typename Args>
+device::LaunchShape quantization_shape(const Args& args) {
+  return {device::tiles_of(args.num_units() * codeword_group, quantization_threads), quantization_threads};
+}
+
+template <typename T>
+void launch_quantization_loss(const QuantizationLoss<T>& args) {
+  constexpr int most_shares = most_codewords / codeword_group;
+  device::launch(quantization_shape(args),
+                 has_one_share(args) ? quantization_loss<1, T> : quantization_loss<most_shares, T>, args);
+  device::launch({1, mean_threads, device::shared_size<double>(mean_threads / device::warp_size)}, mean_of_pieces<T>,
+                 args);
+}
+
+template <typename T>
+void launch_quantization_gradient(const QuantizationGradient<T>& args) {
+  constexpr int most_shares = most_codewords / codeword_group;
+  device::launch(quantization_shape(args),
+                 has_one_share(args) ? quantization_gradient<1, T> : quantization_gradient<most_shares, T>, args);
+  if (args.piece_gradients != nullptr) {
+    constexpr int threads = warps_of_sums * sums_of_block;
+    device::launch(
+        {device::tiles_of(args.num_sums(), sums_of_block), threads, device::shared_size<accumulate_t<T>>(threads)},
+        sum_piece_gradients<T>, args);
+  }
 }
 
 }  // namespace torchops::kernels::sparse_attention

@@ -5,6 +5,7 @@
 #include "sparse_attention/attention.h"
 #include "sparse_attention/code_choice.h"
 #include "sparse_attention/nearest_codeword.h"
+#include "sparse_attention/quantization_loss.h"
 
 // What the host layer has to know of the kernels, and how it starts them.
 
@@ -50,5 +51,12 @@ template <typename T>
 void launch_nearest_codeword(const NearestCodeword<T>& args);
 
 void launch_choose_by_codes(const CodeChoice& args, int64_t batch);
+
+template <typename T>
+void launch_quantization_loss(const QuantizationLoss<T>& args);
+
+// One of args.grad_input and grad_codewords is wanted.
+template <typename T>
+void launch_quantization_gradient(const QuantizationGradient<T>& args);
 
 }  // namespace torchops::kernels::sparse_attention

@@ -13,19 +13,21 @@ inline constexpr int nearest_codeword_threads = 128;
 template <typename T>
 __global__ void nearest_codeword(NearestCodeword<T> args) {
   using A = accumulate_t<T>;
-  const int64_t m = blockIdx.x % args.num_subspaces;
-  const int64_t row = blockIdx.x / args.num_subspaces * nearest_codeword_threads + threadIdx.x;
-  if (row >= args.num_rows) {
+  const Parts<T>& parts = args.parts;
+  const int64_t padded = parts.padded();
+  const int64_t m = blockIdx.x % parts.num_subspaces;
+  const int64_t row = blockIdx.x / parts.num_subspaces * nearest_codeword_threads + threadIdx.x;
+  if (row >= parts.num_rows) {
     return;
   }
-  const T* const part = args.part(row, m);
+  const T* const part = parts.part(row, m);
   A smallest = std::numeric_limits<A>::infinity();
   int64_t code = 0;
-  for (int64_t first = 0; first < args.num_codewords; first += codeword_group) {
+  for (int64_t first = 0; first < padded; first += codeword_group) {
     A distances[codeword_group] = {};
-    for (int64_t c = 0; c < args.subspace; ++c) {
+    for (int64_t c = 0; c < parts.subspace; ++c) {
       const A channel = device::widen(part[c]);
-      const A* const codewords = args.codebook(m) + c * args.num_codewords + first;
+      const A* const codewords = parts.codebook(m) + c * padded + first;
 #pragma unroll
       for (int e = 0; e < codeword_group; ++e) {
         const A difference = channel - codewords[e];

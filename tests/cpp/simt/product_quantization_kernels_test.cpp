@@ -1,17 +1,17 @@
 // The CUDA kernels that select by product quantization on the host, next to the CPU kernels of the lowest level.
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "catch.h"
-#include "core/cpu/aligned_buffer.h"
 #include "numbers.h"
 #include "orders.h"
-#include "sparse_attention/cpu/code_choice_kernel.h"
 #include "sparse_attention/cpu/nearest_codeword_kernel.h"
-#include "sparse_attention/cuda/choose_by_codes.cuh"
+#include "sparse_attention/cpu/quantization_loss_kernel.h"
 #include "sparse_attention/cuda/launches.cuh"
 
 // A race does not depend on the type, and ThreadSanitizer takes its time for every fiber.
@@ -19,6 +19,7 @@
 #define KERNEL_TYPES float
 #else
 #define KERNEL_TYPES double, float, bfloat16, float16
+#define EVERY_SHAPE
 #endif
 
 namespace torchops::kernels::sparse_attention {
@@ -29,37 +30,71 @@ struct Shape {
   int64_t num_rows, num_subspaces, subspace, num_codewords;
 };
 const std::vector<Shape> shapes = {
-    {"several groups of codewords", 130, 3, 5, 48},
-    {"codes of 16", 7, 8, 8, 16},
-    {"a channel a subspace", 300, 2, 1, 256},
+    {"several groups of codewords", 130, 3, 5, 41},
     {"no rows", 0, 2, 3, 16},
+#if defined(EVERY_SHAPE)
+    {"codes of 16", 7, 8, 8, 16},
+    {"fewer codewords than lanes", 40, 2, 19, 5},
+    {"a channel a subspace", 140, 2, 1, 256},
     {"no channels", 5, 2, 0, 16},
+#else
+    {"codes of 16", 7, 3, 3, 16},
+    {"a channel a subspace", 20, 2, 1, 20},
+#endif
 };
+
+// Codewords from whole numbers, with copies of the last one behind it.
+template <typename A>
+std::vector<A> padded_codewords(const Shape& shape, const std::vector<float>& numbers) {
+  const int64_t padded = Parts<float>{nullptr, nullptr, 0, 0, 0, shape.num_codewords}.padded();
+  std::vector<A> codewords;
+  for (int64_t row = 0; row < shape.num_subspaces * shape.subspace; ++row) {
+    for (int64_t e = 0; e < padded; ++e) {
+      const int64_t own = std::min(e, shape.num_codewords - 1);
+      codewords.push_back(static_cast<A>(numbers[static_cast<size_t>(row * shape.num_codewords + own)]));
+    }
+  }
+  codewords.shrink_to_fit();
+  return codewords;
+}
+
+std::vector<float> whole_codewords(const Shape& shape) {
+  return simt::whole_numbers(static_cast<size_t>(shape.num_subspaces * shape.subspace * shape.num_codewords), 2);
+}
+
+template <typename T>
+std::vector<T> whole_rows(const Shape& shape) {
+  return simt::narrowed<T>(
+      simt::whole_numbers(static_cast<size_t>(shape.num_rows * shape.num_subspaces * shape.subspace), 1));
+}
+
+template <typename T>
+Parts<T> parts_of(const Shape& shape, const std::vector<T>& input, const std::vector<accumulate_t<T>>& codewords) {
+  return {input.data(), codewords.data(), shape.num_rows, shape.num_subspaces, shape.subspace, shape.num_codewords};
+}
 
 }  // namespace
 
 TEMPLATE_TEST_CASE("nearest_codeword", "", KERNEL_TYPES) {
   using T = TestType;
   using A = accumulate_t<T>;
-  for (const auto& [name, num_rows, num_subspaces, subspace, num_codewords] : shapes) {
-    CAPTURE(name);
+  for (const Shape& shape : shapes) {
+    CAPTURE(shape.name);
     // Whole numbers, so that many codewords are as near as the nearest.
-    const auto input =
-        simt::narrowed<T>(simt::whole_numbers(static_cast<size_t>(num_rows * num_subspaces * subspace), 1));
-    const auto numbers = simt::whole_numbers(static_cast<size_t>(num_subspaces * subspace * num_codewords), 2);
-    std::vector<A> codewords(numbers.begin(), numbers.end());
-    if (!codewords.empty()) {
-      codewords[0] = std::numeric_limits<A>::quiet_NaN();
-      codewords.back() = std::numeric_limits<A>::infinity();
+    const auto input = whole_rows<T>(shape);
+    auto numbers = whole_codewords(shape);
+    if (!numbers.empty()) {
+      numbers[0] = std::numeric_limits<float>::quiet_NaN();
+      numbers.back() = std::numeric_limits<float>::infinity();
     }
+    const auto codewords = padded_codewords<A>(shape, numbers);
     const auto encode = [&](const auto& kernel) {
-      std::vector<uint8_t> codes(static_cast<size_t>(num_rows * num_subspaces), 255);
-      kernel(NearestCodeword<T>{input.data(), codewords.data(), codes.data(), num_rows, num_subspaces, subspace,
-                                num_codewords});
+      std::vector<uint8_t> codes(static_cast<size_t>(shape.num_rows * shape.num_subspaces), 255);
+      kernel(NearestCodeword<T>{parts_of(shape, input, codewords), codes.data()});
       return codes;
     };
     const auto expected =
-        encode([&](const NearestCodeword<T>& args) { baseline::nearest_codeword(args, 0, num_rows); });
+        encode([&](const NearestCodeword<T>& args) { baseline::nearest_codeword(args, 0, shape.num_rows); });
     REQUIRE(simt::same_in_every_order([&] {
               return encode([](const NearestCodeword<T>& args) { launch_nearest_codeword(args); });
             }) == expected);
@@ -68,85 +103,127 @@ TEMPLATE_TEST_CASE("nearest_codeword", "", KERNEL_TYPES) {
 
 namespace {
 
-struct ChoiceShape {
-  std::string name;
-  int64_t num_queries, num_keys, num_subspaces, num_chosen, sink_keys, local_keys;
-  bool is_causal, has_sides;
+constexpr int64_t num_pieces = 9;
+
+// Which gradients are wanted, and whether the input has a NaN and an infinity.
+struct Wanted {
+  bool to_input, to_codewords, is_odd;
 };
-// Rows of the batch: 2; heads of queries and of keys: 2 and 1.
-const std::vector<ChoiceShape> choices = {
-    {"more than a block of keys", 3, 150, 8, 20, 0, 0, false, false},
-    {"keys on both sides of a query", 20, 20, 1, 4, 0, 0, false, false},
-    {"causal, with forced and hidden keys", 20, 20, 5, 6, 2, 3, true, true},
-    {"fewer keys than are wanted", 4, 6, 4, 9, 0, 0, true, true},
-    {"no codes", 2, 70, 0, 7, 1, 2, false, true},
-    {"no keys", 2, 0, 3, 4, 0, 0, false, false},
+const std::vector<Wanted> every_wanted = {
+    {true, true, false},
+#if defined(EVERY_SHAPE)
+    {true, true, true},
+    {true, false, false},
+    {false, true, false},
+#endif
 };
+
+// Relative to the largest.
+template <typename Numbers>
+bool close(const Numbers& actual, const Numbers& expected, double tolerance) {
+  double largest = 0;
+  for (const auto number : expected) {
+    largest = std::max(largest, std::abs(static_cast<double>(number)));
+  }
+  REQUIRE(actual.size() == expected.size());
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const auto one = static_cast<double>(actual[i]), other = static_cast<double>(expected[i]);
+    if (!(std::abs(one - other) <= tolerance * largest) && !(std::isnan(one) && std::isnan(other))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+template <typename T>
+constexpr double rounding = sizeof(accumulate_t<T>) == 8 ? 1e-13 : 1e-5;
+
+// Parts that are codewords, and others; with a NaN and an infinity on request.
+template <typename T>
+std::vector<T> rows_near(const Shape& shape, bool is_odd) {
+  auto numbers = simt::whole_numbers(static_cast<size_t>(shape.num_rows * shape.num_subspaces * shape.subspace), 1);
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    numbers[i] /= 4;
+  }
+  if (is_odd && numbers.size() > 40) {
+    numbers[1] = std::numeric_limits<float>::quiet_NaN();
+    numbers[numbers.size() - 1] = std::numeric_limits<float>::infinity();
+  }
+  return simt::narrowed<T>(numbers);
+}
 
 }  // namespace
 
-TEST_CASE("choose_by_codes") {
-  constexpr int64_t batch = 2, num_heads = 2, num_kv_heads = 1;
-  for (const auto& [name, num_queries, num_keys, num_subspaces, num_chosen, sink_keys, local_keys, is_causal,
-                    has_sides] : choices) {
-    CAPTURE(name);
-    const auto codes_of = [](int64_t count, uint32_t seed) {
-      std::vector<uint8_t> codes;
-      for (const float number : simt::whole_numbers(static_cast<size_t>(count), seed)) {
-        codes.push_back(static_cast<uint8_t>(static_cast<int>(number) & 3));
-      }
-      return codes;
+TEMPLATE_TEST_CASE("quantization_loss", "", KERNEL_TYPES) {
+  using T = TestType;
+  using A = accumulate_t<T>;
+  for (const Shape& shape : shapes) {
+    CAPTURE(shape.name);
+    const auto input = rows_near<T>(shape, false);
+    const auto codewords = padded_codewords<A>(shape, whole_codewords(shape));
+    const auto compute = [&](const auto& kernel) {
+      const int64_t pieces = shape.num_rows == 0 ? 0 : num_pieces;
+      std::vector<double> sums(static_cast<size_t>(pieces * shape.num_subspaces), -1);
+      std::vector<A> loss(1, A(-1));
+      kernel(
+          QuantizationLoss<T>{parts_of(shape, input, codewords), {shape.num_rows, pieces}, sums.data(), loss.data()});
+      return loss;
     };
-    const int64_t in_words = (num_subspaces + 3) / 4 * 4;
-    const int64_t words = (num_keys + keys_of_word - 1) / keys_of_word * keys_of_word;
-    const auto query_codes = codes_of(batch * num_heads * num_queries * in_words, 1);
-    const auto key_codes = codes_of(batch * num_keys * num_subspaces, 2);
-    // By key with codes that no query has behind the last one; by subspace, where further keys agree with everybody.
-    std::vector<uint8_t> by_key, by_subspace(static_cast<size_t>(batch * num_subspaces * words));
-    std::vector<uint8_t> seen, seen_in_words(static_cast<size_t>(batch * words), 0);
-    for (int64_t row = 0; row < batch * num_keys; ++row) {
-      const int64_t b = row / num_keys, key = row % num_keys;
-      for (int64_t m = 0; m < in_words; ++m) {
-        by_key.push_back(m < num_subspaces ? key_codes[row * num_subspaces + m] : 255);
-        if (m < num_subspaces) {
-          by_subspace[(b * num_subspaces + m) * words + key] = by_key.back();
-        }
+    const auto expected = compute([](const QuantizationLoss<T>& args) {
+      baseline::quantization_loss(args, 0, args.num_units());
+      double sum = 0;
+      for (int64_t unit = 0; unit < args.num_units(); ++unit) {
+        sum += args.sums[unit];
       }
-      seen.push_back(row % 5 == 2 ? 0 : 255);
-      seen_in_words[b * words + key] = seen.back();
+      *args.loss = args.mean(sum);
+    });
+    const auto actual = simt::same_in_every_order(
+        [&] { return compute([](const QuantizationLoss<T>& args) { launch_quantization_loss(args); }); });
+    CHECK(close(actual, expected, rounding<T>));
+  }
+}
+
+TEMPLATE_TEST_CASE("quantization_gradient", "", KERNEL_TYPES) {
+  using T = TestType;
+  using A = accumulate_t<T>;
+  for (const Shape& shape : shapes) {
+    if (shape.num_rows == 0 || shape.subspace == 0) {
+      continue;  // no gradient is computed there
     }
-    const std::vector<int64_t> query_start = {num_keys - num_queries, 2}, key_start = {0, -3};
-    std::vector<int32_t> indices;
-    const auto arguments = [&](const std::vector<uint8_t>& codes, const std::vector<uint8_t>& visible, int64_t stride,
-                               int64_t subspaces) {
-      indices.assign(static_cast<size_t>(batch * num_heads * num_queries * num_chosen), -7);
-      return CodeChoice{{query_codes.data(), num_heads * num_queries * in_words, num_queries * in_words, in_words},
-                        codes.data(),
-                        has_sides ? visible.data() : nullptr,
-                        has_sides ? query_start.data() : nullptr,
-                        has_sides ? key_start.data() : nullptr,
-                        indices.data(),
-                        num_heads,
-                        num_kv_heads,
-                        num_queries,
-                        num_keys,
-                        stride,
-                        subspaces,
-                        num_chosen,
-                        sink_keys,
-                        local_keys,
-                        is_causal};
-    };
-    const auto on_cpu = arguments(by_subspace, seen_in_words, words, num_subspaces);
-    AlignedBuffer<char> scratch(static_cast<size_t>(baseline::choose_by_codes_scratch_bytes(on_cpu)));
-    baseline::choose_by_codes(on_cpu, scratch.data(), 0,
-                              batch * num_heads * ((num_queries + queries_of_choice - 1) / queries_of_choice));
-    const auto expected = indices;
-    REQUIRE(simt::same_in_every_order([&] {
-              device::launch({batch * num_heads * num_queries, choice_threads, device::BlockMemory::bytes},
-                             choose_by_codes, arguments(by_key, seen, num_keys, in_words));
-              return indices;
-            }) == expected);
+    for (const auto& [to_input, to_codewords, is_odd] : every_wanted) {
+      CAPTURE(shape.name, to_input, to_codewords, is_odd);
+      const auto input = rows_near<T>(shape, is_odd);
+      const auto codewords = padded_codewords<A>(shape, whole_codewords(shape));
+      const A grad = 3;
+      const size_t of_input = to_input ? input.size() : 0, of_codewords = to_codewords ? codewords.size() : 0;
+      const auto compute = [&](const auto& kernel) {
+        std::vector<T> grad_input(of_input);
+        std::vector<A> piece_gradients(num_pieces * of_codewords, A(-1)), grad_codewords(of_codewords, A(-1));
+        kernel(QuantizationGradient<T>{parts_of(shape, input, codewords),
+                                       {shape.num_rows, num_pieces},
+                                       &grad,
+                                       to_input ? grad_input.data() : nullptr,
+                                       to_codewords ? piece_gradients.data() : nullptr,
+                                       to_codewords ? grad_codewords.data() : nullptr});
+        std::vector<A> both;
+        for (const T number : grad_input) {
+          both.push_back(device::widen(number));
+        }
+        both.insert(both.end(), grad_codewords.begin(), grad_codewords.end());
+        return both;
+      };
+      const auto expected = compute([](const QuantizationGradient<T>& args) {
+        baseline::quantization_gradient(args, 0, args.num_units());
+        if (args.piece_gradients != nullptr) {
+          baseline::sum_piece_gradients(args, 0, args.num_sums());
+        }
+      });
+      const auto actual = simt::same_in_every_order(
+          [&] { return compute([](const QuantizationGradient<T>& args) { launch_quantization_gradient(args); }); });
+      const std::span both(actual), both_expected(expected);
+      CHECK(close(both.first(of_input), both_expected.first(of_input), sizeof(T) == 2 ? 1e-2 : rounding<T>));
+      CHECK(close(both.last(of_codewords), both_expected.last(of_codewords), rounding<T>));
+    }
   }
 }
 
