@@ -84,23 +84,24 @@ TEST_CASE("pq_topk chooses the keys that share most codes") {
   REQUIRE(indices.equal(torch::tensor({0, 2, 3}, at::kInt).reshape({1, 1, 1, 3})));
   const auto few = torchops::pq_topk(query_codes, key_codes, 6, true, 0, 0, std::nullopt, torch::tensor({1}));
   REQUIRE(few.equal(torch::tensor({0, 1, -1, -1, -1, -1}, at::kInt).reshape({1, 1, 1, 6})));
+}
 
-  TEST_CASE("pq_loss and its gradients agree with the formula") {
-    torch::manual_seed(0);
-    for (const auto dtype : {at::kDouble, at::kFloat}) {
-      CAPTURE(dtype);
-      const std::vector<at::Tensor> inputs{torch::randn({4, 9, 24}, dtype).requires_grad_(),
-                                           torch::randn({3, 20, 8}, dtype).requires_grad_()};
-      check_agreement(
-          inputs, [](const std::vector<at::Tensor>& of) { return torchops::pq_loss(of[0], of[1]); },
-          [](const std::vector<at::Tensor>& of) {
-            const auto parts = of[0].reshape({36, 3, 8});
-            const auto distances = (parts.unsqueeze(2) - of[1]).abs().sum(-1);
-            const auto weights = distances.clamp_min(1e-5).reciprocal();
-            const auto mixed = torch::einsum("rme,mes->rms", {weights / weights.sum(-1, true), of[1]});
-            const auto codes = torchops::pq_encode(of[0].detach(), of[1].detach()).reshape({36, 3}).to(at::kLong);
-            const auto nearest = of[1].index({torch::arange(3), codes});
-            return torch::mse_loss(mixed, nearest) + torch::mse_loss(parts, nearest);
-          });
-    }
+TEST_CASE("pq_loss and its gradients agree with the formula") {
+  torch::manual_seed(0);
+  for (const auto dtype : {at::kDouble, at::kFloat}) {
+    CAPTURE(dtype);
+    const std::vector<at::Tensor> inputs{torch::randn({4, 9, 24}, dtype).requires_grad_(),
+                                         torch::randn({3, 20, 8}, dtype).requires_grad_()};
+    check_agreement(
+        inputs, [](const std::vector<at::Tensor>& of) { return torchops::pq_loss(of[0], of[1]); },
+        [](const std::vector<at::Tensor>& of) {
+          const auto parts = of[0].reshape({36, 3, 8});
+          const auto distances = (parts.unsqueeze(2) - of[1]).abs().sum(-1);
+          const auto weights = distances.clamp_min(1e-5).reciprocal();
+          const auto mixed = torch::einsum("rme,mes->rms", {weights / weights.sum(-1, true), of[1]});
+          const auto codes = torchops::pq_encode(of[0].detach(), of[1].detach()).reshape({36, 3}).to(at::kLong);
+          const auto nearest = of[1].index({torch::arange(3), codes});
+          return torch::mse_loss(mixed, nearest) + torch::mse_loss(parts, nearest);
+        });
   }
+}
