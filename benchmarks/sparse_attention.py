@@ -20,6 +20,8 @@ Forward is without autograd. Forward + backward is the forward pass with autogra
 and value, from a gradient of the output that was made beforehand.
 SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_causal). Full attention does other work, \
 so that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing.
+Codes are those of M = D / 8 codebooks of E = 16 codewords, random as queries and keys are. Of rivals that choose by \
+codes only the work is the same: they take any of the keys with as many codes, and round distances otherwise.
 Memory is the peak of what torch allocates during a call, results included."""
 
 OWN_FULL = "span_attention full causal"
@@ -39,6 +41,9 @@ CURVES = (
 # 512-bit unit.
 TARGETS = {8: (2.5, 2.5), 16: (4.0, None), 32: (7.0, None)}
 BLOCK_TARGET = 3.5
+# The same for the forward pass with the choice by codes in it.
+CHOSEN_TARGETS = {8: 2.2, 16: 3.5, 32: 5.0}
+CODEWORDS, SUBSPACE = 16, 8
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -52,6 +57,13 @@ def rows(options: Options) -> Iterator[Row]:
             for block, query_block in ((1, 16), (64, 64)):
                 yield list_row(Shape(lengths[-1]), 8, block, query_block, dtype, direction, options)
         yield decoding_row(Shape(lengths[-1]), 8, dtype, options)
+        longest = Shape(lengths[-1])
+        yield encoding_row(longest, dtype, options)
+        for direction in (FORWARD, FORWARD_BACKWARD):
+            yield loss_row(longest, dtype, direction, options)
+        for share in CHOSEN_TARGETS:
+            yield chosen_row(longest, share, dtype, options)
+    yield choice_row(Shape(512 if options.quick else 2048), 8, options)
 
 
 def list_row(
@@ -118,6 +130,85 @@ def decoding_row(shape: Shape, share: int, dtype: torch.dtype, options: Options)
     return Row(
         "decoding, one query",
         f"Lk={shape.tokens} k={shape.tokens // share} {shape}",
+        dtype,
+        FORWARD,
+        contenders,
+        {**shape.parameters, "share": share},
+    )
+
+
+def make_codebooks(shape: Shape, device: torch.device) -> torch.Tensor:
+    return randn((shape.features // SUBSPACE, CODEWORDS, SUBSPACE), 5, torch.float32, device)
+
+
+def make_codes(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, _ = make_inputs(shape, dtype, device)
+    codebooks = make_codebooks(shape, device)
+    return torchops.pq_encode(query, codebooks), torchops.pq_encode(key, codebooks)
+
+
+def encoding_row(shape: Shape, dtype: torch.dtype, options: Options) -> Row:
+    def contenders() -> dict[str, Contender | Absent]:
+        query = make_inputs(shape, dtype, options.device)[0]
+        codebooks = make_codebooks(shape, options.device)
+        return {
+            "torchops": Contender(lambda: (torchops.pq_encode(query, codebooks),)),
+            "cdist, argmin": Contender(lambda: (eager.encode(query.float(), codebooks),), align=None),
+        }
+
+    return Row("codes of rows", f"n={shape.tokens} {shape}", dtype, FORWARD, contenders, shape.parameters)
+
+
+def loss_row(shape: Shape, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    def contenders() -> dict[str, Contender | Absent]:
+        backward = direction == FORWARD_BACKWARD
+        query = make_inputs(shape, dtype, options.device, backward)[0]
+        codebooks = make_codebooks(shape, options.device).requires_grad_(backward)
+        grad = torch.ones((), device=options.device)
+        return {
+            "torchops": contender(lambda: (torchops.pq_loss(query, codebooks),), (query, codebooks), grad),
+            "cdist, softmax, mean": contender(
+                lambda: (eager.quantization_loss(query.float(), codebooks),), (query, codebooks), grad, align=None
+            ),
+        }
+
+    return Row("loss of codes", f"n={shape.tokens} {shape}", dtype, direction, contenders, shape.parameters)
+
+
+def choice_row(shape: Shape, share: int, options: Options) -> Row:
+    """Of codes alone, whatever they were made of."""
+
+    def contenders() -> dict[str, Contender | Absent]:
+        query_codes, key_codes = make_codes(shape, torch.float32, options.device)
+        k = shape.tokens // share
+        by_product = Contender(lambda: (eager.choose_by_codes(query_codes, key_codes, k, CODEWORDS),), align=None)
+        return {
+            "torchops": Contender(lambda: (torchops.pq_topk(query_codes, key_codes, k, is_causal=True),)),
+            "one-hot product, topk": by_product,
+        }
+
+    name = f"n={shape.tokens} k={shape.tokens // share} {shape}"
+    return Row("choice by codes", name, torch.float32, FORWARD, contenders, {**shape.parameters, "share": share})
+
+
+def chosen_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:
+    def contenders() -> dict[str, Contender | Absent]:
+        inputs = make_inputs(shape, dtype, options.device)
+        query_codes, key_codes = make_codes(shape, dtype, options.device)
+
+        def attend() -> tuple[torch.Tensor]:
+            indices = torchops.pq_topk(query_codes, key_codes, shape.tokens // share, is_causal=True)
+            return (torchops.topk_attention(*inputs, indices, is_causal=True),)
+
+        full = Contender(
+            lambda: (scaled_dot_product_attention(*inputs, is_causal=True),), align=None, target=CHOSEN_TARGETS[share]
+        )
+        own = Contender(lambda: (torchops.span_attention(*inputs, is_causal=True),), align=None)
+        return {"torchops": Contender(attend), FULL_CAUSAL: full, OWN_FULL: own}
+
+    return Row(
+        "choice by codes and attention",
+        f"n={shape.tokens} k={shape.tokens // share} {shape}",
         dtype,
         FORWARD,
         contenders,

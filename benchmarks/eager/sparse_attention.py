@@ -1,4 +1,4 @@
-"""Attention over lists of keys by means of PyTorch's own attention."""
+"""Attention over lists of keys, and product quantization, by means of PyTorch's own operators."""
 
 import torch
 from torch import Tensor
@@ -27,3 +27,31 @@ def mask_of(indices: Tensor, tokens: int, block: int, query_block: int) -> Tenso
     named = named.scatter_(-1, entries, True)[..., :names]
     named = named.repeat_interleave(block, -1)[..., :tokens].repeat_interleave(query_block, 2)[:, :, :tokens]
     return named & torch.ones(tokens, tokens, dtype=torch.bool, device=indices.device).tril()
+
+
+def distances(input: Tensor, codebooks: Tensor) -> Tensor:
+    """[M, R, E], sums of absolute differences of the parts of rows [..., D] to codewords [M, E, D / M]."""
+    parts = input.reshape(-1, codebooks.shape[0], codebooks.shape[2]).transpose(0, 1)
+    return torch.cdist(parts.contiguous(), codebooks, p=1)
+
+
+def encode(input: Tensor, codebooks: Tensor) -> Tensor:
+    return distances(input, codebooks).argmin(-1).T.to(torch.uint8).reshape(*input.shape[:-1], codebooks.shape[0])
+
+
+def quantization_loss(input: Tensor, codebooks: Tensor) -> Tensor:
+    parts = input.reshape(-1, codebooks.shape[0], codebooks.shape[2]).transpose(0, 1)
+    distance = distances(input, codebooks)
+    nearest = codebooks.gather(1, distance.argmin(-1)[..., None].expand(-1, -1, codebooks.shape[2]))
+    mixed = torch.softmax(-distance.clamp(min=1e-5).log(), -1) @ codebooks
+    return (mixed - nearest).square().mean() + (parts - nearest).square().mean()
+
+
+def choose_by_codes(query_codes: Tensor, key_codes: Tensor, k: int, codewords: int) -> Tensor:
+    """int32 [B, H, L, k], ascending: codes that agree are counted by a product of one-hot rows. Of keys with as many
+    codes topk takes any, and -1 is not put where a query sees fewer."""
+    query, key = (
+        torch.nn.functional.one_hot(codes.long(), codewords).flatten(-2).float() for codes in (query_codes, key_codes)
+    )
+    visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return (query @ key.mT).masked_fill(~visible, -1).topk(k).indices.sort().values.int()
