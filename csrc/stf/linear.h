@@ -3,10 +3,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <array>
 #include <optional>
 #include <tuple>
+
+#include "stf/stf.h"
 
 namespace torch::autograd {
 struct AutogradContext;
@@ -119,7 +122,7 @@ inline void product_by_torch(const at::Tensor& left, const at::Tensor& right, at
   }
 }
 
-// Sparse is a sparse factor on a device, as an object with
+// Sparse is a sparse factor on a device, an aggregate of an operator's name, values, indices and K, with
 //   atoms_to_rows(atoms [blocks, T, K], bias) -> [T, rows]
 //   rows_to_atoms(rows [T, rows]) -> [blocks, T, K]
 //   value_gradient(rows [T, rows], atoms [blocks, T, K]) -> [rows, blocks, nnz]
@@ -204,6 +207,42 @@ StfGradients stf_linear_gradients(const Sparse& sparse, const StfBackward& args)
     }
   }
   return {grad_input, grad_basis, grad_values, output_mask[3] ? grad.sum(0) : at::Tensor()};
+}
+
+// ---- operators ----------------------------------------------------------------------------------
+
+template <typename Sparse>
+at::Tensor stf_linear_on(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& values,
+                         const at::Tensor& indices, const std::optional<at::Tensor>& bias, bool transpose) {
+  check_stf_linear("stf_linear", input, basis, values, indices, bias, transpose);
+  const c10::DeviceGuard guard(input.device());
+  return std::get<0>(
+      stf_linear_forward(Sparse{"stf_linear", values, indices, basis.size(1)}, input, basis, bias, transpose));
+}
+
+template <typename Sparse>
+std::tuple<at::Tensor, at::Tensor> stf_linear_with_atoms_on(const at::Tensor& input, const at::Tensor& basis,
+                                                            const at::Tensor& values, const at::Tensor& indices,
+                                                            const std::optional<at::Tensor>& bias, bool transpose) {
+  check_stf_linear("_stf_linear_with_atoms", input, basis, values, indices, bias, transpose);
+  const c10::DeviceGuard guard(input.device());
+  return stf_linear_forward(Sparse{"stf_linear", values, indices, basis.size(1)}, input, basis, bias, transpose);
+}
+
+template <typename Sparse>
+StfGradients stf_linear_backward_on(const StfBackward& args) {
+  check_stf_linear_backward(args);
+  const c10::DeviceGuard guard(args.grad_output.device());
+  const auto values = args.values.value_or(at::Tensor()), indices = args.indices.value_or(at::Tensor());
+  return stf_linear_gradients(Sparse{"_stf_linear_backward", values, indices, args.basis_sizes[1].expect_int()}, args);
+}
+
+template <typename Sparse>
+at::Tensor stf_linear_straight_through_on(const at::Tensor& input, const at::Tensor& basis, const at::Tensor& latent,
+                                          int64_t nnz, const std::optional<at::Tensor>& bias, bool transpose) {
+  check_stf_linear_straight_through(input, basis, latent, nnz, bias, transpose);
+  const auto [values, indices] = stf_select(latent, nnz);
+  return stf_linear_on<Sparse>(input, basis, values, indices, bias, transpose);
 }
 
 }  // namespace torchops

@@ -2,10 +2,6 @@
 
 #include "core/cpu/matrix_product.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 // Elements of matrix_product.h that are pairs of 16-bit integers, neighbours along the depth: one instruction
 // multiplies and adds up both. Sums are exact as long as they fit 32 bits.
 

@@ -23,7 +23,7 @@ inline uint64_t bits_of(vec<int8_t> comparison) {
 #elif defined(__AVX2__)
   return static_cast<uint32_t>(_mm256_movemask_epi8(bit_cast<__m256i>(comparison)));
 #elif defined(__SSE2__)
-  return static_cast<uint32_t>(__builtin_ia32_pmovmskb128(bit_cast<vector_of<char, 16>::type>(comparison)));
+  return static_cast<uint32_t>(_mm_movemask_epi8(bit_cast<__m128i>(comparison)));
 #else
   uint64_t bits = 0;
   for (int lane = 0; lane < vector_bytes; ++lane) {

@@ -10,6 +10,7 @@ namespace torchops {
 
 // A sparse factor on CUDA (stf/linear.h). An index out of range counts as a nonzero that is zero.
 struct CudaSparseProduct {
+  const char* op;             // as on the CPU, though nothing is raised here
   const at::Tensor& values;   // [rows, blocks, nnz]
   const at::Tensor& indices;  // [rows, blocks, nnz]
   int64_t basis_size;

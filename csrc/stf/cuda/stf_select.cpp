@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> stf_select_cuda(const at::Tensor& latent, int
 at::Tensor stf_select_backward_cuda(const at::Tensor& grad_values, const at::Tensor& indices, int64_t basis_size) {
   check_stf_select_backward(grad_values, indices, basis_size);
   const c10::DeviceGuard guard(grad_values.device());
-  return CudaSparseProduct{grad_values, indices, basis_size}.dense();
+  return CudaSparseProduct{"stf_select", grad_values, indices, basis_size}.dense();
 }
 
 }  // namespace
