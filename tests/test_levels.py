@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from contract import BY_EMULATION, EMULATED, EXECUTED, FOR_ONE_LEVEL
+import torch
+from contract import BY_EMULATION, EMULATED, EXECUTED, FOR_ONE_LEVEL, TOLERANCE, assert_close
+from level_outputs import outputs_of_level
 from own_process import BUILD, package_with, run_pytest
 
 import torchops
@@ -34,6 +36,31 @@ def test_numeric_rows_at_emulated(level: str, tmp_path: Path, record_property: C
         folder=package_with(BUILD / "tests" / "cpp" / "emulated" / "libtorchops.so", tmp_path),
     )
     record_property(EXECUTED, BY_EMULATION + level)
+
+
+@pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
+@pytest.mark.parametrize("level", [*LOWER_LEVELS, *(level for level in EMULATED if level not in LOWER_LEVELS)])
+def test_levels_agree(level: str, tmp_path: Path) -> None:
+    """Also about what becomes of a NaN, which no reference tells."""
+    if level in LOWER_LEVELS:
+        folder = TESTS.parent
+    elif level in torchops.utils.cpu_capabilities():
+        pytest.skip("the level in use, which others are compared with")
+    else:
+        folder = package_with(BUILD / "tests" / "cpp" / "emulated" / "libtorchops.so", tmp_path)
+    environment = {**os.environ, "TORCHOPS_CPU_CAPABILITY": level, "PYTHONPATH": str(folder)}
+    file = tmp_path / "outputs.pt"
+    subprocess.run([sys.executable, TESTS / "level_outputs.py", file], env=environment, check=True)
+    of_level, in_use = torch.load(file), outputs_of_level()
+    assert of_level.keys() == in_use.keys()
+    for call, expected in in_use.items():
+        assert len(of_level[call]) == len(expected), call
+        for one, other in zip(of_level[call], expected, strict=True):
+            if other.is_floating_point():
+                # Both may be off by the tolerance, and more is said of single operators where they meet a reference.
+                assert_close(one, other.double(), other.dtype, call, 4 * TOLERANCE[other.dtype])
+            else:
+                assert_close(one, other, other.dtype, call)
 
 
 def rows_at_emulated(level: str) -> tuple[str, ...]:
