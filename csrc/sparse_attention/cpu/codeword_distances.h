@@ -10,24 +10,28 @@ namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
 template <typename A>
 inline constexpr int vectors_of_group = static_cast<int>(codeword_group) / lanes<A>;
 
+template <typename A>
+struct GroupDistances {
+  vec<A> vectors[vectors_of_group<A>] = {};
+};
+
 // The distances to the codewords from `first` on.
 template <typename T, typename A>
-inline __attribute__((always_inline)) void measure_group(const Parts<T>& parts, const T* part, const A* codebook,
-                                                         int64_t first, vec<A> (&distances)[vectors_of_group<A>]) {
+inline __attribute__((always_inline)) GroupDistances<A> measure_group(const Parts<T>& parts, const T* part,
+                                                                      const A* codebook, int64_t first) {
   const int64_t padded = parts.padded();
-  for (auto& distance : distances) {
-    distance = vec<A>{};
-  }
+  GroupDistances<A> distances;
   for_each_vector<T>(parts.subspace, [&](int64_t channel, int count) {
     const vec<A> channels = load_piece(part + channel, count);
     for (int c = 0; c < count; ++c) {
       const A* const codewords = codebook + (channel + c) * padded + first;
       for (int piece = 0; piece < vectors_of_group<A>; ++piece) {
         const vec<A> difference = channels[c] - load(codewords + piece * lanes<A>);
-        distances[piece] += difference < 0 ? -difference : difference;
+        distances.vectors[piece] += difference < 0 ? -difference : difference;
       }
     }
   });
+  return distances;
 }
 
 // The first of the nearest codewords, of those that are shown in ascending order.

@@ -12,10 +12,9 @@ void nearest_codeword(const NearestCodeword<T>& args, int64_t begin, int64_t end
     for (int64_t m = 0; m < parts.num_subspaces; ++m) {
       Nearest<A> nearest;
       for (int64_t first = 0; first < parts.padded(); first += codeword_group) {
-        vec<A> distances[vectors_of_group<A>];
-        measure_group(parts, parts.part(row, m), parts.codebook(m), first, distances);
+        const auto distances = measure_group(parts, parts.part(row, m), parts.codebook(m), first);
         for (int piece = 0; piece < vectors_of_group<A>; ++piece) {
-          nearest.show(distances[piece], first + piece * lanes<A>);
+          nearest.show(distances.vectors[piece], first + piece * lanes<A>);
         }
       }
       args.code(row, m) = static_cast<uint8_t>(nearest.code());

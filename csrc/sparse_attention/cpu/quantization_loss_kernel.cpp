@@ -19,14 +19,13 @@ class WeightedCodewords {
     Nearest<A> nearest;
     vec<A> total = {};
     for (int64_t first = 0; first < padded(); first += codeword_group) {
-      vec<A> distances[vectors_of_group<A>];
-      measure_group(parts_, part, codebook_, first, distances);
+      const auto distances = measure_group(parts_, part, codebook_, first);
       for (int piece = 0; piece < vectors_of_group<A>; ++piece) {
         const int64_t number = first + piece * lanes<A>;
-        nearest.show(distances[piece], number);
+        nearest.show(distances.vectors[piece], number);
         // What stands behind the last codeword has no weight, and a distance that has no gradient.
         const auto there = lane_numbers<Index>() < static_cast<Index>(parts_.num_codewords - number);
-        const vec<A> distance = there ? distances[piece] : vec<A>{};
+        const vec<A> distance = there ? distances.vectors[piece] : vec<A>{};
         const vec<A> least = broadcast(static_cast<A>(least_distance));
         const vec<A> weight = there ? 1 / (distance < least ? least : distance) : vec<A>{};
         distances_[number / lanes<A>] = distance;
