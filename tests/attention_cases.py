@@ -65,14 +65,20 @@ def invalid_inputs(device: str, good: Inputs) -> Iterator[Invalid]:
         "expected query's number of heads to be a multiple of key's = 2, got 3",
     )
     yield Invalid("block-size", good | {"block_size": 0}, "expected block_size >= 1, got 0")
-    bias, sink = torch.zeros(2, 6, device=device), torch.zeros(4, device=device)
+    sink = torch.zeros(4, device=device)
+    yield Invalid("sink-shape", good | {"sink": sink[:2]}, "expected sink of shape [Hq] = [4], got [2]")
+    yield Invalid("sink-dtype", good | {"sink": sink.int()}, f"expected sink of dtype {FLOATS}, got Int")
+    yield from invalid_sides(device, good)
+
+
+def invalid_sides(device: str, good: Inputs) -> Iterator[Invalid]:
+    """What goes with queries and keys of any kind, of which there are 2 rows, and 6 keys."""
+    bias = torch.zeros(2, 6, device=device)
     yield Invalid("bias-rank", good | {"key_bias": bias[0]}, "expected key_bias of shape [B, Lk], got [6]")
     yield Invalid(
         "bias-shape", good | {"key_bias": bias[:, 1:]}, "expected key_bias of shape [B, Lk] = [2, 6], got [2, 5]"
     )
     yield Invalid("bias-dtype", good | {"key_bias": bias.bool()}, f"expected key_bias of dtype {FLOATS}, got Bool")
-    yield Invalid("sink-shape", good | {"sink": sink[:2]}, "expected sink of shape [Hq] = [4], got [2]")
-    yield Invalid("sink-dtype", good | {"sink": sink.int()}, f"expected sink of dtype {FLOATS}, got Int")
     for name in ("query_start", "key_start"):
         start = torch.zeros(2, dtype=torch.int64, device=device)
         yield Invalid(f"{name}-shape", good | {name: start[:1]}, f"expected {name} of shape [B] = [2], got [1]")

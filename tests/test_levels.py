@@ -11,12 +11,15 @@ import torch
 from contract import BY_EMULATION, EMULATED, EXECUTED, FOR_ONE_LEVEL, TOLERANCE, assert_close
 from level_outputs import outputs_of_level
 from own_process import BUILD, package_with, run_pytest
+from torch import Tensor
 
 import torchops
 
 IN_USE = torchops.utils.cpu_capability()
 LOWER_LEVELS = [level for level in torchops.utils.cpu_capabilities() if level != IN_USE]
+EMULATED_LEVELS = [level for level in EMULATED if level not in torchops.utils.cpu_capabilities()]
 TESTS = Path(__file__).parent
+EMULATED_LIBRARY = BUILD / "tests" / "cpp" / "emulated" / "libtorchops.so"
 
 
 @pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
@@ -27,40 +30,37 @@ def test_numeric_rows_at(level: str, record_property: Callable[[str, object], No
 
 
 @pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
-@pytest.mark.parametrize("level", [level for level in EMULATED if level not in torchops.utils.cpu_capabilities()])
+@pytest.mark.parametrize("level", EMULATED_LEVELS)
 def test_numeric_rows_at_emulated(level: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """In plain C++ in place of the instructions: tests/cpp/emulated."""
     run_pytest(
         *("-m", "numeric", *rows_at_emulated(level), str(TESTS)),
         environment={**os.environ, "TORCHOPS_CPU_CAPABILITY": level},
-        folder=package_with(BUILD / "tests" / "cpp" / "emulated" / "libtorchops.so", tmp_path),
+        folder=package_with(EMULATED_LIBRARY, tmp_path),
     )
     record_property(EXECUTED, BY_EMULATION + level)
 
 
+@pytest.fixture(scope="module")
+def in_use() -> dict[str, list[Tensor]]:
+    return outputs_of_level()
+
+
 @pytest.mark.skipif(FOR_ONE_LEVEL, reason="this run is for one level already")
-@pytest.mark.parametrize("level", [*LOWER_LEVELS, *(level for level in EMULATED if level not in LOWER_LEVELS)])
-def test_levels_agree(level: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", LOWER_LEVELS + EMULATED_LEVELS)
+def test_levels_agree(level: str, in_use: dict[str, list[Tensor]], tmp_path: Path) -> None:
     """Also about what becomes of a NaN, which no reference tells."""
-    if level in LOWER_LEVELS:
-        folder = TESTS.parent
-    elif level in torchops.utils.cpu_capabilities():
-        pytest.skip("the level in use, which others are compared with")
-    else:
-        folder = package_with(BUILD / "tests" / "cpp" / "emulated" / "libtorchops.so", tmp_path)
+    folder = package_with(EMULATED_LIBRARY, tmp_path) if level in EMULATED_LEVELS else TESTS.parent
     environment = {**os.environ, "TORCHOPS_CPU_CAPABILITY": level, "PYTHONPATH": str(folder)}
     file = tmp_path / "outputs.pt"
     subprocess.run([sys.executable, TESTS / "level_outputs.py", file], env=environment, check=True)
-    of_level, in_use = torch.load(file), outputs_of_level()
+    of_level = torch.load(file)
     assert of_level.keys() == in_use.keys()
     for call, expected in in_use.items():
         assert len(of_level[call]) == len(expected), call
         for one, other in zip(of_level[call], expected, strict=True):
-            if other.is_floating_point():
-                # Both may be off by the tolerance, and more is said of single operators where they meet a reference.
-                assert_close(one, other.double(), other.dtype, call, 4 * TOLERANCE[other.dtype])
-            else:
-                assert_close(one, other, other.dtype, call)
+            # Both may be off by the tolerance, and more is said of single operators where they meet a reference.
+            assert_close(one, other, other.dtype, call, 4 * TOLERANCE.get(other.dtype, 0))
 
 
 def rows_at_emulated(level: str) -> tuple[str, ...]:

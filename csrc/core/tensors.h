@@ -39,6 +39,11 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
+// Contiguous and of the dtype; undefined where it is absent.
+inline at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
+  return tensor ? tensor->to(dtype).contiguous() : at::Tensor();
+}
+
 // [B, N, C] with contiguous rows.
 template <typename T>
 kernels::Rows<const T> rows(const at::Tensor& tensor) {

@@ -14,6 +14,9 @@
 
 namespace torchops {
 
+// Kernels count the queries and keys of a sequence, and the entries of a list, in 32 bits.
+inline constexpr int64_t longest = int64_t{1} << 30;
+
 // The arguments of topk_attention behind query, key, value and indices.
 struct TopkOptions : AttentionSides {
   const std::optional<at::Tensor>& pair_bias;  // [B, Hi or Hq, Nq, k]
@@ -61,7 +64,7 @@ class TopkTensors : public AttentionTensors {
               const at::Tensor& indices, const TopkOptions& options)
       : AttentionTensors(query, key, value, value_dim, options, options.scale),
         indices_(with_contiguous_rows(indices)),
-        pair_bias_(contiguous(options.pair_bias, accumulated())),
+        pair_bias_(contiguous_or_undefined(options.pair_bias, accumulated())),
         rule_(rule_of(options, query.size(2))) {}
 
   // Of shares of the gradient to pair_bias, a query head's each.

@@ -8,9 +8,6 @@
 namespace torchops {
 namespace {
 
-// Kernels count the keys of a sequence, and the entries of a list, in 32 bits.
-constexpr int64_t longest = int64_t{1} << 30;
-
 bool equal(const c10::SymInt& one, const c10::SymInt& other) {
   return one.sym_eq(other).guard_bool(__FILE__, __LINE__);
 }

@@ -2,15 +2,13 @@
 
 #include <cstdint>
 
-#include "core/attention/positions.h"
 #include "core/heads.h"
+#include "sparse_attention/lists.h"
 
 // The choice of keys by codes, the one rule that every kernel goes by. Of the keys that a query may see, sink and local
 // keys come first, then those that agree with it in more codes, then the nearer ones, then the earlier one.
 
 namespace torchops::kernels::sparse_attention {
-
-using namespace attention;
 
 // Kernels count codes that agree in 8 bits, and tell these from keys that are taken, or not seen, whatever their codes.
 inline constexpr int64_t most_subspaces = 253;
@@ -59,7 +57,7 @@ struct QueryPlace {
 TORCHOPS_INLINE QueryPlace place_of(const CodeChoice& args, const Sequence& sequence, int64_t query) {
   const int64_t count = sequence.num_keys, at = sequence.query_start + query - sequence.key_start;
   const int64_t first = at - (args.is_causal ? args.local_keys - 1 : args.local_keys / 2);
-  const int64_t end = args.is_causal ? clamp(at + 1, 0, count) : count;
+  const int64_t end = end_of_keys({1, 1, args.is_causal}, sequence, query);  // of the list that is made
   return {clamp(at, -1, count),
           end,
           {clamp(-sequence.key_start, 0, end), clamp(args.sink_keys - sequence.key_start, 0, end)},

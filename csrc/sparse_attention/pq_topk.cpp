@@ -1,9 +1,8 @@
 #include "sparse_attention/pq_topk.h"
 
-#include <utility>
-
 #include "core/checks.h"
 #include "core/library.h"
+#include "sparse_attention/arguments.h"
 #include "sparse_attention/sparse_attention.h"
 
 namespace torchops {
@@ -16,8 +15,6 @@ TORCHOPS_LIBRARY(m) {
 
 void check_pq_topk(const at::Tensor& query_codes, const at::Tensor& key_codes, const PqTopkOptions& options) {
   const Checks check("pq_topk");
-  // Kernels count the keys of a sequence in 32 bits.
-  constexpr int64_t longest = int64_t{1} << 30;
   check.rank("query_codes", query_codes, "[B, Hq, Lq, M]");
   check.rank("key_codes", key_codes, "[B, Hkv, Lk, M]");
   check.dtype("query_codes", query_codes, at::kByte);
@@ -35,19 +32,8 @@ void check_pq_topk(const at::Tensor& query_codes, const at::Tensor& key_codes, c
   check.at_most("sink_keys", options.sink_keys, "k", options.k);
   check.at_most("local_keys", options.local_keys, "k", options.k);
   check.at_most("sink_keys + local_keys", options.sink_keys + options.local_keys, "k", options.k);
-  if (const auto& bias = options.key_bias) {
-    check.shape("key_bias", *bias, "[B, Lk]", {{batch, num_keys}});
-    check.floating("key_bias", *bias);
-    check.same_device("key_bias", *bias, "query_codes", query_codes);
-  }
-  for (const auto& [name, start] :
-       {std::pair{"query_start", &options.query_start}, std::pair{"key_start", &options.key_start}}) {
-    if (*start) {
-      check.shape(name, **start, "[B]", {{batch}});
-      check.integer_dtype(name, **start);
-      check.same_device(name, **start, "query_codes", query_codes);
-    }
-  }
+  check_key_bias(check, options.key_bias, batch, num_keys, "query_codes", query_codes);
+  check_starts(check, options.query_start, options.key_start, batch, "query_codes", query_codes);
 }
 
 at::Tensor empty_choice(const at::Tensor& query_codes, const PqTopkOptions& options) {

@@ -49,10 +49,8 @@ at::Tensor pq_topk_on_device(const at::Tensor& query_codes, const at::Tensor& ke
     return indices;
   }
   const CodeLayout layout = lay_out(query_codes, key_codes);
-  const auto start = [](const std::optional<at::Tensor>& tensor) {
-    return tensor ? tensor->to(at::kLong).contiguous() : at::Tensor();
-  };
-  const at::Tensor query_start = start(options.query_start), key_start = start(options.key_start);
+  const auto query_start = contiguous_or_undefined(options.query_start, at::kLong),
+             key_start = contiguous_or_undefined(options.key_start, at::kLong);
   at::Tensor seen;
   if (options.key_bias) {
     seen = at::zeros({query_codes.size(0), layout.key_stride}, query_codes.options());

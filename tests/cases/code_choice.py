@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from attention_cases import positions_first
+from attention_cases import invalid_sides, positions_first
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
@@ -109,19 +109,7 @@ def topk_invalid(device: str) -> Iterator[Invalid]:
     for name in ("sink_keys", "local_keys"):
         yield Invalid(name, good | {name: -1}, f"expected {name} >= 0, got -1")
     yield Invalid("forced", good | {"sink_keys": 2, "local_keys": 3}, "expected sink_keys + local_keys <= k = 4, got 5")
-    bias = torch.zeros(2, 6, device=device)
-    yield Invalid(
-        "bias-shape", good | {"key_bias": bias[:, 1:]}, "expected key_bias of shape [B, Lk] = [2, 6], got [2, 5]"
-    )
-    yield Invalid(
-        "bias-dtype",
-        good | {"key_bias": bias.bool()},
-        "expected key_bias of dtype Double, Float, BFloat16 or Half, got Bool",
-    )
-    for name in ("query_start", "key_start"):
-        start = torch.zeros(2, dtype=torch.int64, device=device)
-        yield Invalid(f"{name}-shape", good | {name: start[:1]}, f"expected {name} of shape [B] = [2], got [1]")
-        yield Invalid(f"{name}-dtype", good | {name: start.float()}, f"expected {name} of dtype Long or Int, got Float")
+    yield from invalid_sides(device, good)
 
 
 def topk_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:

@@ -9,6 +9,24 @@ from torch import Tensor
 from ._softmax import softmax_with_sink
 
 
+def positions(
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    query_start: Optional[Tensor],
+    key_start: Optional[Tensor],
+    device: torch.device,
+) -> Tuple[Tensor, Tensor]:
+    """int64 [B, Lq] and [B]: where each query, and where key 0 lies."""
+    if query_start is None:
+        query_start = torch.full((batch,), num_keys - num_queries, device=device)
+    if key_start is None:
+        key_start = torch.zeros(batch, dtype=torch.int64, device=device)
+    limit = 2**57
+    query = query_start.long().clamp(-limit, limit)[:, None] + torch.arange(num_queries, device=device)
+    return query, key_start.long().clamp(-limit, limit)
+
+
 def listed(
     query: Tensor,
     key: Tensor,
@@ -21,13 +39,8 @@ def listed(
 ) -> Tuple[Tensor, Tensor]:
     """int64 and bool [B, Hi, Lq, k, keys of a block]: the keys that entries name, and whether a query sees them."""
     batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
-    if query_start is None:
-        query_start = torch.full((batch,), num_keys - num_queries, device=query.device)
-    if key_start is None:
-        key_start = torch.zeros(batch, dtype=torch.int64, device=query.device)
-    limit = 2**57
-    position = query_start.long().clamp(-limit, limit)[:, None] + torch.arange(num_queries, device=query.device)
-    start = key_start.long().clamp(-limit, limit)[:, None, None, None]
+    position, start = positions(batch, num_queries, num_keys, query_start, key_start, query.device)
+    start = start[:, None, None, None]
     entries = indices.long()
     if block_size == 1:
         there = (entries >= 0) & (entries < num_keys)
@@ -148,15 +161,9 @@ def pq_topk(
 ) -> Tensor:
     batch, num_heads, num_queries, num_subspaces = query_codes.shape
     num_kv_heads, num_keys = key_codes.shape[1], key_codes.shape[2]
-    device = query_codes.device
-    if query_start is None:
-        query_start = torch.full((batch,), num_keys - num_queries, device=device)
-    if key_start is None:
-        key_start = torch.zeros(batch, dtype=torch.int64, device=device)
-    limit = 2**57
-    queries, keys = (torch.arange(count, device=device) for count in (num_queries, num_keys))
-    position = query_start.long().clamp(-limit, limit)[:, None, None] + queries[:, None]
-    key_position = key_start.long().clamp(-limit, limit)[:, None, None] + keys
+    position, start = positions(batch, num_queries, num_keys, query_start, key_start, query_codes.device)
+    keys = torch.arange(num_keys, device=query_codes.device)
+    position, key_position = position[..., None], start[:, None, None] + keys
 
     pairs = query_codes[..., None, :] == key_codes.repeat_interleave(num_heads // num_kv_heads, dim=1)[..., None, :, :]
     before = local_keys - 1 if is_causal else local_keys // 2

@@ -6,6 +6,27 @@
 
 namespace torchops {
 
+void check_key_bias(const Checks& check, const std::optional<at::Tensor>& key_bias, const c10::SymInt& batch,
+                    const c10::SymInt& num_keys, const char* query_name, const at::Tensor& query) {
+  if (key_bias) {
+    check.shape("key_bias", *key_bias, "[B, Lk]", {{batch, num_keys}});
+    check.floating("key_bias", *key_bias);
+    check.same_device("key_bias", *key_bias, query_name, query);
+  }
+}
+
+void check_starts(const Checks& check, const std::optional<at::Tensor>& query_start,
+                  const std::optional<at::Tensor>& key_start, const c10::SymInt& batch, const char* query_name,
+                  const at::Tensor& query) {
+  for (const auto& [name, start] : {std::pair{"query_start", &query_start}, std::pair{"key_start", &key_start}}) {
+    if (*start) {
+      check.shape(name, **start, "[B]", {{batch}});
+      check.integer_dtype(name, **start);
+      check.same_device(name, **start, query_name, query);
+    }
+  }
+}
+
 void check_attention(const Checks& check, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const AttentionSides& sides) {
   check.rank("query", query, "[B, Hq, Lq, D]");
@@ -30,24 +51,13 @@ void check_attention(const Checks& check, const at::Tensor& query, const at::Ten
   }
   check.at_least("key's number of heads", num_kv_heads, 1);
   check.multiple_of("query's number of heads", num_heads, "key's", num_kv_heads);
-  if (sides.key_bias) {
-    check.shape("key_bias", *sides.key_bias, "[B, Lk]", {{batch, num_keys}});
-    check.floating("key_bias", *sides.key_bias);
-    check.same_device("key_bias", *sides.key_bias, "query", query);
-  }
+  check_key_bias(check, sides.key_bias, batch, num_keys, "query", query);
   if (sides.sink) {
     check.shape("sink", *sides.sink, "[Hq]", {{num_heads}});
     check.floating("sink", *sides.sink);
     check.same_device("sink", *sides.sink, "query", query);
   }
-  for (const auto& [name, start] :
-       {std::pair{"query_start", &sides.query_start}, std::pair{"key_start", &sides.key_start}}) {
-    if (*start) {
-      check.shape(name, **start, "[B]", {{batch}});
-      check.integer_dtype(name, **start);
-      check.same_device(name, **start, "query", query);
-    }
-  }
+  check_starts(check, sides.query_start, sides.key_start, batch, "query", query);
 }
 
 void check_attention_rows(const Checks& check, const AttentionGradients& args, const AttentionSides& sides) {

@@ -80,6 +80,12 @@ struct AttentionGradients {
   }
 };
 
+// Sides that go with queries and keys of any kind; the tensor of queries has a name in messages.
+void check_key_bias(const Checks& check, const std::optional<at::Tensor>& key_bias, const c10::SymInt& batch,
+                    const c10::SymInt& num_keys, const char* query_name, const at::Tensor& query);
+void check_starts(const Checks& check, const std::optional<at::Tensor>& query_start,
+                  const std::optional<at::Tensor>& key_start, const c10::SymInt& batch, const char* query_name,
+                  const at::Tensor& query);
 // value may be undefined: the backward does not always need it.
 void check_attention(const Checks& check, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const AttentionSides& sides);
@@ -141,10 +147,10 @@ class AttentionTensors {
         key_(with_contiguous_rows(key)),
         value_(value.defined() ? with_contiguous_rows(value) : value),
         value_dim_(value_dim),
-        key_bias_(contiguous(sides.key_bias, accumulated())),
-        sink_(contiguous(sides.sink, accumulated())),
-        query_start_(contiguous(sides.query_start, at::kLong)),
-        key_start_(contiguous(sides.key_start, at::kLong)),
+        key_bias_(contiguous_or_undefined(sides.key_bias, accumulated())),
+        sink_(contiguous_or_undefined(sides.sink, accumulated())),
+        query_start_(contiguous_or_undefined(sides.query_start, at::kLong)),
+        key_start_(contiguous_or_undefined(sides.key_start, at::kLong)),
         scale_(scale.value_or(1 / std::sqrt(static_cast<double>(query.size(3))))) {}
 
   kernels::attention::Sizes sizes() const {
@@ -153,10 +159,6 @@ class AttentionTensors {
 
  protected:
   at::ScalarType accumulated() const { return at::toOpMathType(query_.scalar_type()); }
-
-  static at::Tensor contiguous(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
-    return tensor ? tensor->to(dtype).contiguous() : at::Tensor();
-  }
 
   template <typename T>
   kernels::attention::Inputs<T> inputs() const {

@@ -1,6 +1,7 @@
 #include "sparse_attention/cpu/code_choice_kernel.h"
 
 #include "core/cpu/arena.h"
+#include "core/cpu/elements.h"
 #include "sparse_attention/cpu/byte_masks.h"
 
 namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
@@ -27,7 +28,7 @@ struct Scratch {
 };
 
 int64_t words_of(int64_t num_keys) {
-  return (num_keys + keys_of_word - 1) / keys_of_word;
+  return divide_up(num_keys, keys_of_word);
 }
 
 uint64_t bits_below(int64_t count) {
@@ -153,7 +154,7 @@ int64_t choose_by_codes_scratch_bytes(const CodeChoice& args) {
 
 void choose_by_codes(const CodeChoice& args, void* block, int64_t begin, int64_t end) {
   const Scratch scratch(args, block);
-  const int64_t tiles = (args.num_queries + queries_of_choice - 1) / queries_of_choice;
+  const int64_t tiles = divide_up(args.num_queries, queries_of_choice);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t head = unit / tiles % args.num_heads, batch = unit / tiles / args.num_heads;
     const int64_t first = unit % tiles * queries_of_choice;
