@@ -1,6 +1,5 @@
 #pragma once
 
-#include "core/cpu/short_exponential.h"
 #include "span_attention/cpu/tile_blocks.h"
 
 // The backward of one key-value head on tiles: where blocks of queries and keys meet.
@@ -61,7 +60,7 @@ struct KeySums {
 
 // What a meeting computes.
 struct Meeting {
-  float* scores;                 // [strip][queries]: products of keys and queries
+  float* scores;                 // [strip][queries], or products: what Distances are of
   float* value_grads;            // [strip][queries]: products of values and grad_output
   bfloat16* probabilities;       // left operand [keys][queries]
   bfloat16* score_grads;         // left operand [keys][queries]
@@ -94,13 +93,15 @@ struct BackwardHead {
   int64_t kv_head;
   BackwardPack pack;
   Sequence sequence;
+  Distances distances;
 
   BackwardHead(const AttentionBackward<bfloat16>& backward, int64_t first_head, void* packs, int64_t in_wave)
       : args(backward),
         batch((first_head + in_wave) / sizes().num_kv_heads),
         kv_head((first_head + in_wave) % sizes().num_kv_heads),
         pack(pack_of(packs, in_wave, sizes())),
-        sequence(backward.inputs.sequence(batch)) {}
+        sequence(backward.inputs.sequence(batch)),
+        distances(backward.inputs) {}
 
   static int64_t pack_bytes(const Sizes& sizes) {
     Arena arena(nullptr);
@@ -175,6 +176,9 @@ struct BackwardHead {
     load_key_bias(args.inputs, batch, first_key, key_block, meeting.bias);
     for (int64_t key = begin; key < end; key += backward_strip) {
       multiply_rows(tiles, pack.keys, pack.queries, sizes().head_dim, first_key + key, packed_row, meeting.scores);
+      if (!distances.of_products) {
+        add_bias(meeting, key);
+      }
       if (with_scores) {
         multiply_rows(tiles, pack.values, pack.grads, sizes().value_dim, first_key + key, packed_row,
                       meeting.value_grads);
@@ -254,7 +258,7 @@ struct BackwardHead {
         const int64_t in_strip = (key + k - strip) * query_block;
         vfloat probabilities[vectors];
         for (int64_t v = 0; v < vectors; ++v) {
-          probabilities[v] = probability(meeting, load(meeting.scores + in_strip + v * tile_side), key + k, v);
+          probabilities[v] = probability(meeting, load(meeting.scores + in_strip + v * tile_side), v);
         }
         if (!all_visible) {
           hide(first_query, first_key + key + k, probabilities);
@@ -282,10 +286,19 @@ struct BackwardHead {
     }
   }
 
-  vfloat probability(const Meeting& meeting, vfloat product, int64_t key, int64_t vector) const {
-    const vfloat score = score_of(product, args.inputs.scale, broadcast(meeting.bias[key]));
+  // Products of a strip of keys become scores.
+  void add_bias(const Meeting& meeting, int64_t strip) const {
+    float* at = meeting.scores;
+    for (int64_t key = strip; key < strip + backward_strip; ++key) {
+      for (int64_t query = 0; query < query_block; query += tile_side, at += tile_side) {
+        store(at, score_of(load(at), args.inputs.scale, broadcast(meeting.bias[key])));
+      }
+    }
+  }
+
+  vfloat probability(const Meeting& meeting, vfloat score, int64_t vector) const {
     const vfloat distance = score - load(meeting.largest + vector * tile_side);
-    return exp_of_negative(distance > 0.0f ? vfloat{} : distance) * load(meeting.inverse_sum + vector * tile_side);
+    return distances.weight(smaller(vfloat{}, distance)) * load(meeting.inverse_sum + vector * tile_side);
   }
 
   // Leaves the numbers of the queries that see a key. One behind the last is zeros, which add nothing.

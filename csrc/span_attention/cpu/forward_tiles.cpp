@@ -1,4 +1,3 @@
-#include "core/cpu/short_exponential.h"
 #include "span_attention/cpu/forward_kernel.h"
 #include "span_attention/cpu/tile_blocks.h"
 
@@ -53,11 +52,12 @@ constexpr int64_t query_blocks(const Sizes& sizes) {
 // A block of queries on its way through the keys.
 struct Block {
   bfloat16* queries;  // a left operand
-  float* scores;      // [query_block][key_block]
+  float* scores;      // [query_block][key_block], or products: what Distances are of
   bfloat16* weights;  // [query_block][key_block]: exp(score - largest)
   float* output;      // [query_block][block_columns(Dv)]
   vfloat* sum;        // [query_block]: the sum of weights, lane by lane
   float* largest;     // [query_block]
+  float* highest;     // [query_block]: the largest of a block's scores
   float* bias;        // [key_block]
 
   Block(Arena* arena, const Sizes& sizes) {
@@ -67,6 +67,7 @@ struct Block {
     output = arena->take<float>(query_block * block_columns(sizes.value_dim));
     sum = arena->take<vfloat>(query_block);
     largest = arena->take<float>(query_block);
+    highest = arena->take<float>(query_block);
     bias = arena->take<float>(key_block);
   }
 
@@ -118,50 +119,60 @@ struct Block {
     }
   }
 
-  // Products of a row become scores. Returns the largest, or the largest there was.
-  float finish_scores(const Attention<bfloat16>& args, const TileSpans& spans, int64_t row, int64_t first_key,
-                      int64_t num_keys) const {
+  // Products of a row become scores.
+  void add_bias(int64_t row, float scale, int64_t num_keys) const {
     float* const of_row = scores + row * key_block;
-    const Range seen{spans.keys[row].begin - first_key, spans.keys[row].end - first_key};
-    vfloat highest[2];
-    highest[0] = highest[1] = broadcast(largest[row]);
-    for (int64_t key = 0; key < num_keys; key += block_side) {
-      vfloat numbers[2];
-      for (int v = 0; v < 2; ++v) {
-        const int64_t at = key + v * tile_side;
-        numbers[v] = score_of(load(of_row + at), args.scale, load(bias + at));
-      }
-      if (seen.begin > key || key + block_side > seen.end) {
-        spans.hide<float>(row, first_key + key, numbers, -__builtin_inff());
-      }
-      for (int v = 0; v < 2; ++v) {
-        store(of_row + key + v * tile_side, numbers[v]);
-        highest[v] = larger(numbers[v], highest[v]);
-      }
+    for (int64_t key = 0; key < num_keys; key += tile_side) {
+      store(of_row + key, score_of(load(of_row + key), scale, load(bias + key)));
     }
-    return largest_lane<float>(larger(highest[0], highest[1]));
+  }
+
+  // Scores of keys that a row does not see become -inf.
+  void hide(const TileSpans& spans, int64_t row, int64_t first_key, int64_t num_keys) const {
+    const Range seen = spans.keys[row];
+    const auto hide_some = [&](int64_t begin, int64_t end) {
+      for (int64_t key = begin; key < end; key += tile_side) {
+        float* const at = scores + row * key_block + key;
+        vfloat numbers[1] = {load(at)};
+        spans.hide<float>(row, first_key + key, numbers, -__builtin_inff());
+        store(at, numbers[0]);
+      }
+    };
+    const int64_t begin = clamp(round_up(seen.begin - first_key, tile_side), 0, num_keys);
+    hide_some(0, begin);
+    hide_some(clamp(seen.end - first_key, begin, num_keys) / tile_side * tile_side, num_keys);
+  }
+
+  void find_highest(int64_t row, int64_t num_keys) const {
+    const float* const of_row = scores + row * key_block;
+    vfloat found[2];
+    found[0] = found[1] = broadcast(-__builtin_inff());
+    for (int64_t key = 0; key < num_keys; key += block_side) {
+      found[0] = larger(load(of_row + key), found[0]);
+      found[1] = larger(load(of_row + key + tile_side), found[1]);
+    }
+    highest[row] = largest_lane<float>(larger(found[0], found[1]));
   }
 
   // Scores of a row become weights; what was summed up before is rescaled where they rise.
-  void weigh(int64_t row, float highest, int64_t num_keys, int64_t columns) const {
+  void weigh(const Distances& distances, int64_t row, int64_t num_keys, int64_t columns) const {
     const float before = largest[row];
-    // While a row has seen nothing, any number serves to subtract.
-    const float shift = highest == -__builtin_inff() ? 0.0f : highest;
-    if (highest != before) {
-      const vfloat rescale = exp_of_negative(broadcast(before - shift));
+    if (highest[row] > before) {
+      const vfloat rescale = distances.weight(broadcast(before - highest[row]));
       sum[row] *= rescale;
       float* const of_row = output + row * columns;
       for (int64_t d = 0; d < columns; d += tile_side) {
         store(of_row + d, load(of_row + d) * rescale);
       }
-      largest[row] = highest;
+      largest[row] = highest[row];
     }
+    const float shift = reference_of(largest[row]);
     vfloat sums[2] = {sum[row], vfloat{}};
     const float* const of_row = scores + row * key_block;
     auto* const pairs = reinterpret_cast<bfloat16_pair*>(weights + row * key_block);
     for (int64_t key = 0; key < num_keys; key += block_side) {
-      const vfloat first = exp_of_negative(load(of_row + key) - shift);
-      const vfloat second = exp_of_negative(load(of_row + key + tile_side) - shift);
+      const vfloat first = distances.weight(load(of_row + key) - shift);
+      const vfloat second = distances.weight(load(of_row + key + tile_side) - shift);
       sums[0] += first;
       sums[1] += second;
       store_pairs(pairs + key / 2, first, second);
@@ -190,6 +201,7 @@ void compute_block(Tiles& tiles, const AttentionForward<bfloat16>& args, const P
   const int64_t num_rows = num_heads * num_queries;
   const int64_t columns = block_columns(sizes.value_dim);
   const TileSpans spans(inputs.span, sequence, first_query, num_queries, num_heads);
+  const Distances distances(inputs);
   const Range keys = visible_keys(inputs.span, sequence, Range{first_query, first_query + num_queries});
   block.pack_queries(inputs, batch, first_head, first_query, num_queries, num_rows);
   block.clear(sizes);
@@ -197,14 +209,22 @@ void compute_block(Tiles& tiles, const AttentionForward<bfloat16>& args, const P
     const int64_t num_keys = round_up(smaller(keys.end - first, key_block), tile_depth);
     block.load_bias(inputs, batch, first, num_keys);
     block.multiply_keys(tiles, sizes, pack.keys_from(first, sizes), num_keys);
+    // The largest of all rows first: what a row waits for then has long been there.
     for (int64_t row = 0; row < num_rows; ++row) {
-      block.weigh(row, block.finish_scores(inputs, spans, row, first, num_keys), num_keys, columns);
+      if (!distances.of_products) {
+        block.add_bias(row, inputs.scale, num_keys);
+      }
+      block.hide(spans, row, first, num_keys);
+      block.find_highest(row, num_keys);
+    }
+    for (int64_t row = 0; row < num_rows; ++row) {
+      block.weigh(distances, row, num_keys, columns);
     }
     block.add_values(tiles, pack.values_from(first, sizes), num_keys, columns);
   }
   for (int64_t row = 0; row < num_rows; ++row) {
     finish_row(args, batch, first_head + row / num_queries, first_query + row % num_queries, block.largest[row],
-               sum_lanes<float>(block.sum[row]), block.output + row * columns);
+               sum_lanes<float>(block.sum[row]), block.output + row * columns, distances.scale);
   }
 }
 

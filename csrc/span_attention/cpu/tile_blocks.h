@@ -1,10 +1,11 @@
 #pragma once
 
 #include "core/attention/cpu/uses_tiles.h"
+#include "core/cpu/short_exponential.h"
 #include "core/cpu/tile_operands.h"
 #include "span_attention/cpu/tiles.h"
 
-// Rows of queries, keys and values as operands of products of tiles.
+// Rows of queries, keys and values as operands of products of tiles, and what becomes of the products.
 
 namespace torchops::kernels::span_attention::TORCHOPS_LEVEL {
 
@@ -49,5 +50,23 @@ void pack_rows_across(const bfloat16* rows, int64_t row_stride, ReadableRows use
     }
   }
 }
+
+// Softmax takes the distances of scores from the largest one. Where nothing but a positive scale lies between products
+// and scores, it takes those of the products, which then need not become scores, and the largest that is saved for the
+// backward is a product.
+struct Distances {
+  bool of_products;
+  float scale;  // a score's distance / a distance
+
+  explicit Distances(const Attention<bfloat16>& args)
+      : of_products(args.key_bias == nullptr && args.sink == nullptr && args.scale > 0),
+        scale(of_products ? args.scale : 1) {}
+
+  // exp of a score's distance, of one that is at most 0.
+  vfloat weight(vfloat distance) const {
+    constexpr float log2_e = 0x1.715476p+0f;
+    return exp2_of_negative(distance * (scale * log2_e));
+  }
+};
 
 }  // namespace torchops::kernels::span_attention::TORCHOPS_LEVEL

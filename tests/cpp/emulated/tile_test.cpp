@@ -1,4 +1,4 @@
-// core/cpu/tile.h against plain loops. Built twice: in plain C++, and with the instructions.
+// core/cpu/tile.h and what softmax on tiles takes for exp. Built twice: in plain C++, and with the instructions.
 
 #include "core/cpu/tile.h"
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "catch.h"
+#include "core/cpu/short_exponential.h"
 
 namespace {
 
@@ -134,5 +135,25 @@ TEST_CASE("a NaN and an infinity stay in their row and column, and denormal numb
         CHECK(sum == (row == 4 ? 0 : 32));
       }
     }
+  }
+}
+
+TEST_CASE("the short exponential is 2 to the power, exactly 1 for 0, and 0 where that is no normal number") {
+  const auto exp2 = [](float power) {
+    using namespace torchops::kernels;
+    return exp2_of_negative(broadcast(power))[3];
+  };
+  CHECK(exp2(0) == 1);
+  CHECK(exp2(-0.0F) == 1);
+  CHECK(exp2(-126) == 0x1p-126F);
+  for (const float power : {-126.00001F, -140.0F, -1e5F, -3e38F, -INFINITY}) {
+    CHECK(exp2(power) == 0);
+  }
+  CHECK(std::isnan(exp2(NAN)));
+  for (int step = 1; step <= 126 * 64; ++step) {
+    const float power = static_cast<float>(-step) / 64 + 0x1p-20F;
+    const double error = exp2(power) / std::exp2(static_cast<double>(power)) - 1;
+    CAPTURE(power, error);
+    REQUIRE(std::abs(error) < 4e-6);
   }
 }

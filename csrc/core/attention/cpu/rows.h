@@ -25,10 +25,12 @@ inline __attribute__((always_inline)) A reference_of(A largest) {
 }
 
 // What the forward writes of a query, from its largest score and the sums of exp(score - largest) and of that times
-// the values: brings in the sink, and divides by the sum.
+// the values: brings in the sink, and divides by the sum. Without a sink `largest` may be of other numbers, `scale` of
+// which are scores.
 template <typename Inputs, typename T>
 void finish_row(const attention::Forward<Inputs, T>& args, int64_t batch, int64_t head, int64_t query,
-                accumulate_t<T> largest, accumulate_t<T> sum, const accumulate_t<T>* values) {
+                accumulate_t<T> largest, accumulate_t<T> sum, const accumulate_t<T>* values,
+                accumulate_t<T> scale = 1) {
   using A = accumulate_t<T>;
   const attention::Sizes& sizes = args.inputs.sizes;
   A rescale = 1;
@@ -41,7 +43,7 @@ void finish_row(const attention::Forward<Inputs, T>& args, int64_t batch, int64_
   }
   const int64_t index = (batch * sizes.num_heads + head) * sizes.num_queries + query;
   if (args.logsumexp != nullptr) {
-    args.logsumexp[index] = largest + log(sum);
+    args.logsumexp[index] = scale * largest + log(sum);
   }
   if (args.normalizer != nullptr) {
     args.normalizer[index] = attention::make_normalizer(largest, sum);

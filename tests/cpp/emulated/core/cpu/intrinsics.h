@@ -19,6 +19,7 @@ typedef uint16_t __mmask16;
 typedef uint8_t __mmask8;
 
 #define _MM_FROUND_TO_NEAREST_INT 0
+#define _CMP_NLT_UQ 0x15
 
 namespace emulated {
 
@@ -175,26 +176,53 @@ SIMD_FUNCTION __m512 _mm512_maskz_max_ps(__mmask16 mask, __m512 a, __m512 b) {
   }
   return result.vector();
 }
-// To the nearest integer, the even one of two.
-SIMD_FUNCTION __m512 _mm512_maskz_roundscale_ps(__mmask16 mask, __m512 from, int /*to_nearest*/) {
-  const emulated::Lanes<float, __m512> lanes(from);
+SIMD_FUNCTION __m512 _mm512_maskz_min_ps(__mmask16 mask, __m512 a, __m512 b) {
+  const emulated::Lanes<float, __m512> left(a), right(b);
   emulated::Lanes<float, __m512> result;
   for (int lane = 0; lane < result.count; ++lane) {
-    result.lane[lane] = mask >> lane & 1 ? __builtin_rintf(lanes.lane[lane]) : 0.0f;
+    const float smaller = left.lane[lane] < right.lane[lane] ? left.lane[lane] : right.lane[lane];
+    result.lane[lane] = mask >> lane & 1 ? smaller : 0.0f;
   }
   return result.vector();
 }
-// a * 2^b, rounded once, for integers b within the range of a double's exponents.
+// Where a is not less than b, or one of the two is NaN.
+SIMD_FUNCTION __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int /*not_less*/) {
+  const emulated::Lanes<float, __m512> left(a), right(b);
+  unsigned mask = 0;
+  for (int lane = 0; lane < left.count; ++lane) {
+    mask |= static_cast<unsigned>(!(left.lane[lane] < right.lane[lane])) << lane;
+  }
+  return static_cast<__mmask16>(mask);
+}
+// What is left of a number when the next lower integer is taken away; 0 of an infinite one.
+SIMD_FUNCTION __m512 _mm512_maskz_reduce_ps(__mmask16 mask, __m512 from, int /*down*/) {
+  const emulated::Lanes<float, __m512> lanes(from);
+  emulated::Lanes<float, __m512> result;
+  for (int lane = 0; lane < result.count; ++lane) {
+    const float number = lanes.lane[lane];
+    const float rest = __builtin_isinf(number) ? 0.0f : number - __builtin_floorf(number);
+    result.lane[lane] = mask >> lane & 1 ? rest : 0.0f;
+  }
+  return result.vector();
+}
+// a * 2^floor(b), rounded once, for b within the range of a double's exponents.
 SIMD_FUNCTION __m512 _mm512_maskz_scalef_ps(__mmask16 mask, __m512 a, __m512 b) {
   const emulated::Lanes<float, __m512> numbers(a), powers(b);
   emulated::Lanes<float, __m512> result;
   for (int lane = 0; lane < result.count; ++lane) {
     const float power = powers.lane[lane];
-    const uint64_t bits = power == power ? static_cast<uint64_t>(1023 + static_cast<int64_t>(power)) << 52 : 0;
+    if ((mask >> lane & 1) == 0) {
+      result.lane[lane] = 0;
+      continue;
+    }
+    if (power != power) {
+      result.lane[lane] = power;
+      continue;
+    }
+    const uint64_t bits = static_cast<uint64_t>(1023 + static_cast<int64_t>(__builtin_floorf(power))) << 52;
     double factor;
     __builtin_memcpy(&factor, &bits, sizeof(factor));
-    const float scaled = power == power ? static_cast<float>(numbers.lane[lane] * factor) : power;
-    result.lane[lane] = mask >> lane & 1 ? scaled : 0.0f;
+    result.lane[lane] = static_cast<float>(numbers.lane[lane] * factor);
   }
   return result.vector();
 }
