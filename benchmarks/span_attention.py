@@ -214,7 +214,17 @@ def own_attention(span: Window | Block) -> Attention:
     return partial(torchops.span_attention, block_size=span.size, left=0, right=0, is_causal=True)
 
 
+def multiplies_on_tiles(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and torchops.utils.cpu_capability() == "amx"
+
+
 def span_targets(shape: Shape, span: CausalSpan, dtype: torch.dtype, backward: bool) -> Targets:
+    if multiplies_on_tiles(dtype) and shape == Shape(8192):
+        if span == Window(1024):
+            no_more_a_pair = Window(shape.tokens).num_pairs(shape.tokens) / span.num_pairs(shape.tokens)
+            return Targets({FULL_CAUSAL: 1.6 * no_more_a_pair, FLEX: 3.0})
+        if span == Block(1024) and backward:
+            return Targets({RESHAPED: 1.4})
     if (shape, span, dtype) == (Shape(65536), Window(1024), torch.float32):
         return Targets({}, memory=2**30)
     if (shape, span, dtype) == (Shape(8192), Window(1024), torch.float32):
@@ -265,7 +275,7 @@ def full_row(shape: Shape, dtype: torch.dtype, direction: str, options: Options)
         inputs = make_inputs(shape, dtype, options.device, backward)
         grad = randn((1, shape.heads, shape.tokens, shape.features), 3, dtype, options.device)
         # How long short sequences take is what a call costs at all: only long ones have a target.
-        target = 1.0 if shape.tokens >= 512 else None
+        target = None if shape.tokens < 512 else 1.6 if multiplies_on_tiles(dtype) and shape.tokens >= 4096 else 1.0
         sdpa = contender(lambda: (eager.causal_sdpa(*inputs),), inputs, grad, target=target)
         return {
             "torchops": contender(lambda: (torchops.span_attention(*inputs, is_causal=True),), inputs, grad),

@@ -11,7 +11,16 @@ import torchops
 
 from .eager import sparse_attention as eager
 from .harness import FORWARD, FORWARD_BACKWARD, Absent, Contender, Curves, Finding, Options, Report, Row, contender
-from .span_attention import FULL_CAUSAL, MASKED, OPERATIONS_PER_SECOND, Shape, make_inputs, mask_is_too_large, randn
+from .span_attention import (
+    FULL_CAUSAL,
+    MASKED,
+    OPERATIONS_PER_SECOND,
+    Shape,
+    is_beyond_sdpa,
+    make_inputs,
+    mask_is_too_large,
+    randn,
+)
 
 NOTES = """\
 n: queries and keys, k: entries of a list, b: keys of a block, c: queries that share a list, H: heads, D: features of \
@@ -19,7 +28,8 @@ a head. Everything is causal; lists are random, ascending, one for each head, an
 Forward is without autograd. Forward + backward is the forward pass with autograd, then the gradients of query, key \
 and value, from a gradient of the output that was made beforehand.
 SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_causal). Full attention does other work, \
-so that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing.
+so that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing, but for the \
+16-bit gradients among 8192 tokens, where SDPA's differ from those in float64 by up to 0.044, torchops's by 0.007.
 Codes are those of M = D / 8 codebooks of E = 16 codewords, random as queries and keys are. Of rivals that choose by \
 codes only the work is the same: they take any of the keys with as many codes, and round distances otherwise.
 Memory is the peak of what torch allocates during a call, results included."""
@@ -106,6 +116,7 @@ def list_contenders(
     else:
         mask = eager.mask_of(indices, tokens, block, query_block)
         masked = contender(lambda: (scaled_dot_product_attention(*inputs, attn_mask=mask),), inputs, grad)
+        masked = replace(masked, align=None) if is_beyond_sdpa(shape, dtype, backward) else masked
     return {
         "torchops": contender(lambda: (attend(*inputs),), inputs, grad),
         FULL_CAUSAL: replace(full, align=None),

@@ -23,7 +23,7 @@ template <typename T>
 struct TileProduct {
   using A = accumulate_t<T>;
   using E = multiplicand_t<T>;
-  static constexpr int64_t panel = panel_columns<A>;
+  static constexpr int64_t panel = strip_columns<E>;
 
   const DenseProduct<T>& args;
   Pieces row_tiles;
@@ -35,7 +35,7 @@ struct TileProduct {
 
   TileProduct(const DenseProduct<T>& product, Arena* arena)
       : args(product),
-        row_tiles(product.num_rows, most_tile_rows, tile_rows),
+        row_tiles(product.num_rows, most_tile_rows, strip_rows<E>),
         depth_blocks(product.depth, most_depth * element<E>::depth, element<E>::depth),
         num_panels(divide_up(product.num_columns, panel)) {
     const int64_t depth = depth_of<E>(depth_blocks.size);
@@ -82,13 +82,13 @@ struct TileProduct {
                       A* panel_sums) {
     constexpr int64_t width = vectors * lanes<A>;
     const bool first = block == 0, last = block + 1 == depth_blocks.count;
-    for (int64_t strip = 0; strip < rows; strip += tile_rows) {
+    for (int64_t strip = 0; strip < rows; strip += strip_rows<E>) {
       // Nothing but loops of constant length may touch the sums: then they stay in registers.
-      A tile[tile_rows * width];
+      A tile[strip_rows<E> * width];
       {
-        vec<A> sum[tile_rows][vectors];
+        vec<A> sum[strip_rows<E>][vectors];
         product_tile(left.strip(strip), right, panel, left.depth, sum);
-        for (int row = 0; row < tile_rows; ++row) {
+        for (int row = 0; row < strip_rows<E>; ++row) {
           for (int v = 0; v < vectors; ++v) {
             store(tile + row * width + v * lanes<A>, sum[row][v]);
           }
@@ -96,15 +96,15 @@ struct TileProduct {
       }
       A* const so_far = panel_sums + strip * width;
       if (!first) {
-        for (int64_t i = 0; i < tile_rows * width; i += lanes<A>) {
+        for (int64_t i = 0; i < strip_rows<E> * width; i += lanes<A>) {
           store(tile + i, load(so_far + i) + load(tile + i));
         }
       }
       if (!last) {
-        copy_row(so_far, tile, tile_rows * width);
+        copy_row(so_far, tile, strip_rows<E> * width);
         continue;
       }
-      for (int64_t row = 0; row < tile_rows && strip + row < rows; ++row) {
+      for (int64_t row = 0; row < strip_rows<E> && strip + row < rows; ++row) {
         finish(args, batch, first_row + strip + row, column, tile + row * width, columns);
       }
     }

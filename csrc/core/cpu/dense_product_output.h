@@ -34,4 +34,18 @@ inline __attribute__((always_inline)) void finish(const DenseProduct<T>& args, i
   });
 }
 
+#if defined(__AVX512BF16__)
+// The same of the sums that products on tiles give. A whole block is rounded by the instruction for it, which makes
+// zeros of denormal numbers, as tiles do.
+inline __attribute__((always_inline)) void finish_on_tiles(const DenseProduct<bfloat16>& args, int64_t batch,
+                                                           int64_t row, int64_t column, const float* sums,
+                                                           int64_t count) {
+  if (count != 2 * lanes<float> || args.bias != nullptr) {
+    return finish(args, batch, row, column, sums, count);
+  }
+  bfloat16* const to = args.output + batch * args.output_batch_stride + row * args.output_row_stride + column;
+  store_pairs(reinterpret_cast<bfloat16_pair*>(to), load(sums), load(sums + lanes<float>));
+}
+#endif
+
 }  // namespace torchops::kernels::core::TORCHOPS_LEVEL

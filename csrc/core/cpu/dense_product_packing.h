@@ -6,6 +6,14 @@
 
 namespace torchops::kernels::core::TORCHOPS_LEVEL {
 
+// Rows and vectors of columns of the sums that stay in registers: with 32 of these 8 x 3, of which each number that is
+// read serves more products than of 4 x 4. Pairs come from two vectors at a time, which three are not.
+template <typename E>
+inline constexpr int strip_rows = vector_bytes == 64 && !is_pair<E> ? 8 : tile_rows;
+template <typename E>
+inline constexpr int strip_columns =
+    (vector_bytes == 64 && !is_pair<E> ? 3 : tile_vectors) * (vector_bytes / static_cast<int>(sizeof(E)));
+
 template <typename E>
 inline void store_elements(E* to, typename element<E>::vector elements) {
   __builtin_memcpy(to, &elements, sizeof(elements));
@@ -96,11 +104,11 @@ void pack_across(const T* from, int64_t row_stride, int64_t size, int64_t count,
   }
 }
 
-// A block of the left operand, [count, size], in strips of tile_rows rows that product_tile reads: as the rows lie,
+// A block of the left operand, [count, size], in strips of strip_rows rows that product_tile reads: as the rows lie,
 // or, where the depth lies across them, in groups of rows [depth][group].
 template <typename E>
 struct LeftBlock {
-  static constexpr int64_t group = columns_across<E> < tile_rows ? tile_rows : columns_across<E>;
+  static constexpr int64_t group = columns_across<E> < strip_rows<E> ? strip_rows<E> : columns_across<E>;
 
   E* data;
   int64_t depth = 0;  // in elements
@@ -120,15 +128,15 @@ struct LeftBlock {
     if (in_groups) {
       pack_across<group>(from, depth_stride, size, count, data);
     } else {
-      pack_rows(from, row_stride, count, size, round_up(count, tile_rows), depth, data);
+      pack_rows(from, row_stride, count, size, round_up(count, strip_rows<E>), depth, data);
     }
   }
 };
 
-// A block of the right operand, [size, count] -> [depth_of(size)][panel_columns].
+// A block of the right operand, [size, count] -> [depth_of(size)][strip_columns].
 template <typename E, typename T>
 void pack_panel(const T* from, int64_t depth_stride, int64_t column_stride, int64_t size, int64_t count, E* packed) {
-  constexpr int64_t panel = panel_columns<sum_t<E>>;
+  constexpr int64_t panel = strip_columns<E>;
   constexpr int64_t side = lane_count<E>;
   if (column_stride == 1) {
     pack_across<panel>(from, depth_stride, size, count, packed);

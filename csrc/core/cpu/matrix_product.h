@@ -87,13 +87,13 @@ struct Operand {
 };
 
 // sum[i][v] = sum over d in 0..depth-1, in ascending order, of left(i, d) * right(d, vector v of the columns),
-// for tile_rows rows i; right.stride separates its rows d.
-template <int vectors, typename Element>
+// for so many rows i; right.stride separates its rows d.
+template <int rows, int vectors, typename Element>
 inline __attribute__((always_inline)) void product_tile(Operand<Element> left, const Element* right,
                                                         int64_t right_stride, int64_t depth,
-                                                        vec<sum_t<Element>> (&sum)[tile_rows][vectors]) {
+                                                        vec<sum_t<Element>> (&sum)[rows][vectors]) {
   constexpr int lane_count = vector_bytes / static_cast<int>(sizeof(Element));
-  for (int row = 0; row < tile_rows; ++row) {
+  for (int row = 0; row < rows; ++row) {
     for (int v = 0; v < vectors; ++v) {
       sum[row][v] = vec<sum_t<Element>>{};
     }
@@ -104,7 +104,7 @@ inline __attribute__((always_inline)) void product_tile(Operand<Element> left, c
     for (int v = 0; v < vectors; ++v) {
       __builtin_memcpy(&b[v], right + v * lane_count, sizeof(b[v]));
     }
-    for (int row = 0; row < tile_rows; ++row) {
+    for (int row = 0; row < rows; ++row) {
       for (int v = 0; v < vectors; ++v) {
         sum[row][v] = multiply_add(a[row * left.stride], b[v], sum[row][v]);
       }

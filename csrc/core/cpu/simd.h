@@ -78,8 +78,19 @@ To bit_cast(From from) {
 
 // ---- conversions ------------------------------------------------------------------------------
 
+// By name, for g++ 12 makes three shuffles of __builtin_convertvector.
+inline vuint widen_words(vhalfwords words) {
+#if defined(__AVX512F__)
+  return bit_cast<vuint>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(words)));
+#elif defined(__AVX2__)
+  return bit_cast<vuint>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(words)));
+#else
+  return __builtin_convertvector(words, vuint);
+#endif
+}
+
 inline vfloat widen(vhalfwords bits, bfloat16) {
-  return bit_cast<vfloat>(__builtin_convertvector(bits, vuint) << 16);
+  return bit_cast<vfloat>(widen_words(bits) << 16);
 }
 
 // Round to nearest, ties to even; every NaN becomes the quiet one, as in torch.
@@ -108,7 +119,7 @@ inline vhalfwords narrow(vfloat value, float16) {
 }
 #else
 inline vfloat widen(vhalfwords halves, float16) {
-  const vuint bits = __builtin_convertvector(halves, vuint);
+  const vuint bits = widen_words(halves);
   const vuint magnitude = (bits & 0x7fff) << 13;
   // 2^112 moves the exponent's bias from float16's to float32's, and makes subnormals normal.
   const vuint scaled = bit_cast<vuint>(bit_cast<vfloat>(magnitude) * 0x1p112f);

@@ -34,16 +34,24 @@ inline __attribute__((always_inline)) void load_along(const bfloat16* from, int6
 // 32 rows of memory, the depth, of `size` columns -> the pairs of two rows each.
 inline __attribute__((always_inline)) void load_across(const bfloat16* from, int64_t row_stride, ReadableRows rows,
                                                        int64_t size, vuint (&square)[tile_side]) {
+  if (rows.begin <= 0 && rows.end >= tile_depth && size >= tile_side) {
+    const auto words = [&](int64_t row) {
+      vhalfwords bits;
+      __builtin_memcpy(&bits, from + row * row_stride, sizeof(bits));
+      return widen_words(bits);
+    };
+    for (int64_t pair = 0; pair < tile_side; ++pair) {
+      square[pair] = words(2 * pair) | words(2 * pair + 1) << 16;
+    }
+    return;
+  }
   const auto words = [&](int64_t row) {
     vhalfwords bits = {};
     if (rows.begin <= row && row < rows.end) {
-      if (size >= tile_side) {
-        __builtin_memcpy(&bits, from + row * row_stride, sizeof(bits));
-      } else {
-        __builtin_memcpy(&bits, from + row * row_stride, static_cast<size_t>(size) * sizeof(bfloat16));
-      }
+      __builtin_memcpy(&bits, from + row * row_stride,
+                       static_cast<size_t>(size < tile_side ? size : tile_side) * sizeof(bfloat16));
     }
-    return __builtin_convertvector(bits, vuint);
+    return widen_words(bits);
   };
   for (int64_t pair = 0; pair < tile_side; ++pair) {
     square[pair] = words(2 * pair) | words(2 * pair + 1) << 16;

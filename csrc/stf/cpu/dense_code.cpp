@@ -4,7 +4,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "core/cpu/dense_product.h"
@@ -21,13 +21,19 @@ namespace {
 template <typename Index, typename Visit>
 int64_t for_each_list(const Index* indices, int64_t nnz, int64_t basis_size, int64_t begin, int64_t end,
                       const Visit& visit) {
+  using Unsigned = std::make_unsigned_t<Index>;
+  const auto is_wrong = [&](Index column) { return static_cast<Unsigned>(column) >= basis_size; };
   for (int64_t row = begin; row < end; ++row) {
-    for (int64_t at = row * nnz; at < (row + 1) * nnz; ++at) {
-      if (const auto column = int64_t{indices[at]}; column < 0 || column >= basis_size) {
-        return at;
-      }
+    const Index* const columns = indices + row * nnz;
+    // All of them, for the compiler to make vectors of the loop.
+    bool any_wrong = false;
+    for (int64_t e = 0; e < nnz; ++e) {
+      any_wrong |= is_wrong(columns[e]);
     }
-    visit(row, indices + row * nnz);
+    if (any_wrong) {
+      return std::find_if(columns, columns + nnz, is_wrong) - indices;
+    }
+    visit(row, columns);
   }
   return -1;
 }
@@ -45,10 +51,13 @@ void for_each_list(const char* op, const at::Tensor& indices, int64_t basis_size
 }
 
 // One that stands twice counts twice: its sum is rounded once.
-template <typename Index>
-void write_nonzeros(const at::BFloat16* values, const Index* columns, int64_t nnz, int64_t basis_size,
-                    at::BFloat16* to) {
-  if (std::adjacent_find(columns, columns + nnz, std::greater_equal<>()) == columns + nnz) {
+template <typename T, typename Index>
+void write_nonzeros(const T* values, const Index* columns, int64_t nnz, int64_t basis_size, T* to) {
+  bool ascending = true;
+  for (int64_t e = 1; e < nnz; ++e) {
+    ascending &= columns[e - 1] < columns[e];
+  }
+  if (ascending) {
     for (int64_t e = 0; e < nnz; ++e) {
       to[columns[e]] = values[e];
     }
@@ -61,34 +70,48 @@ void write_nonzeros(const at::BFloat16* values, const Index* columns, int64_t nn
   std::copy(sums.begin(), sums.end(), to);
 }
 
+// A number of each dtype that dense_code_pays for, to be told apart by.
+template <typename Work>
+void for_dtype_of_code(at::ScalarType dtype, const Work& work) {
+  dtype == at::kFloat ? work(float()) : work(at::BFloat16());
+}
+
 }  // namespace
 
 bool dense_code_pays(at::ScalarType dtype, int64_t num_tokens) {
   constexpr int64_t fewest_tokens = 64;
-  static const bool multiplies_pairs = cpu_capability() == "avx512_bf16" || cpu_capability() == "amx";
-  return multiplies_pairs && dtype == at::kBFloat16 && num_tokens >= fewest_tokens;
+  static const bool has_tiles = cpu_capability() == "amx";
+  static const bool multiplies_pairs = has_tiles || cpu_capability() == "avx512_bf16";
+  const bool dense_is_fast = dtype == at::kBFloat16 ? multiplies_pairs : dtype == at::kFloat && has_tiles;
+  return dense_is_fast && num_tokens >= fewest_tokens;
 }
 
 at::Tensor dense_code(const char* op, const at::Tensor& values, const at::Tensor& indices, int64_t basis_size) {
   auto code = at::zeros({values.size(0), values.size(1), basis_size}, values.options());
-  const auto* const from = values.const_data_ptr<at::BFloat16>();
-  auto* const to = code.mutable_data_ptr<at::BFloat16>();
   const auto nnz = values.size(2);
-  for_each_list(op, indices, basis_size, [&](int64_t row, const auto* columns) {
-    write_nonzeros(from + row * nnz, columns, nnz, basis_size, to + row * basis_size);
+  for_dtype_of_code(values.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const auto* const from = values.const_data_ptr<T>();
+    auto* const to = code.mutable_data_ptr<T>();
+    for_each_list(op, indices, basis_size, [&](int64_t row, const auto* columns) {
+      write_nonzeros(from + row * nnz, columns, nnz, basis_size, to + row * basis_size);
+    });
   });
   return code;
 }
 
 at::Tensor take_nonzeros(const char* op, const at::Tensor& code, const at::Tensor& indices) {
   auto values = at::empty(indices.sizes(), code.options());
-  const auto* const from = code.const_data_ptr<at::BFloat16>();
-  auto* const to = values.mutable_data_ptr<at::BFloat16>();
   const auto nnz = indices.size(2), basis_size = code.size(2);
-  for_each_list(op, indices, basis_size, [&](int64_t row, const auto* columns) {
-    for (int64_t e = 0; e < nnz; ++e) {
-      to[row * nnz + e] = from[row * basis_size + columns[e]];
-    }
+  for_dtype_of_code(code.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const auto* const from = code.const_data_ptr<T>();
+    auto* const to = values.mutable_data_ptr<T>();
+    for_each_list(op, indices, basis_size, [&](int64_t row, const auto* columns) {
+      for (int64_t e = 0; e < nnz; ++e) {
+        to[row * nnz + e] = from[row * basis_size + columns[e]];
+      }
+    });
   });
   return values;
 }

@@ -12,7 +12,7 @@ namespace torchops::kernels::stf::TORCHOPS_LEVEL {
 namespace {
 
 using core::DenseProduct;
-using core::TORCHOPS_LEVEL::finish;
+using core::TORCHOPS_LEVEL::finish_on_tiles;
 using core::TORCHOPS_LEVEL::Pieces;
 
 using Halfwords = vec<uint16_t>;
@@ -87,7 +87,7 @@ struct Product {
       args.to_atoms ? spread_to_left(block, column) : spread_to_right(column);
       panel.run(tiles, tokens, count, panel.packed_left(columns), panel.packed_right(columns),
                 [&](int64_t token, const float* sums) {
-                  finish(output, block, first + token, column, sums, smaller(block_side, num_columns() - column));
+                  finish_on_tiles(output, block, first + token, column, sums, smaller(block_side, num_columns() - column));
                 });
     }
     return true;

@@ -30,7 +30,7 @@ void multiply(const PackedTileProduct& args, WrongIndex& wrong) {
 
 bool tiles_multiply_packed(at::ScalarType dtype, int64_t num_tokens) {
   static const bool there_are_tiles = cpu_capability() == "amx";
-  return there_are_tiles && dense_code_pays(dtype, num_tokens);
+  return there_are_tiles && dtype == at::kBFloat16 && dense_code_pays(dtype, num_tokens);
 }
 
 at::Tensor tile_atoms_to_rows(const at::Tensor& packed_values, const at::Tensor& mask, int64_t num_rows,

@@ -29,7 +29,7 @@ vuint load_words(const T* from, int64_t used) {
   } else {
     __builtin_memcpy(&bits, from, static_cast<size_t>(used) * sizeof(T));
   }
-  return __builtin_convertvector(bits, vuint);
+  return widen_words(bits);
 }
 template <typename E>
 void store_words(E* to, vuint words) {

@@ -120,6 +120,14 @@ SIMD_FUNCTION __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   return result.vector();
 }
 
+SIMD_FUNCTION __m512i _mm512_maskz_cvtepu16_epi32(__mmask16 mask, __m256i from) {
+  const emulated::Lanes<uint16_t, __m256i> words(from);
+  emulated::Lanes<uint32_t, __m512i> result;
+  for (int lane = 0; lane < result.count; ++lane) {
+    result.lane[lane] = mask >> lane & 1 ? words.lane[lane] : 0;
+  }
+  return result.vector();
+}
 SIMD_FUNCTION __m512 _mm512_maskz_cvtph_ps(__mmask16 mask, __m256i from) {
   const emulated::Lanes<_Float16, __m256i> halves(from);
   emulated::Lanes<float, __m512> result;
