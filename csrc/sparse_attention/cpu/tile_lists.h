@@ -51,18 +51,22 @@ class TileLists {
   template <typename A>
   void fill(int64_t to, const Lists& lists, const ListRule& rule, const Sequence& sequence, int64_t batch,
             int64_t list_head, int64_t list, Range range, const A* biases) const {
-    const auto collect_from = [&](const auto* entries) {
-      return rule.block_size == 1 ? collect_keys(to, entries, lists.num_listed, sequence.num_keys, range)
-                                  : collect(to, entries, lists.num_listed, rule, sequence, range);
+    const auto read = [&](const auto* entries) {
+      if (rule.block_size > 1) {
+        collect(to, entries, lists.num_listed, rule, sequence, range);
+      } else if (copy_keys(to, entries, lists.num_listed, sequence.num_keys, range)) {
+        return;
+      } else {
+        collect_keys(to, entries, lists.num_listed, sequence.num_keys, range);
+      }
+      if (!is_ascending((*this)[to])) {
+        sort((*this)[to], sequence.num_keys, rule.block_size > 1);
+      }
     };
-    length_[to] = lists.wide.data == nullptr ? collect_from(lists.narrow.row(batch, list_head, list))
-                                             : collect_from(lists.wide.row(batch, list_head, list));
-    const List here = (*this)[to];
-    if (!is_ascending(here)) {
-      sort(here, sequence.num_keys, rule.block_size > 1);
-    }
+    lists.wide.data == nullptr ? read(lists.narrow.row(batch, list_head, list))
+                               : read(lists.wide.row(batch, list_head, list));
     if (biases != nullptr) {
-      order_equal_entries(here, biases);
+      order_equal_entries((*this)[to], biases);
     }
   }
 
@@ -70,8 +74,8 @@ class TileLists {
   static constexpr int digit_bits = 11;
 
   template <typename Index>
-  int64_t collect(int64_t to, const Index* entries, int64_t count, const ListRule& rule, const Sequence& sequence,
-                  Range range) const {
+  void collect(int64_t to, const Index* entries, int64_t count, const ListRule& rule, const Sequence& sequence,
+               Range range) const {
     const List here = (*this)[to];
     int64_t length = 0, first_key = sequence.num_keys;
     for (int64_t i = 0; i < count; ++i) {
@@ -85,12 +89,12 @@ class TileLists {
       first_key = !keys.empty() && keys.begin < first_key ? keys.begin : first_key;
     }
     first_key_[to] = first_key;
-    return length;
+    length_[to] = length;
   }
 
   // The same where an entry is its key: nobody asks where it ends.
   template <typename Index>
-  int64_t collect_keys(int64_t to, const Index* entries, int64_t count, int64_t num_keys, Range range) const {
+  void collect_keys(int64_t to, const Index* entries, int64_t count, int64_t num_keys, Range range) const {
     const List here = (*this)[to];
     int64_t length = 0, first_key = num_keys;
     for (int64_t i = 0; i < count; ++i) {
@@ -101,7 +105,31 @@ class TileLists {
       first_key = key >= 0 && key < first_key ? key : first_key;
     }
     first_key_[to] = first_key;
-    return length;
+    length_[to] = length;
+  }
+
+  // The same of a list as selectors write them, keys of the range in ascending order and -1 behind: vectors of entries
+  // at a time. False, and nothing said, of another one.
+  template <typename Index>
+  bool copy_keys(int64_t to, const Index* entries, int64_t count, int64_t num_keys, Range range) const {
+    while (count > 0 && entries[count - 1] == -1) {
+      --count;
+    }
+    const List here = (*this)[to];
+    bool ascending = true;
+    for (int64_t i = 1; i < count; ++i) {
+      ascending &= entries[i - 1] <= entries[i];
+    }
+    if (count > 0 && !(ascending && range.begin <= entries[0] && entries[count - 1] < range.end)) {
+      return false;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      here.begin[i] = static_cast<int32_t>(entries[i]);
+      here.place[i] = static_cast<int32_t>(i);
+    }
+    first_key_[to] = count == 0 ? num_keys : here.begin[0];
+    length_[to] = count;
+    return true;
   }
 
   static bool is_ascending(const List& list) {
