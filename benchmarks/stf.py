@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import torchops
-from torchops.reference import stf as reference
 
 from .eager import stf as eager
 from .harness import FORWARD, FORWARD_BACKWARD, Contender, Curves, Finding, Options, Report, Row, contender, machine
@@ -188,9 +187,9 @@ def contenders(
     input = randn((tokens, layer.in_features), 0, dtype, device).requires_grad_(backward)
     grad = randn((tokens, layer.out_features), 1, dtype, device)
     basis, values, indices = factors(layer, dtype, device)
-    weight = reference.dense(basis.double(), values.double(), indices)
-    weight = (weight.T if transpose else weight).to(dtype).contiguous()
     code = eager.dense_code(basis, values, indices)
+    weight = code.double() @ basis[0].double()
+    weight = (weight.T if transpose else weight).to(dtype).contiguous()
     numbers = layer.packed_bytes(dtype) // dtype.itemsize
     low_rank = eager.low_rank(
         layer.out_features,
