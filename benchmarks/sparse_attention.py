@@ -35,6 +35,7 @@ codes only the work is the same: they take any of the keys with as many codes, a
 Memory is the peak of what torch allocates during a call, results included."""
 
 OWN_FULL = "span_attention full causal"
+TWO_STEPS = "pq_topk, topk_attention"
 
 CURVES = (
     Curves(
@@ -72,7 +73,8 @@ def rows(options: Options) -> Iterator[Row]:
         for direction in (FORWARD, FORWARD_BACKWARD):
             yield loss_row(longest, dtype, direction, options)
         for share in CHOSEN_TARGETS:
-            yield chosen_row(longest, share, dtype, options)
+            yield chosen_row(longest, share, dtype, FORWARD, options)
+        yield chosen_row(longest, 8, dtype, FORWARD_BACKWARD, options)
     yield choice_row(Shape(512 if options.quick else 2048), 8, options)
 
 
@@ -202,26 +204,33 @@ def choice_row(shape: Shape, share: int, options: Options) -> Row:
     return Row("choice by codes", name, torch.float32, FORWARD, contenders, {**shape.parameters, "share": share})
 
 
-def chosen_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:
+def chosen_row(shape: Shape, share: int, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    backward = direction == FORWARD_BACKWARD
+    k = shape.tokens // share
+
     def contenders() -> dict[str, Contender | Absent]:
-        inputs = make_inputs(shape, dtype, options.device)
-        query_codes, key_codes = make_codes(shape, dtype, options.device)
+        inputs = make_inputs(shape, dtype, options.device, backward)
+        grad = randn((1, shape.heads, shape.tokens, shape.features), 3, dtype, options.device)
+        codes = make_codes(shape, dtype, options.device)
 
-        def attend() -> tuple[torch.Tensor]:
-            indices = torchops.pq_topk(query_codes, key_codes, shape.tokens // share, is_causal=True)
-            return (torchops.topk_attention(*inputs, indices, is_causal=True),)
+        def in_two_steps() -> tuple[torch.Tensor]:
+            return (torchops.topk_attention(*inputs, torchops.pq_topk(*codes, k, is_causal=True), is_causal=True),)
 
-        full = Contender(
-            lambda: (scaled_dot_product_attention(*inputs, is_causal=True),), align=None, target=CHOSEN_TARGETS[share]
-        )
-        own = Contender(lambda: (torchops.span_attention(*inputs, is_causal=True),), align=None)
-        return {"torchops": Contender(attend), FULL_CAUSAL: full, OWN_FULL: own}
+        target = None if backward else CHOSEN_TARGETS[share]
+        full = contender(lambda: (scaled_dot_product_attention(*inputs, is_causal=True),), inputs, grad, target=target)
+        own = contender(lambda: (torchops.span_attention(*inputs, is_causal=True),), inputs, grad)
+        return {
+            "torchops": contender(lambda: (torchops.pq_attention(*inputs, *codes, k, is_causal=True),), inputs, grad),
+            TWO_STEPS: contender(in_two_steps, inputs, grad),
+            FULL_CAUSAL: replace(full, align=None),
+            OWN_FULL: replace(own, align=None),
+        }
 
     return Row(
         "choice by codes and attention",
-        f"n={shape.tokens} k={shape.tokens // share} {shape}",
+        f"n={shape.tokens} k={k} {shape}",
         dtype,
-        FORWARD,
+        direction,
         contenders,
         {**shape.parameters, "share": share},
     )

@@ -64,7 +64,6 @@ def invalid_inputs(device: str, good: Inputs) -> Iterator[Invalid]:
         good | {"query": query[:, :3]},
         "expected query's number of heads to be a multiple of key's = 2, got 3",
     )
-    yield Invalid("block-size", good | {"block_size": 0}, "expected block_size >= 1, got 0")
     sink = torch.zeros(4, device=device)
     yield Invalid("sink-shape", good | {"sink": sink[:2]}, "expected sink of shape [Hq] = [4], got [2]")
     yield Invalid("sink-dtype", good | {"sink": sink.int()}, f"expected sink of dtype {FLOATS}, got Int")

@@ -250,3 +250,73 @@ def test_windows_and_sinks_alone_are_span_attention() -> None:
     indices = torchops.pq_topk(codes, codes + 1, 12, is_causal=True, local_keys=12)
     expected = torchops.span_attention(**inputs, left=11, right=0, is_causal=True)
     torch.testing.assert_close(torchops.topk_attention(**inputs, indices=indices), expected, rtol=1e-10, atol=1e-10)
+
+
+# ---- pq_attention -------------------------------------------------------------------------------------
+
+CHOICE = ("query_codes", "key_codes", "k", "sink_keys", "local_keys")
+
+
+def in_two_steps(**call: Any) -> Tensor:
+    """pq_topk, then topk_attention."""
+    codes = {name: call.pop(name) for name in CHOICE}
+    sides = {name: call[name] for name in ("is_causal", "key_bias", "query_start", "key_start")}
+    return torchops.topk_attention(**call, indices=torchops.pq_topk(**codes, **sides))
+
+
+def chosen_inputs(heads: tuple[int, int], queries: int, keys: int, dim: int, dtype: torch.dtype) -> Inputs:
+    shapes = {"query": (heads[0], queries), "key": (heads[1], keys), "value": (heads[1], keys)}
+    rows = {
+        name: random(2, *shape, dim, dtype=dtype, device="cpu", seed=seed)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+    codes = {
+        f"{name}_codes": torch.randint(4, (2, *shapes[name], 4), dtype=torch.uint8, generator=torch.Generator())
+        for name in ("query", "key")
+    }
+    options = {"sink_keys": 0, "local_keys": 0, "is_causal": False, "key_bias": None, "query_start": None}
+    return rows | codes | options | {"key_start": None}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_pq_attention_has_the_same_bits_as_choice_and_attention(dtype: torch.dtype) -> None:
+    """Also where CUDA makes lists for a tile of queries at a time, whose sums a key carries on."""
+    for heads, queries, keys, dim, options in (
+        ((2, 2), 70, 70, 16, {"k": 9, "is_causal": True}),
+        ((4, 2), 130, 140, 24, {"k": 20, "is_causal": True, "sink_keys": 2, "local_keys": 5}),
+        ((4, 2), 70, 75, 2, {"k": 50}),  # several tiles of CUDA
+        ((2, 1), 66, 300, 1, {"k": 500, "is_causal": True}),  # the same, and more than there are keys
+    ):
+        inputs = chosen_inputs(heads, queries, keys, dim, dtype) | options
+        bias = random(2, keys, dtype=torch.float32, device="cpu", seed=4)
+        bias[:, 3::7] = -torch.inf
+        sides = {"key_bias": bias, "sink": random(heads[0], dtype=dtype, device="cpu", seed=5)}
+        sides |= {"query_start": torch.tensor([keys - queries, 40]), "key_start": torch.tensor([0, -3])}
+        for call, names in ((inputs, NAMES), (inputs | sides, (*NAMES, "key_bias", "sink"))):
+            expected = [in_two_steps(**call), *gradients(in_two_steps, call, names)]
+            actual = [torchops.pq_attention(**call), *gradients(torchops.pq_attention, call, names)]
+            assert_same_bits(actual, expected, f"{heads}, {options}, {names}")
+
+
+def test_pq_attention_keeps_codes_in_place_of_lists() -> None:
+    call = chosen_inputs((2, 1), 300, 300, 8, torch.float32) | {"k": 100, "is_causal": True}
+    call |= {name: call[name].requires_grad_() for name in NAMES}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = torchops.pq_attention(**call)
+    largest = max(tensor.numel() * tensor.element_size() for tensor in (*saved, output))
+    assert largest == call["query"].numel() * 4
+    assert sum(tensor.dtype == torch.uint8 for tensor in saved) == 2
+
+
+def test_pq_attention_allocates_no_lists() -> None:
+    """Of what torch allocates in either direction nothing is as large as they are, nor is all of it together."""
+    call = chosen_inputs((2, 2), 600, 600, 8, torch.float32) | {"k": 200, "is_causal": True}
+    call |= {name: call[name].requires_grad_() for name in NAMES}
+    lists = 4 * call["query"].numel() // 8 * 200
+    for attend, stores_them in ((torchops.pq_attention, False), (in_two_steps, True)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            attend(**call).sum().backward()
+        allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+        assert (allocated > lists) == stores_them, (attend, allocated, lists)

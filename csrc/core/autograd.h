@@ -32,7 +32,7 @@ inline bool any_requires_grad(std::initializer_list<at::Tensor> tensors) {
 class GivenTensors {
  public:
   // In forward: all tensor arguments in schema order, absent ones as undefined tensors.
-  static void save(torch::autograd::AutogradContext* ctx, std::initializer_list<at::Tensor> arguments) {
+  static void save(torch::autograd::AutogradContext* ctx, at::TensorList arguments) {
     int64_t given = 0;
     int64_t bit = 1;
     for (const auto& argument : arguments) {

@@ -1,10 +1,8 @@
-#include <ATen/autocast_mode.h>
-
-#include "core/autograd.h"
+#include "span_attention/span_attention.h"
+#include "core/attention/autograd.h"
 #include "core/forward_mode.h"
 #include "core/library.h"
 #include "span_attention/arguments.h"
-#include "span_attention/span_attention.h"
 
 namespace torchops {
 
@@ -103,25 +101,15 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
                                const at::Tensor& value, const std::optional<at::Tensor>& key_bias,
                                const std::optional<at::Tensor>& sink, const SpanOptions& options) {
     static const auto op = find_operator<decltype(span_attention_forward_meta)>("_span_attention_forward");
-    const auto bias = value_or_undefined(key_bias), logit = value_or_undefined(sink);
-    const auto wants = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
-    const SpanMask mask{{wants(query), wants(key), wants(value), wants(bias), wants(logit)}};
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, logsumexp, normalizer] = op(query, key, value, options);
-    const auto needed = [](bool is_needed, const at::Tensor& tensor) { return is_needed ? tensor : at::Tensor(); };
-    ctx->save_for_backward({needed(mask.probabilities(), query), needed(mask.probabilities(), key),
-                            needed(mask.scores(), value), needed(mask.delta(), output), normalizer,
-                            needed(mask.probabilities(), bias), needed(mask.sink(), logit),
-                            needed(mask.probabilities(), value_or_undefined(options.query_start)),
-                            needed(mask.probabilities(), value_or_undefined(options.key_start))});
+    save_attention<5>(ctx, {query, key, value, value_or_undefined(key_bias), value_or_undefined(sink)}, options, output,
+                      normalizer, {});
     ctx->saved_data["block_size"] = options.block_size;
     ctx->saved_data["left"] = options.left;
     ctx->saved_data["right"] = options.right;
     ctx->saved_data["is_causal"] = options.is_causal;
     ctx->saved_data["scale"] = options.scale;
-    GivenTensors::save(ctx, {query, key, value, bias, logit});
-    // Most losses do not use the log-sum-exp: its gradient then stays undefined.
-    ctx->set_materialize_grads(false);
     return {output, logsumexp};
   }
 
@@ -130,23 +118,17 @@ struct SpanAttention : torch::autograd::Function<SpanAttention> {
     if (!grads[0].defined() && !grads[1].defined()) {
       return variable_list(6);
     }
-    const auto saved = ctx->get_saved_variables();
-    SpanMask mask;
-    for (int position = 0; position < 5; ++position) {
-      mask.wanted[position] = GivenTensors::needs_grad(ctx, position);
-    }
-    // The log-sum-exp does not depend on values.
-    mask.wanted[2] = mask.wanted[2] && grads[0].defined();
+    const SavedAttention saved(ctx, grads);
     const auto block_size = ctx->saved_data["block_size"].toSymInt(), left = ctx->saved_data["left"].toSymInt(),
                right = ctx->saved_data["right"].toSymInt();
-    const auto key_bias = optional_tensor(saved[5]), sink = optional_tensor(saved[6]),
-               query_start = optional_tensor(saved[7]), key_start = optional_tensor(saved[8]);
-    const SpanOptions options{
-        {key_bias, sink, query_start, key_start},     block_size, left, right, ctx->saved_data["is_causal"].toBool(),
-        ctx->saved_data["scale"].toOptional<double>()};
+    const SpanOptions options{saved.sides(),
+                              block_size,
+                              left,
+                              right,
+                              ctx->saved_data["is_causal"].toBool(),
+                              ctx->saved_data["scale"].toOptional<double>()};
     const auto [grad_query, grad_key, grad_value, grad_bias, grad_sink] =
-        op(optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), optional_tensor(saved[1]),
-           optional_tensor(saved[2]), optional_tensor(saved[3]), saved[4], options, mask);
+        op(saved.gradients(), options, saved.mask<5>());
     return {grad_query, grad_key, grad_value, grad_bias, grad_sink, {}};
   }
 };
@@ -183,20 +165,10 @@ at::Tensor span_attention_autograd(const at::Tensor& query, const at::Tensor& ke
 
 // ---- autocast ---------------------------------------------------------------------------------
 
-// Scores are computed in float32 whatever the inputs: biases and sinks keep their dtype.
-template <auto op, c10::DeviceType device, c10::DispatchKey dispatch_key>
-auto lowered(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const SpanOptions& options) {
-  const c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);
-  const auto lower = [dtype = at::autocast::get_autocast_dtype(device)](const at::Tensor& tensor) {
-    return at::autocast::cached_cast(dtype, tensor, device);
-  };
-  return op(lower(query), lower(key), lower(value), options);
-}
-
 template <c10::DeviceType device, c10::DispatchKey key>
-void register_autocast(torch::Library& m) {
-  m.impl("span_attention", flattened<lowered<call_span_attention, device, key>>);
-  m.impl("span_attention_lse", flattened<lowered<call_span_attention_lse, device, key>>);
+void register_span_autocast(torch::Library& m) {
+  m.impl("span_attention", flattened<LoweredAttention<call_span_attention, device, key>::call>);
+  m.impl("span_attention_lse", flattened<LoweredAttention<call_span_attention_lse, device, key>::call>);
 }
 
 }  // namespace
@@ -216,11 +188,11 @@ TORCHOPS_LIBRARY_IMPL(Autograd, m) {
 }
 
 TORCHOPS_LIBRARY_IMPL(AutocastCPU, m) {
-  register_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>(m);
+  register_span_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>(m);
 }
 
 TORCHOPS_LIBRARY_IMPL(AutocastCUDA, m) {
-  register_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
+  register_span_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
 }
 
 // ---- C++ API ----------------------------------------------------------------------------------

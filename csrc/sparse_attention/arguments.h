@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <tuple>
 
@@ -67,18 +66,13 @@ class TopkTensors : public AttentionTensors {
         pair_bias_(contiguous_or_undefined(options.pair_bias, accumulated())),
         rule_(rule_of(options, query.size(2))) {}
 
-  // Of shares of the gradient to pair_bias, a query head's each.
-  std::array<int64_t, 4> pair_shape() const {
-    return {sizes().batch, sizes().num_heads, indices_.size(2), indices_.size(3)};
-  }
-
   template <typename T>
   kernels::sparse_attention::Attention<T> arguments() const {
     const bool wide = indices_.scalar_type() == at::kLong;
     return {inputs<T>(),
             {wide ? kernels::Heads<const int32_t>{} : heads<int32_t>(indices_),
              wide ? heads<int64_t>(indices_) : kernels::Heads<const int64_t>{}, indices_.size(1), indices_.size(2),
-             indices_.size(3)},
+             indices_.size(3), nullptr},
             data_or_null<kernels::accumulate_t<T>>(pair_bias_),
             pair_bias_.defined() ? pair_bias_.size(1) : 1,
             rule_};

@@ -3,12 +3,14 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include <array>
+#include <optional>
 #include <tuple>
 
 #include "core/attention/attending.h"
 #include "sparse_attention/arguments.h"
 
-// The operators as every device computes them. Device is made of the device it runs on, resp. of the arguments of its
+// topk_attention as every device computes it. Device is made of the device it runs on, resp. of the arguments of its
 // backward, and has, beside what core/attention/attending.h asks,
 //   forward(AttentionForward<T>), with an output that is not empty
 //   backward(AttentionBackward<T>, mask), of query, key, value and the shares of key_bias and pair_bias
@@ -62,41 +64,55 @@ inline at::Tensor sum_of_heads(const at::Tensor& shares, const at::Tensor& share
   return shares.unflatten(1, {heads, heads == 0 ? 0 : shares.size(1) / heads}).sum(2).to(shared.scalar_type());
 }
 
-template <typename Device>
-TopkGradients topk_attention_backward_on(const TopkBackward& args) {
-  check_topk_attention_backward(args);
-  const TopkMask& mask = args.mask;
-  const Device device(args);
+// Gradients to what `mask` asks for. tensors_of(value) are the inputs as kernels take them; value is undefined where no
+// gradient is made of it.
+template <typename Device, typename TensorsOf>
+TopkGradients gradients_over_lists(const Device& device, const AttentionGradients& args, const AttentionSides& sides,
+                                   const std::optional<at::Tensor>& pair_bias, const TopkMask& mask,
+                                   const TensorsOf& tensors_of) {
   auto [grad_query, grad_key, grad_value, grad_key_bias, grad_sink] =
-      empty_attention_gradients(args, args.options, mask.of_rows());
+      empty_attention_gradients(args, sides, mask.of_rows());
   at::Tensor grad_pair_bias;
   const auto delta = delta_of_rows(device, args, mask.delta());
   if (mask.sink()) {
-    grad_sink = gradient_to_sink(device, args, *args.options.sink, delta);
+    grad_sink = gradient_to_sink(device, args, *sides.sink, delta);
   }
   if (mask.probabilities()) {
-    const TopkTensors inputs(*args.query, *args.key, args.grad_output && mask.scores() ? *args.value : at::Tensor(),
-                             args.value_dim(), *args.indices, args.options);
-    const BackwardTensors tensors(args, mask, delta, inputs.sizes());
-    const auto pair_shares = mask.pair_bias() ? at::zeros(inputs.pair_shape(), tensors.options()) : at::Tensor();
+    const auto inputs = tensors_of(args.grad_output && mask.scores() ? *args.value : at::Tensor());
+    const auto sizes = inputs.sizes();
+    const BackwardTensors tensors(args, mask, delta, sizes);
+    // A query head's each.
+    const auto pair_shares =
+        mask.pair_bias()
+            ? at::zeros({sizes.batch, sizes.num_heads, pair_bias->size(2), pair_bias->size(3)}, tensors.options())
+            : at::Tensor();
     const std::array rows{grad_query, grad_key, grad_value};
     for_dtype(args.query->scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
       using A = kernels::accumulate_t<T>;
-      device.backward(kernels::sparse_attention::AttentionBackward<T>{tensors.arguments<T>(inputs.arguments<T>(),
-                                                                                           rows[0], rows[1], rows[2]),
-                                                                      mutable_data_or_null<A>(pair_shares)},
-                      mask);
+      device.backward(
+          kernels::sparse_attention::AttentionBackward<T>{
+              tensors.template arguments<T>(inputs.template arguments<T>(), rows[0], rows[1], rows[2]),
+              mutable_data_or_null<A>(pair_shares)},
+          mask);
     });
     if (mask.key_bias()) {
-      grad_key_bias =
-          device.sum_of_shares(tensors.key_bias_shares(), inputs.sizes()).to(args.options.key_bias->scalar_type());
+      grad_key_bias = device.sum_of_shares(tensors.key_bias_shares(), sizes).to(sides.key_bias->scalar_type());
     }
     if (mask.pair_bias()) {
-      grad_pair_bias = sum_of_heads(pair_shares, *args.options.pair_bias);
+      grad_pair_bias = sum_of_heads(pair_shares, *pair_bias);
     }
   }
   return {grad_query, grad_key, grad_value, grad_key_bias, grad_sink, grad_pair_bias};
+}
+
+template <typename Device>
+TopkGradients topk_attention_backward_on(const TopkBackward& args) {
+  check_topk_attention_backward(args);
+  return gradients_over_lists(
+      Device(args), args, args.options, args.options.pair_bias, args.mask, [&](const at::Tensor& value) {
+        return TopkTensors(*args.query, *args.key, value, args.value_dim(), *args.indices, args.options);
+      });
 }
 
 }  // namespace torchops

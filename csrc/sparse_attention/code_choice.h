@@ -19,7 +19,6 @@ struct CodeChoice {
   const uint8_t* seen;               // [B, key_stride]: 255, and 0 for a key that its bias hides; or null
   const int64_t* query_start;        // [B], or null for Lk - Lq
   const int64_t* key_start;          // [B], or null for 0
-  int32_t* indices;                  // [B, Hq, Lq, k]
   int64_t num_heads;                 // Hq, a multiple of Hkv
   int64_t num_kv_heads;              // Hkv
   int64_t num_queries;               // Lq
@@ -40,9 +39,6 @@ struct CodeChoice {
   }
   constexpr const uint8_t* seen_of(int64_t batch) const {
     return seen == nullptr ? nullptr : seen + batch * key_stride;
-  }
-  constexpr int32_t* indices_of(int64_t batch, int64_t head, int64_t query) const {
-    return indices + ((batch * num_heads + head) * num_queries + query) * num_chosen;
   }
 };
 

@@ -49,13 +49,17 @@ TORCHOPS_INLINE int64_t end_of_keys(const ListRule& rule, const Sequence& sequen
   return rule.is_causal ? clamp(behind, 0, sequence.num_keys) : sequence.num_keys;
 }
 
-// indices [B, Hi, Nq, k], of which one of the two is there.
+struct CodeChoice;
+
+// indices [B, Hi, Nq, k], of which one of the two is there; or a choice in their place, by which a kernel makes the
+// lists where it needs them.
 struct Lists {
   Heads<const int32_t> narrow;
   Heads<const int64_t> wide;
-  int64_t num_heads;   // Hi, which divides Hq
-  int64_t num_lists;   // Nq
-  int64_t num_listed;  // k
+  int64_t num_heads;         // Hi, which divides Hq
+  int64_t num_lists;         // Nq
+  int64_t num_listed;        // k
+  const CodeChoice* choice;  // in the host's memory; null for indices
 };
 
 }  // namespace torchops::kernels::sparse_attention

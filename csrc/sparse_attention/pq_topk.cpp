@@ -1,8 +1,11 @@
 #include "sparse_attention/pq_topk.h"
 
+#include <ATen/ops/empty.h>
+
 #include "core/checks.h"
 #include "core/library.h"
 #include "sparse_attention/arguments.h"
+#include "sparse_attention/code_choice.h"
 #include "sparse_attention/sparse_attention.h"
 
 namespace torchops {
@@ -13,8 +16,9 @@ TORCHOPS_LIBRARY(m) {
       " Tensor? key_start=None, *, bool is_causal=False, SymInt sink_keys=0, SymInt local_keys=0) -> Tensor");
 }
 
-void check_pq_topk(const at::Tensor& query_codes, const at::Tensor& key_codes, const PqTopkOptions& options) {
-  const Checks check("pq_topk");
+void check_pq_topk(const char* op, const at::Tensor& query_codes, const at::Tensor& key_codes,
+                   const PqTopkOptions& options) {
+  const Checks check(op);
   check.rank("query_codes", query_codes, "[B, Hq, Lq, M]");
   check.rank("key_codes", key_codes, "[B, Hkv, Lk, M]");
   check.dtype("query_codes", query_codes, at::kByte);
@@ -44,7 +48,7 @@ at::Tensor empty_choice(const at::Tensor& query_codes, const PqTopkOptions& opti
 namespace {
 
 at::Tensor pq_topk_meta(const at::Tensor& query_codes, const at::Tensor& key_codes, const PqTopkOptions& options) {
-  check_pq_topk(query_codes, key_codes, options);
+  check_pq_topk("pq_topk", query_codes, key_codes, options);
   return empty_choice(query_codes, options);
 }
 

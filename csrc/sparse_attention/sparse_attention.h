@@ -45,6 +45,25 @@ TORCHOPS_API at::Tensor pq_topk(const at::Tensor& query_codes, const at::Tensor&
                                 const std::optional<at::Tensor>& query_start = std::nullopt,
                                 const std::optional<at::Tensor>& key_start = std::nullopt);
 
+// topk_attention over the lists of pq_topk, which are not stored: query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B,
+// Hkv, Lk, Dv], codes and what goes with keys as in pq_topk, sink [Hq] -> [B, Hq, Lq, Dv]
+TORCHOPS_API at::Tensor pq_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                     const at::Tensor& query_codes, const at::Tensor& key_codes, c10::SymInt k,
+                                     bool is_causal = false, std::optional<double> scale = std::nullopt,
+                                     c10::SymInt sink_keys = 0, c10::SymInt local_keys = 0,
+                                     const std::optional<at::Tensor>& key_bias = std::nullopt,
+                                     const std::optional<at::Tensor>& sink = std::nullopt,
+                                     const std::optional<at::Tensor>& query_start = std::nullopt,
+                                     const std::optional<at::Tensor>& key_start = std::nullopt);
+
+// The same and the logarithm of the softmax's denominator [B, Hq, Lq].
+TORCHOPS_API std::tuple<at::Tensor, at::Tensor> pq_attention_lse(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& query_codes,
+    const at::Tensor& key_codes, c10::SymInt k, bool is_causal = false, std::optional<double> scale = std::nullopt,
+    c10::SymInt sink_keys = 0, c10::SymInt local_keys = 0, const std::optional<at::Tensor>& key_bias = std::nullopt,
+    const std::optional<at::Tensor>& sink = std::nullopt, const std::optional<at::Tensor>& query_start = std::nullopt,
+    const std::optional<at::Tensor>& key_start = std::nullopt);
+
 // How far rows are from their nearest codewords, and these from what the distances mix of all: input [..., D],
 // codebooks [M, E, D / M] -> a number in the accumulation dtype
 TORCHOPS_API at::Tensor pq_loss(const at::Tensor& input, const at::Tensor& codebooks);

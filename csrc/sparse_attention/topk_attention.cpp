@@ -1,6 +1,4 @@
-#include <ATen/autocast_mode.h>
-
-#include "core/autograd.h"
+#include "core/attention/autograd.h"
 #include "core/forward_mode.h"
 #include "core/library.h"
 #include "sparse_attention/arguments.h"
@@ -88,31 +86,19 @@ using torch::autograd::variable_list;
 // key_bias, sink and pair_bias, which have gradients, stand among the options too.
 struct TopkAttention : torch::autograd::Function<TopkAttention> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key,
-                               const at::Tensor& value, const std::optional<at::Tensor>& given_key_bias,
-                               const std::optional<at::Tensor>& given_sink,
-                               const std::optional<at::Tensor>& given_pair_bias, const at::Tensor& indices,
-                               const TopkOptions& options) {
+                               const at::Tensor& value, const std::optional<at::Tensor>& key_bias,
+                               const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& pair_bias,
+                               const at::Tensor& indices, const TopkOptions& options) {
     static const auto op = find_operator<decltype(topk_attention_forward_meta)>("_topk_attention_forward");
-    const auto key_bias = value_or_undefined(given_key_bias), sink = value_or_undefined(given_sink),
-               pair_bias = value_or_undefined(given_pair_bias);
-    const auto wants = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
-    const TopkMask mask{{{wants(query), wants(key), wants(value), wants(key_bias), wants(sink), wants(pair_bias)}}};
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, logsumexp, normalizer] = op(query, key, value, indices, options);
-    const auto needed = [](bool is_needed, const at::Tensor& tensor) { return is_needed ? tensor : at::Tensor(); };
-    const bool probabilities = mask.probabilities();
-    ctx->save_for_backward(
-        {needed(probabilities, query), needed(probabilities, key), needed(mask.scores(), value),
-         needed(mask.delta(), output), normalizer, needed(probabilities, indices), needed(probabilities, key_bias),
-         needed(mask.sink(), sink), needed(probabilities, value_or_undefined(options.query_start)),
-         needed(probabilities, value_or_undefined(options.key_start)), needed(probabilities, pair_bias)});
+    const auto of_entries = value_or_undefined(pair_bias);
+    save_attention<6>(ctx, {query, key, value, value_or_undefined(key_bias), value_or_undefined(sink), of_entries},
+                      options, output, normalizer, {indices, of_entries});
     ctx->saved_data["block_size"] = options.block_size;
     ctx->saved_data["query_block"] = options.query_block;
     ctx->saved_data["is_causal"] = options.is_causal;
     ctx->saved_data["scale"] = options.scale;
-    GivenTensors::save(ctx, {query, key, value, key_bias, sink, pair_bias});
-    // Most losses do not use the log-sum-exp: its gradient then stays undefined.
-    ctx->set_materialize_grads(false);
     return {output, logsumexp};
   }
 
@@ -121,27 +107,17 @@ struct TopkAttention : torch::autograd::Function<TopkAttention> {
     if (!grads[0].defined() && !grads[1].defined()) {
       return variable_list(8);
     }
-    const auto saved = ctx->get_saved_variables();
-    TopkMask mask;
-    for (int position = 0; position < 6; ++position) {
-      mask.wanted[position] = GivenTensors::needs_grad(ctx, position);
-    }
-    // The log-sum-exp does not depend on values.
-    mask.wanted[2] = mask.wanted[2] && grads[0].defined();
+    const SavedAttention saved(ctx, grads);
     const auto block_size = ctx->saved_data["block_size"].toSymInt(),
                query_block = ctx->saved_data["query_block"].toSymInt();
-    const auto key_bias = optional_tensor(saved[6]), sink = optional_tensor(saved[7]),
-               query_start = optional_tensor(saved[8]), key_start = optional_tensor(saved[9]),
-               pair_bias = optional_tensor(saved[10]);
-    const TopkOptions options{{key_bias, sink, query_start, key_start},
-                              pair_bias,
+    const TopkOptions options{saved.sides(),
+                              saved.of_probabilities(1),
                               block_size,
                               query_block,
                               ctx->saved_data["is_causal"].toBool(),
                               ctx->saved_data["scale"].toOptional<double>()};
     const auto [grad_query, grad_key, grad_value, grad_key_bias, grad_sink, grad_pair_bias] =
-        op(optional_tensor(grads[0]), optional_tensor(grads[1]), optional_tensor(saved[0]), optional_tensor(saved[1]),
-           optional_tensor(saved[2]), optional_tensor(saved[3]), saved[4], optional_tensor(saved[5]), options, mask);
+        op(saved.gradients(), saved.of_probabilities(0), options, saved.mask<6>());
     return {grad_query, grad_key, grad_value, grad_key_bias, grad_sink, grad_pair_bias, {}, {}};
   }
 };
@@ -180,21 +156,10 @@ at::Tensor topk_attention_autograd(const at::Tensor& query, const at::Tensor& ke
 
 // ---- autocast ---------------------------------------------------------------------------------
 
-// Scores are computed in float32 whatever the inputs: biases and sinks keep their dtype.
-template <auto op, c10::DeviceType device, c10::DispatchKey dispatch_key>
-auto lowered(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& indices,
-             const TopkOptions& options) {
-  const c10::impl::ExcludeDispatchKeyGuard guard(dispatch_key);
-  const auto lower = [dtype = at::autocast::get_autocast_dtype(device)](const at::Tensor& tensor) {
-    return at::autocast::cached_cast(dtype, tensor, device);
-  };
-  return op(lower(query), lower(key), lower(value), indices, options);
-}
-
 template <c10::DeviceType device, c10::DispatchKey key>
-void register_autocast(torch::Library& m) {
-  m.impl("topk_attention", flattened<lowered<call_topk_attention, device, key>>);
-  m.impl("topk_attention_lse", flattened<lowered<call_topk_attention_lse, device, key>>);
+void register_topk_autocast(torch::Library& m) {
+  m.impl("topk_attention", flattened<LoweredAttention<call_topk_attention, device, key>::call>);
+  m.impl("topk_attention_lse", flattened<LoweredAttention<call_topk_attention_lse, device, key>::call>);
 }
 
 }  // namespace
@@ -214,11 +179,11 @@ TORCHOPS_LIBRARY_IMPL(Autograd, m) {
 }
 
 TORCHOPS_LIBRARY_IMPL(AutocastCPU, m) {
-  register_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>(m);
+  register_topk_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>(m);
 }
 
 TORCHOPS_LIBRARY_IMPL(AutocastCUDA, m) {
-  register_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
+  register_topk_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
 }
 
 // ---- C++ API ----------------------------------------------------------------------------------

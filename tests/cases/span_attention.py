@@ -292,6 +292,7 @@ def lse_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def invalid_attention(device: str, good: Inputs) -> Iterator[Invalid]:
     yield from invalid_inputs(device, good)
+    yield Invalid("block-size", good | {"block_size": 0}, "expected block_size >= 1, got 0")
     yield Invalid("left", good | {"left": -2}, "expected left >= -1, got -2")
     yield Invalid("right", good | {"right": -HUGE}, f"expected right >= -1, got {-HUGE}")
 

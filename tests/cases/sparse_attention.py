@@ -289,6 +289,7 @@ def lse_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def invalid_attention(device: str, good: Inputs) -> Iterator[Invalid]:
     yield from invalid_inputs(device, good)
+    yield Invalid("block-size", good | {"block_size": 0}, "expected block_size >= 1, got 0")
     indices = good["indices"]
     yield Invalid(
         "indices-rank", good | {"indices": indices[0]}, "expected indices of shape [B, Hi, Nq, k], got [2, 5, 3]"

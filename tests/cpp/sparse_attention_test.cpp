@@ -86,6 +86,31 @@ TEST_CASE("pq_topk chooses the keys that share most codes") {
   REQUIRE(few.equal(torch::tensor({0, 1, -1, -1, -1, -1}, at::kInt).reshape({1, 1, 1, 6})));
 }
 
+TEST_CASE("pq_attention and its gradients have the bits of choice and attention") {
+  torch::manual_seed(0);
+  const auto random = [](at::IntArrayRef sizes) { return torch::randn(sizes).requires_grad_(); };
+  const std::vector<at::Tensor> inputs{random({2, 4, 70, 16}), random({2, 2, 70, 16}), random({2, 2, 70, 24}),
+                                       random({2, 70}), random({4})};
+  const auto query_codes = torch::randint(4, {2, 4, 70, 5}, at::kByte),
+             key_codes = torch::randint(4, {2, 2, 70, 5}, at::kByte);
+  const auto [output, logsumexp] = torchops::pq_attention_lse(inputs[0], inputs[1], inputs[2], query_codes, key_codes,
+                                                              9, true, 0.3, 1, 2, inputs[3], inputs[4]);
+  const auto indices = torchops::pq_topk(query_codes, key_codes, 9, true, 1, 2, inputs[3]);
+  const auto [expected, expected_logsumexp] = torchops::topk_attention_lse(
+      inputs[0], inputs[1], inputs[2], indices, 1, 1, true, 0.3, inputs[3], std::nullopt, inputs[4]);
+  CHECK(output.equal(expected));
+  CHECK(logsumexp.equal(expected_logsumexp));
+  CHECK(torchops::pq_attention(inputs[0], inputs[1], inputs[2], query_codes, key_codes, 9, true, 0.3, 1, 2, inputs[3],
+                               inputs[4])
+            .equal(expected));
+  const auto gradients = torch::autograd::grad({output.sum() + logsumexp.sum()}, inputs),
+             expected_gradients = torch::autograd::grad({expected.sum() + expected_logsumexp.sum()}, inputs);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    CAPTURE(i);
+    CHECK(gradients[i].equal(expected_gradients[i]));
+  }
+}
+
 TEST_CASE("pq_loss and its gradients agree with the formula") {
   torch::manual_seed(0);
   for (const auto dtype : {at::kDouble, at::kFloat}) {

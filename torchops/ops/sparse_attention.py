@@ -10,7 +10,15 @@ from torch import Tensor
 
 from .._namespace import operators
 
-__all__ = ["pq_encode", "pq_loss", "pq_topk", "topk_attention", "topk_attention_lse"]
+__all__ = [
+    "pq_attention",
+    "pq_attention_lse",
+    "pq_encode",
+    "pq_loss",
+    "pq_topk",
+    "topk_attention",
+    "topk_attention_lse",
+]
 
 
 def topk_attention(
@@ -218,6 +226,137 @@ def pq_topk(
         query_start,
         key_start,
         is_causal=is_causal,
+        sink_keys=sink_keys,
+        local_keys=local_keys,
+    )
+
+
+def pq_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_codes: Tensor,
+    key_codes: Tensor,
+    k: int,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    sink_keys: int = 0,
+    local_keys: int = 0,
+    key_bias: Optional[Tensor] = None,
+    sink: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    """Softmax attention in which a query sees the k keys that agree with it in most codes.
+
+    The bits, forward and backward, are those of :func:`topk_attention` over the lists of :func:`pq_topk`, which are
+    made where they are needed and never stored: of 8192 tokens with 1024 keys each and 4 heads they are 134 MB, where
+    query, key, value and output are 33.5 MB in float32. The backward keeps the codes and two numbers a query, and
+    chooses again. Differentiable in query, key, value, key_bias and sink; the choice itself has no gradient.
+
+    Args:
+        query: [B, Hq, Lq, D], float64, float32, bfloat16 or float16; D at most 256. A tensor whose last
+            dimension is contiguous is read where it lies, [B, L, H, D] storage included.
+        key: [B, Hkv, Lk, D]. Hq is a multiple of Hkv: query head h goes with head h // (Hq / Hkv).
+        value: [B, Hkv, Lk, Dv], Dv at most 256.
+        query_codes: uint8 [B, Hq, Lq, M], M at most 253: of query, by :func:`pq_encode`.
+        key_codes: uint8 [B, Hkv, Lk, M], of key.
+        k: How many keys a query gets, where it sees as many.
+        is_causal: Whether a query sees only keys at its own position and before.
+        scale: factor on the products of queries and keys; 1 / sqrt(D) if None.
+        sink_keys, local_keys: how many of the first keys, and of those at the query's position and before it, are
+            always among the k: as in :func:`pq_topk`.
+        key_bias: [B, Lk], any floating dtype, added to every score of a key. -inf hides it (padding), and it is then
+            not chosen.
+        sink: [Hq], any floating dtype: a logit that takes part in the softmax of its head and has no value.
+        query_start, key_start: int64 or int32 [B], the absolute positions of the first query and of the first key
+            of each row. Lk - Lq and 0 if None.
+
+    Returns:
+        [B, Hq, Lq, Dv] in query's dtype and memory layout.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, D or Dv outside of 1..256; sink_keys and local_keys that are
+            together more than k.
+
+    Source: SPT (Gui et al., 2023).
+
+    >>> query, key, value = torch.randn(3, 1, 2, 100, 16)
+    >>> codebooks = torch.randn(4, 16, 4)
+    >>> codes = torchops.pq_encode(query, codebooks), torchops.pq_encode(key, codebooks)
+    >>> output = torchops.pq_attention(query, key, value, *codes, k=12, is_causal=True, local_keys=4)
+    >>> lists = torchops.pq_topk(*codes, k=12, is_causal=True, local_keys=4)
+    >>> torch.equal(output, torchops.topk_attention(query, key, value, lists, is_causal=True))
+    True
+    """
+    return operators.pq_attention(
+        query,
+        key,
+        value,
+        query_codes,
+        key_codes,
+        k,
+        key_bias,
+        sink,
+        query_start,
+        key_start,
+        is_causal=is_causal,
+        scale=scale,
+        sink_keys=sink_keys,
+        local_keys=local_keys,
+    )
+
+
+def pq_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_codes: Tensor,
+    key_codes: Tensor,
+    k: int,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    sink_keys: int = 0,
+    local_keys: int = 0,
+    key_bias: Optional[Tensor] = None,
+    sink: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """:func:`pq_attention` and the logarithm of its softmax's denominator.
+
+    Results over parts of the keys are merged with it, as those of :func:`topk_attention_lse` are.
+
+    Args:
+        query, key, value, query_codes, key_codes, k, is_causal, scale, sink_keys, local_keys, key_bias, sink,
+            query_start, key_start: as in :func:`pq_attention`.
+
+    Returns:
+        output [B, Hq, Lq, Dv], and logsumexp [B, Hq, Lq] in float32 (float64 for float64), -inf for a
+        query that sees nothing. Both are differentiable.
+
+    Raises:
+        ValueError: as :func:`pq_attention`.
+
+    >>> query, key, value = torch.randn(3, 1, 2, 100, 16)
+    >>> codes = torch.randint(16, (2, 1, 2, 100, 4), dtype=torch.uint8)
+    >>> output, logsumexp = torchops.pq_attention_lse(query, key, value, *codes, k=12)
+    >>> logsumexp.shape
+    torch.Size([1, 2, 100])
+    """
+    return operators.pq_attention_lse(
+        query,
+        key,
+        value,
+        query_codes,
+        key_codes,
+        k,
+        key_bias,
+        sink,
+        query_start,
+        key_start,
+        is_causal=is_causal,
+        scale=scale,
         sink_keys=sink_keys,
         local_keys=local_keys,
     )

@@ -196,3 +196,68 @@ def pq_loss(input: Tensor, codebooks: Tensor) -> Tensor:
     mixed = torch.einsum("...me,mes->...ms", weight, codewords)
     nearest = codewords[torch.arange(num_subspaces, device=input.device), pq_encode(input, codebooks).long()]
     return torch.nn.functional.mse_loss(mixed, nearest) + torch.nn.functional.mse_loss(parts, nearest)
+
+
+def pq_attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_codes: Tensor,
+    key_codes: Tensor,
+    k: int,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    sink_keys: int = 0,
+    local_keys: int = 0,
+    key_bias: Optional[Tensor] = None,
+    sink: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    indices = pq_topk(query_codes, key_codes, k, is_causal, sink_keys, local_keys, key_bias, query_start, key_start)
+    return topk_attention_lse(
+        query,
+        key,
+        value,
+        indices,
+        is_causal=is_causal,
+        scale=scale,
+        key_bias=key_bias,
+        sink=sink,
+        query_start=query_start,
+        key_start=key_start,
+    )
+
+
+def pq_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_codes: Tensor,
+    key_codes: Tensor,
+    k: int,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    sink_keys: int = 0,
+    local_keys: int = 0,
+    key_bias: Optional[Tensor] = None,
+    sink: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    return pq_attention_lse(
+        query,
+        key,
+        value,
+        query_codes,
+        key_codes,
+        k,
+        is_causal,
+        scale,
+        sink_keys,
+        local_keys,
+        key_bias,
+        sink,
+        query_start,
+        key_start,
+    )[0]

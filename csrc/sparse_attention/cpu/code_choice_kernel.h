@@ -12,10 +12,11 @@ inline constexpr int64_t queries_of_choice = 4;
 
 // key_codes are [B, Hkv, M, key_stride] with a key_stride that is a multiple of keys_of_word. Units are tiles of
 // queries_of_choice queries of a head.
-#define TORCHOPS_DECLARE(level)                                                            \
-  namespace level {                                                                        \
-  int64_t choose_by_codes_scratch_bytes(const CodeChoice& args);                           \
-  void choose_by_codes(const CodeChoice& args, void* scratch, int64_t begin, int64_t end); \
+#define TORCHOPS_DECLARE(level)                                                                              \
+  namespace level {                                                                                          \
+  int64_t choose_by_codes_scratch_bytes(const CodeChoice& args);                                             \
+  /* indices are [B, Hq, Lq, k]. */                                                                          \
+  void choose_by_codes(const CodeChoice& args, int32_t* indices, void* scratch, int64_t begin, int64_t end); \
   }
 TORCHOPS_FOR_EACH_LEVEL(TORCHOPS_DECLARE)
 #undef TORCHOPS_DECLARE

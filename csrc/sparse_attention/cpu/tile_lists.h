@@ -3,6 +3,7 @@
 #include "core/cpu/arena.h"
 #include "core/cpu/elements.h"
 #include "sparse_attention/attention.h"
+#include "sparse_attention/cpu/key_chooser.h"
 
 // The lists of a tile of queries in one form: entries that name keys, in ascending order, one behind the other.
 
@@ -30,7 +31,7 @@ struct List {
 
 class TileLists {
  public:
-  TileLists(Arena* arena, const Lists& lists, int64_t num_lists) {
+  TileLists(Arena* arena, const Lists& lists, int64_t num_lists) : chooser_(arena, lists.choice) {
     // Lists that lie 4096 bytes apart would share their places in the first cache.
     stride_ = round_up(lists.num_listed, 16) + 16;
     begin_ = arena->take<int32_t>(num_lists * stride_);
@@ -70,8 +71,38 @@ class TileLists {
     }
   }
 
+  // The lists of `count` queries from `first` on, which their codes choose, as far as they name keys of `range`.
+  void choose(int64_t batch, int64_t head, int64_t first, int64_t count, const Sequence& sequence, Range range) const {
+    for (int64_t q = 0; q < count; q += queries_of_choice) {
+      chooser_.choose(batch, head, first + q, smaller(count - q, queries_of_choice), begin_ + q * stride_, stride_,
+                      length_ + q);
+    }
+    for (int64_t q = 0; q < count; ++q) {
+      int32_t* const keys = begin_ + q * stride_;
+      first_key_[q] = length_[q] == 0 ? sequence.num_keys : keys[0];
+      const int64_t begin = number_below(keys, length_[q], range.begin);
+      length_[q] = number_below(keys, length_[q], range.end) - begin;
+      __builtin_memmove(keys, keys + begin, static_cast<size_t>(length_[q]) * sizeof(int32_t));
+    }
+  }
+
  private:
   static constexpr int digit_bits = 11;
+
+  // Of ascending keys.
+  static int64_t number_below(const int32_t* keys, int64_t length, int64_t bound) {
+    int64_t below = 0, rest = length;
+    while (rest > 0) {
+      const int64_t half = rest / 2;
+      if (keys[below + half] < bound) {
+        below += half + 1;
+        rest -= half + 1;
+      } else {
+        rest = half;
+      }
+    }
+    return below;
+  }
 
   template <typename Index>
   void collect(int64_t to, const Index* entries, int64_t count, const ListRule& rule, const Sequence& sequence,
@@ -197,6 +228,7 @@ class TileLists {
     }
   }
 
+  KeyChooser chooser_;
   int64_t stride_;
   int32_t *begin_, *end_, *place_;
   int64_t *length_, *first_key_;

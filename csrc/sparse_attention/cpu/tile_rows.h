@@ -49,6 +49,10 @@ struct UnitOfLists {
 
   template <typename T>
   void fill(const TileLists& to, const Attention<T>& inputs, int64_t batch, int64_t head, Range range) const {
+    if (inputs.lists.choice != nullptr) {
+      to.choose(batch, head, first_query, count, inputs.sequence(batch), range);  // each query has a list of its own
+      return;
+    }
     for (int64_t list = 0; list < count; ++list) {
       fill_list(to, list, inputs, batch, head, first + list, range);
     }

@@ -44,18 +44,19 @@ struct KeyOrder {
   }
 };
 
-// A block of choice_threads for each query. key_codes are [B, Hkv, Lk, M] with four codes to a word, where M is a
-// multiple of 4 on both sides.
-static __global__ void __launch_bounds__(choice_threads) choose_by_codes(CodeChoice args) {
+// A block of choice_threads for each query of a tile, which writes its keys, ascending, and `behind` where it sees
+// fewer than num_chosen. key_codes are [B, Hkv, Lk, M] with four codes to a word, where M is a multiple of 4 on both
+// sides.
+static __global__ void __launch_bounds__(choice_threads)
+    choose_by_codes(CodeChoice args, QueryTile tile, int32_t* lists, int32_t behind) {
   const device::BlockMemory memory;
-  const int64_t index = blockIdx.x % args.num_queries, head = blockIdx.x / args.num_queries % args.num_heads;
-  const int64_t batch = blockIdx.x / args.num_queries / args.num_heads;
+  const auto [batch, head, index] = tile.place(blockIdx.x, args.num_kv_heads, args.num_heads / args.num_kv_heads);
   const KeyOrder order{args, reinterpret_cast<const uint32_t*>(args.query_codes.row(batch, head, index)),
                        reinterpret_cast<const uint32_t*>(args.codes_of(batch, head)), args.seen_of(batch),
                        place_of(args, args.sequence(batch), index)};
   const auto end = static_cast<int32_t>(order.query.end), thread = static_cast<int32_t>(threadIdx.x);
   const auto wanted = static_cast<int32_t>(args.num_chosen);
-  int32_t* const indices = args.indices_of(batch, head, index);
+  int32_t* const indices = lists + int64_t{blockIdx.x} * wanted;
 
   int32_t seen = 0;
   if (args.seen == nullptr) {
@@ -81,7 +82,7 @@ static __global__ void __launch_bounds__(choice_threads) choose_by_codes(CodeCho
     }
   }
   for (int32_t i = number + thread; i < wanted; i += choice_threads) {
-    indices[i] = -1;
+    indices[i] = behind;
   }
 }
 

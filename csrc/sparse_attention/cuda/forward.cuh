@@ -4,19 +4,20 @@
 
 namespace torchops::kernels::sparse_attention {
 
-// AttentionForward, a warp for each query, grid [B * Hq * Lq / num_warps].
+// AttentionForward, a warp for each query of the tile, grid [units / num_warps].
+// Five blocks on a multiprocessor: nvcc aims at seven for which it spills registers.
 template <typename T>
-__global__ void __launch_bounds__(num_threads) forward(AttentionForward<T> args, SortedLists sorted) {
+__global__ void __launch_bounds__(num_threads, 5) forward(AttentionForward<T> args, SortedLists sorted) {
   using A = accumulate_t<T>;
   const Attention<T>& inputs = args.inputs;
   const Sizes& sizes = inputs.sizes;
   const WarpMemory<A> memory;
-  const int64_t index = int64_t{blockIdx.x} * num_warps + device::warp_index();
-  if (index >= sizes.batch * sizes.num_heads * sizes.num_queries) {
+  const int64_t unit = int64_t{blockIdx.x} * num_warps + device::warp_index();
+  if (unit >= sorted.tile.units(sizes)) {
     return;
   }
-  const int64_t query = index % sizes.num_queries, head = index / sizes.num_queries % sizes.num_heads;
-  const int64_t batch = index / sizes.num_queries / sizes.num_heads, kv_head = head / sizes.group_size();
+  const auto [batch, head, query] = sorted.tile.place(unit, sizes.num_kv_heads, sizes.group_size());
+  const int64_t kv_head = head / sizes.group_size();
   const int64_t list = query / inputs.rule.query_block, first = sorted.first_of(inputs, batch, head, list);
   const Sequence sequence = inputs.sequence(batch);
   const RowsOfHead<T> keys(inputs.key, batch, kv_head, sizes.head_dim);
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(num_threads) forward(AttentionForward<T> args,
 
   RowSums<A> output;
   OnlineSoftmax<A> softmax;
-  ListWalk<T> walk{inputs, sequence, sorted.begins + first, sorted.places + first,
+  ListWalk<T> walk{inputs, sequence, sorted.begins + first, sorted.places_of(first),
                    end_of_keys(inputs.rule, sequence, query)};
   for (int key, place; walk.next(key, place);) {
     device::syncwarp();
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(num_threads) forward(AttentionForward<T> args,
   const A factor = softmax.finish(inputs.sink == nullptr ? nullptr : inputs.sink + head);
   output.store(args.output.row(batch, head, query), sizes.value_dim, factor);
   if (device::lane_index() == 0) {
-    store_softmax(args, softmax, index);
+    store_softmax(args, softmax, (batch * sizes.num_heads + head) * sizes.num_queries + query);
   }
 }
 

@@ -31,7 +31,7 @@ struct KeyGradient {
   int64_t key;
   RowSums<A> key_sums;
   RowSums<A> value_sums;
-  A bias_sum = 0;  // a part of it in each lane
+  A bias_sum = 0;  // in every lane
 
   // The first `count` of the pending queries of a head, a lane for each.
   __device__ void add(int64_t head, int count) {
@@ -59,7 +59,7 @@ struct KeyGradient {
     }
     if (args.grad_value.data != nullptr) {
       memory.weights[lane] = probability;
-      value_sums.add(memory, grads);
+      value_sums.add(memory, grads, count);
     }
     if (args.delta == nullptr) {
       return;  // no gradient to scores is wanted
@@ -68,26 +68,32 @@ struct KeyGradient {
     if (there) {
       score_grad = score_gradient_of(probability, of_value, args.delta[index]);
     }
-    bias_sum += score_grad;
+    if (args.grad_key_bias != nullptr) {
+      // One after the other: where a head's queries are cut into tiles does not show.
+      for (int other = 0; other < count; ++other) {
+        bias_sum += device::shuffle(score_grad, other);
+      }
+    }
     if (args.grad_key.data != nullptr) {
       device::syncwarp();
       memory.weights[lane] = score_grad;
-      key_sums.add(memory, queries);
+      key_sums.add(memory, queries, count);
     }
   }
 
-  // All queries of a head, in ascending order.
+  // A head's queries of the tile, in ascending order.
   __device__ void add_queries(int64_t head) {
     const Attention<T>& inputs = args.inputs;
     const Sequence sequence = inputs.sequence(batch);
     const int64_t begin = begin_of_block(inputs.rule, sequence, key);
     const int num_listed = static_cast<int>(inputs.lists.num_listed), lane = device::lane_index();
     int pending = 0;
-    for (int64_t first_query = 0; first_query < inputs.sizes.num_queries; first_query += device::warp_size) {
+    const int64_t end = sorted.tile.end_of_queries();
+    for (int64_t first_query = sorted.tile.first_query; first_query < end; first_query += device::warp_size) {
       const int64_t query = first_query + lane;
       const int32_t* begins = nullptr;
       int entry = num_listed;
-      if (query < inputs.sizes.num_queries && key < end_of_keys(inputs.rule, sequence, query)) {
+      if (query < end && key < end_of_keys(inputs.rule, sequence, query)) {
         begins = sorted.begins + sorted.first_of(inputs, batch, head, query / inputs.rule.query_block);
         entry = lower_bound(begins, num_listed, begin);
       }
@@ -123,9 +129,11 @@ struct KeyGradient {
   }
 };
 
-// AttentionBackward's grad_key, grad_value and grad_key_bias, a warp for each key, grid [B * Hkv * Lk / num_warps].
+// AttentionBackward's grad_key, grad_value and grad_key_bias, a warp for each key, grid [B * Hkv * Lk / num_warps]:
+// what the tile's queries add to what those of the tiles before have.
 template <typename T>
-__global__ void __launch_bounds__(num_threads) key_gradient(AttentionBackward<T> args, SortedLists sorted) {
+__global__ void __launch_bounds__(num_threads)
+    key_gradient(AttentionBackward<T> args, SortedLists sorted, CarriedSums<accumulate_t<T>> carried) {
   using A = accumulate_t<T>;
   const Attention<T>& inputs = args.inputs;
   const Sizes& sizes = inputs.sizes;
@@ -141,19 +149,40 @@ __global__ void __launch_bounds__(num_threads) key_gradient(AttentionBackward<T>
     load_row(memory.other_row, RowsOfHead<T>(inputs.value, batch, kv_head, sizes.value_dim), key);
   }
   KeyGradient<T> gradient{args, sorted, memory, batch, kv_head, key, {}, {}};
-  for (int64_t in_group = 0; in_group < sizes.group_size(); ++in_group) {
+  const QueryTile& tile = sorted.tile;
+  const bool to_keys = args.grad_key.data != nullptr, to_values = args.grad_value.data != nullptr;
+  if (!tile.is_first()) {
+    if (to_keys) {
+      gradient.key_sums.load(carried.keys + index * sizes.head_dim, sizes.head_dim);
+    }
+    if (to_values) {
+      gradient.value_sums.load(carried.values + index * sizes.value_dim, sizes.value_dim);
+    }
+    if (args.grad_key_bias != nullptr) {
+      gradient.bias_sum = args.grad_key_bias[index];
+    }
+  }
+  for (int64_t in_group = tile.first_head; in_group < tile.first_head + tile.num_heads; ++in_group) {
     device::syncwarp();
     gradient.add_queries(kv_head * sizes.group_size() + in_group);
   }
-  if (args.grad_key.data != nullptr) {
-    gradient.key_sums.store(args.grad_key.row(batch, kv_head, key), sizes.head_dim, inputs.scale);
+  if (!tile.is_last(sizes)) {
+    if (to_keys) {
+      gradient.key_sums.store(carried.keys + index * sizes.head_dim, sizes.head_dim, A(1));
+    }
+    if (to_values) {
+      gradient.value_sums.store(carried.values + index * sizes.value_dim, sizes.value_dim, A(1));
+    }
+  } else {
+    if (to_keys) {
+      gradient.key_sums.store(args.grad_key.row(batch, kv_head, key), sizes.head_dim, inputs.scale);
+    }
+    if (to_values) {
+      gradient.value_sums.store(args.grad_value.row(batch, kv_head, key), sizes.value_dim, A(1));
+    }
   }
-  if (args.grad_value.data != nullptr) {
-    gradient.value_sums.store(args.grad_value.row(batch, kv_head, key), sizes.value_dim, A(1));
-  }
-  const A bias = device::sum_of_warp(gradient.bias_sum);
   if (args.grad_key_bias != nullptr && device::lane_index() == 0) {
-    args.grad_key_bias[index] = bias;
+    args.grad_key_bias[index] = gradient.bias_sum;
   }
 }
 

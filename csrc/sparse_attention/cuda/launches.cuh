@@ -25,27 +25,26 @@ void launch_sort_lists(const Attention<T>& inputs, const SortedLists& sorted) {
 
 template <typename T>
 void launch_forward(const AttentionForward<T>& args, const SortedLists& sorted) {
-  const Sizes& sizes = args.inputs.sizes;
-  device::launch({device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, num_warps), num_threads,
+  device::launch({device::tiles_of(sorted.tile.units(args.inputs.sizes), num_warps), num_threads,
                   WarpMemory<accumulate_t<T>>::bytes},
                  forward<T>, args, sorted);
 }
 
 template <typename T>
 void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& sorted) {
-  const Sizes& sizes = args.inputs.sizes;
   const int64_t queries_of_warp = args.grad_pair_bias == nullptr ? 1 : args.inputs.rule.query_block;
-  const int64_t units = sizes.batch * sizes.num_heads * device::tiles_of(sizes.num_queries, queries_of_warp);
-  device::launch({device::tiles_of(units, num_warps), num_threads, WarpMemory<accumulate_t<T>>::bytes},
+  device::launch({device::tiles_of(sorted.tile.units(args.inputs.sizes, queries_of_warp), num_warps), num_threads,
+                  WarpMemory<accumulate_t<T>>::bytes},
                  query_gradient<T>, args, sorted, queries_of_warp);
 }
 
 template <typename T>
-void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted) {
+void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted,
+                         const CarriedSums<accumulate_t<T>>& carried) {
   const Sizes& sizes = args.inputs.sizes;
   device::launch({device::tiles_of(sizes.batch * sizes.num_kv_heads * sizes.num_keys, num_warps), num_threads,
                   WarpMemory<accumulate_t<T>>::bytes},
-                 key_gradient<T>, args, sorted);
+                 key_gradient<T>, args, sorted, carried);
 }
 
 template <typename T>

@@ -4,6 +4,7 @@
 
 #include "sparse_attention/attention.h"
 #include "sparse_attention/code_choice.h"
+#include "sparse_attention/cuda/query_tile.h"
 #include "sparse_attention/nearest_codeword.h"
 #include "sparse_attention/quantization_loss.h"
 
@@ -17,17 +18,38 @@ int64_t sorted_heads(const Attention<T>& inputs) {
   return inputs.pair_bias == nullptr ? inputs.lists.num_heads : inputs.bias_heads;
 }
 
+// Where an entry without keys begins: behind all others.
+inline constexpr int32_t no_key = INT32_MAX;
+
 // Lists in ascending order, entries without keys at their ends.
 struct SortedLists {
-  int32_t* begins;  // [B, sorted_heads, Nq, k]: the first key of each entry
-  int32_t* places;  // [B, sorted_heads, Nq, k]: where it stands in the caller's list
-  int64_t num_heads;
+  int32_t* begins;  // [B, num_heads, num_lists, k]: the first key of each entry
+  int32_t* places;  // where it stands in the caller's list; null where nobody asks, for there are no biases of entries
+  int64_t num_heads;  // sorted_heads, or those of the keys where the tile has one head of each group
+  int64_t first_list;
+  int64_t num_lists;
+  QueryTile tile;  // whose lists these are
 
   template <typename T>
   constexpr int64_t first_of(const Attention<T>& inputs, int64_t batch, int64_t head, int64_t list) const {
     const int64_t own = head / (inputs.sizes.num_heads / num_heads);
-    return ((batch * num_heads + own) * inputs.lists.num_lists + list) * inputs.lists.num_listed;
+    return ((batch * num_heads + own) * num_lists + list - first_list) * inputs.lists.num_listed;
   }
+  constexpr const int32_t* places_of(int64_t first) const { return places == nullptr ? nullptr : places + first; }
+};
+
+// Of all lists.
+template <typename T>
+SortedLists all_lists(const Attention<T>& inputs, int32_t* begins, int32_t* places) {
+  return {begins, places, sorted_heads(inputs), 0, inputs.lists.num_lists, all_queries(inputs.sizes)};
+}
+
+// What keys have added up in tiles before, carried to those behind; null where one tile has all queries, and for what
+// nobody asks for.
+template <typename A>
+struct CarriedSums {
+  A* keys;    // [B, Hkv, Lk, D], without the scale
+  A* values;  // [B, Hkv, Lk, Dv]
 };
 
 template <typename T>
@@ -43,14 +65,17 @@ void launch_row_delta(const RowDelta<T>& args);
 template <typename T>
 void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& sorted);
 
-// One of args.grad_key, grad_value and grad_key_bias is wanted.
+// One of args.grad_key, grad_value and grad_key_bias is wanted. The last tile writes them, grad_key_bias all.
 template <typename T>
-void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted);
+void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted,
+                         const CarriedSums<accumulate_t<T>>& carried);
 
 template <typename T>
 void launch_nearest_codeword(const NearestCodeword<T>& args);
 
-void launch_choose_by_codes(const CodeChoice& args, int64_t batch);
+// lists are [B, heads of the tile, its queries, num_chosen]; `behind` follows where a query sees fewer keys.
+void launch_choose_by_codes(const CodeChoice& args, int64_t batch, const QueryTile& tile, int32_t* lists,
+                            int32_t behind);
 
 template <typename T>
 void launch_quantization_loss(const QuantizationLoss<T>& args);

@@ -5,7 +5,7 @@
 namespace torchops::kernels::sparse_attention {
 
 // AttentionBackward's grad_query and grad_pair_bias. A warp for queries_of_warp queries, one after the other: all that
-// share a list where the gradient to its biases is wanted; grid [B * Hq * ceil(Lq / queries_of_warp) / num_warps].
+// share a list where the gradient to its biases is wanted; grid [units of the tile / num_warps].
 // Four blocks on a multiprocessor: nvcc aims at seven for which it spills registers.
 template <typename T>
 __global__ void __launch_bounds__(num_threads, 4)
@@ -14,19 +14,18 @@ __global__ void __launch_bounds__(num_threads, 4)
   const Attention<T>& inputs = args.inputs;
   const Sizes& sizes = inputs.sizes;
   const WarpMemory<A> memory;
-  const int64_t units = (sizes.num_queries + queries_of_warp - 1) / queries_of_warp;
+  const QueryTile& tile = sorted.tile;
   const int64_t unit = int64_t{blockIdx.x} * num_warps + device::warp_index();
-  if (unit >= sizes.batch * sizes.num_heads * units) {
+  if (unit >= tile.units(sizes, queries_of_warp)) {
     return;
   }
-  const int64_t head = unit / units % sizes.num_heads, batch = unit / units / sizes.num_heads;
+  const auto [batch, head, first_query] = tile.place(unit, sizes.num_kv_heads, sizes.group_size(), queries_of_warp);
   const int64_t kv_head = head / sizes.group_size();
-  const int64_t first_query = unit % units * queries_of_warp;
   const Sequence sequence = inputs.sequence(batch);
   const RowsOfHead<T> keys(inputs.key, batch, kv_head, sizes.head_dim);
   const RowsOfHead<T> values(inputs.value, batch, kv_head, sizes.value_dim);
   const A* key_bias = inputs.key_biases_of(batch);
-  for (int64_t query = first_query; query < first_query + queries_of_warp && query < sizes.num_queries; ++query) {
+  for (int64_t query = first_query; query < first_query + queries_of_warp && query < tile.end_of_queries(); ++query) {
     const int64_t list = query / inputs.rule.query_block, first = sorted.first_of(inputs, batch, head, list);
     const int64_t index = (batch * sizes.num_heads + head) * sizes.num_queries + query;
     const A* pair_bias = inputs.biases_of(batch, head, list);
@@ -35,7 +34,7 @@ __global__ void __launch_bounds__(num_threads, 4)
     load_row(memory.row, RowsOfHead<T>(inputs.query, batch, head, sizes.head_dim), query);
     load_row(memory.other_row, RowsOfHead<T>(args.grad_output, batch, head, sizes.value_dim), query);
     RowSums<A> sums;
-    ListWalk<T> walk{inputs, sequence, sorted.begins + first, sorted.places + first,
+    ListWalk<T> walk{inputs, sequence, sorted.begins + first, sorted.places_of(first),
                      end_of_keys(inputs.rule, sequence, query)};
     for (int key, place; walk.next(key, place);) {
       device::syncwarp();

@@ -7,9 +7,6 @@ namespace torchops::kernels::sparse_attention {
 
 inline constexpr int sort_threads = 128;
 
-// Where an entry without keys begins: behind all others.
-inline constexpr int32_t no_key = INT32_MAX;
-
 // What an entry is ordered by, before its place: entries that name the same keys by the bits of their biases, so that
 // the order of the caller's list, biases along with it, does not show.
 struct EntryOrder {

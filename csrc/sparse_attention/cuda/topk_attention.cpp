@@ -31,7 +31,7 @@ class CudaTopkAttention : public CudaAttention {
       kernels::sparse_attention::launch_query_gradient(args, sorted);
     }
     if (mask.key() || mask.value() || mask.key_bias()) {
-      kernels::sparse_attention::launch_key_gradient(args, sorted);
+      kernels::sparse_attention::launch_key_gradient(args, sorted, {});
     }
   }
 
@@ -47,8 +47,7 @@ class CudaTopkAttention : public CudaAttention {
   static kernels::sparse_attention::SortedLists sort_lists(const kernels::sparse_attention::Attention<T>& inputs,
                                                            const at::Tensor& memory) {
     auto* const numbers = memory.mutable_data_ptr<int32_t>();
-    const kernels::sparse_attention::SortedLists sorted{numbers, numbers + memory.numel() / 2,
-                                                        kernels::sparse_attention::sorted_heads(inputs)};
+    const auto sorted = kernels::sparse_attention::all_lists(inputs, numbers, numbers + memory.numel() / 2);
     kernels::sparse_attention::launch_sort_lists(inputs, sorted);
     return sorted;
   }

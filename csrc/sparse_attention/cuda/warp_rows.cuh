@@ -110,18 +110,30 @@ struct RowSums {
     }
   }
 
-  // Adds the rows that memory.numbers names, times memory.weights.
+  // Adds the rows that the first `count` of memory.numbers name, times memory.weights, in this order.
   template <typename T>
-  __device__ void add(const WarpMemory<A>& memory, const RowsOfHead<T>& rows) {
+  __device__ void add(const WarpMemory<A>& memory, const RowsOfHead<T>& rows, int count = device::warp_size) {
 #pragma unroll
     for (int s = 0; s < most_slices; ++s) {
       if (s * slice_columns < rows.size) {
         gather(memory, rows, s * slice_columns);
-        for (int row = 0; row < device::warp_size; ++row) {
+        for (int row = 0; row < count; ++row) {
           const A* from = memory.tile + row * tile_stride + device::lane_index();
           part[s][0] += memory.weights[row] * from[0];
           part[s][1] += memory.weights[row] * from[device::warp_size];
         }
+      }
+    }
+  }
+
+  // What store wrote with a factor of 1.
+  __device__ void load(const A* from, int64_t size) {
+#pragma unroll
+    for (int s = 0; s < most_slices; ++s) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int column = s * slice_columns + half * device::warp_size + device::lane_index();
+        part[s][half] = column < size ? from[column] : A(0);
       }
     }
   }
@@ -166,7 +178,7 @@ struct ListWalk {
     if (inputs.rule.block_size == 1) {
       const int own = entry + device::lane_index();
       key = own < count && begins[own] < end_of_keys ? begins[own] : -1;
-      place = own < count ? places[own] : 0;
+      place = own < count && places != nullptr ? places[own] : 0;
       entry += device::warp_size;
       return true;
     }

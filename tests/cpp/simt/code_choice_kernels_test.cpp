@@ -1,5 +1,6 @@
 // The CUDA kernel that chooses keys by codes on the host, next to the CPU kernel of the lowest level.
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -71,7 +72,6 @@ TEST_CASE("choose_by_codes") {
                         has_sides ? visible.data() : nullptr,
                         has_sides ? query_start.data() : nullptr,
                         has_sides ? key_start.data() : nullptr,
-                        indices.data(),
                         num_heads,
                         num_kv_heads,
                         num_queries,
@@ -85,14 +85,27 @@ TEST_CASE("choose_by_codes") {
     };
     const auto on_cpu = arguments(by_subspace, seen_in_words, words, num_subspaces);
     AlignedBuffer<char> scratch(static_cast<size_t>(baseline::choose_by_codes_scratch_bytes(on_cpu)));
-    baseline::choose_by_codes(on_cpu, scratch.data(), 0,
+    baseline::choose_by_codes(on_cpu, indices.data(), scratch.data(), 0,
                               batch * num_heads * ((num_queries + queries_of_choice - 1) / queries_of_choice));
     const auto expected = indices;
-    REQUIRE(simt::same_in_every_order([&] {
-              device::launch({batch * num_heads * num_queries, choice_threads, device::BlockMemory::bytes},
-                             choose_by_codes, arguments(by_key, seen, num_keys, in_words));
-              return indices;
-            }) == expected);
+    const auto choose = [&](const QueryTile& tile, int32_t behind) {
+      const auto args = arguments(by_key, seen, num_keys, in_words);
+      indices.resize(static_cast<size_t>(batch * tile.num_heads * tile.num_queries * num_chosen));
+      device::launch({batch * tile.num_heads * tile.num_queries, choice_threads, device::BlockMemory::bytes},
+                     choose_by_codes, args, tile, indices.data(), behind);
+      return indices;
+    };
+    REQUIRE(simt::same_in_every_order([&] { return choose({0, num_heads, 0, num_queries}, -1); }) == expected);
+    // The second head's queries behind the first one.
+    const QueryTile tile{1, 1, 1, num_queries - 1};
+    const auto of_tile = choose(tile, no_key);
+    std::vector<int32_t> expected_of_tile;
+    for (int64_t b = 0; b < batch; ++b) {
+      const auto lists = expected.begin() + (b * num_heads + 1) * num_queries * num_chosen;
+      expected_of_tile.insert(expected_of_tile.end(), lists + num_chosen, lists + num_queries * num_chosen);
+    }
+    std::replace(expected_of_tile.begin(), expected_of_tile.end(), -1, no_key);
+    REQUIRE(of_tile == expected_of_tile);
   }
 }
 

@@ -132,7 +132,7 @@ struct Problem {
          data(query_start), data(key_start), sizes, static_cast<A>(1 / std::sqrt(static_cast<double>(sizes.head_dim)))},
         {spec.is_wide ? Heads<const int32_t>{} : heads(narrow.data(), spec.list_heads, num_lists, spec.num_listed),
          spec.is_wide ? heads(wide.data(), spec.list_heads, num_lists, spec.num_listed) : Heads<const int64_t>{},
-         spec.list_heads, num_lists, spec.num_listed},
+         spec.list_heads, num_lists, spec.num_listed, nullptr},
         data(pair_bias),
         spec.has_sides ? sizes.num_heads : 1,
         {spec.block_size, spec.query_block, spec.is_causal}};
@@ -191,12 +191,45 @@ struct Problem {
     Results<T> results = unwritten();
     const int64_t list_heads = spec.has_sides ? sizes.num_heads : spec.list_heads;
     std::vector<int32_t> begins(size_of_lists(list_heads), -7), places(begins.size(), -7);
-    const SortedLists sorted{begins.data(), places.data(), list_heads};
+    const SortedLists sorted = all_lists(inputs(), begins.data(), places.data());
     launch_sort_lists(inputs(), sorted);
     launch_forward(forward_arguments(results), sorted);
     launch_row_delta(delta_arguments(results));
     launch_query_gradient(backward_arguments(results), sorted);
-    launch_key_gradient(backward_arguments(results), sorted);
+    launch_key_gradient(backward_arguments(results), sorted, {});
+    return results;
+  }
+
+  // The same for lists of a query and a head each that have no biases, as many at a time as take so many bytes.
+  Results<T> on_cuda_by_tiles(int64_t most_bytes) const {
+    Results<T> results = unwritten();
+    std::vector<int32_t> begins(size_of_lists(sizes.num_heads)), places(begins.size());
+    const SortedLists sorted = all_lists(inputs(), begins.data(), places.data());
+    launch_sort_lists(inputs(), sorted);
+    const auto for_tiles = [&](const auto& body) {
+      const QueryTile first = first_tile(sizes, spec.num_listed, most_bytes);
+      for (QueryTile tile = first;; tile = next_tile(tile, sizes, first.num_queries)) {
+        std::vector<int32_t> of_tile;
+        for (int64_t unit = 0; unit < tile.units(sizes); ++unit) {
+          const auto [batch, head, query] = tile.place(unit, sizes.num_kv_heads, sizes.group_size());
+          const auto list = begins.begin() + sorted.first_of(inputs(), batch, head, query);
+          of_tile.insert(of_tile.end(), list, list + spec.num_listed);
+        }
+        body({of_tile.data(), nullptr, sizes.num_kv_heads * tile.num_heads, tile.first_query, tile.num_queries, tile});
+        if (tile.is_last(sizes)) {
+          break;
+        }
+      }
+    };
+    for_tiles([&](const SortedLists& lists) { launch_forward(forward_arguments(results), lists); });
+    launch_row_delta(delta_arguments(results));
+    auto backward = backward_arguments(results);
+    backward.grad_pair_bias = nullptr;
+    std::vector<A> keys(results.grad_key.size(), A(NAN)), values(results.grad_value.size(), A(NAN));
+    for_tiles([&](const SortedLists& lists) {
+      launch_query_gradient(backward, lists);
+      launch_key_gradient(backward, lists, {keys.data(), values.data()});
+    });
     return results;
   }
 };
@@ -276,10 +309,55 @@ TEMPLATE_TEST_CASE("topk_attention gradient of value alone", "", KERNEL_TYPES) {
   backward.grad_key = {};
   backward.grad_key_bias = nullptr;
   std::vector<int32_t> begins(problem.size_of_lists(2)), places(begins.size());
-  const SortedLists sorted{begins.data(), places.data(), 2};
+  const SortedLists sorted = all_lists(backward.inputs, begins.data(), places.data());
   launch_sort_lists(backward.inputs, sorted);
-  launch_key_gradient(backward, sorted);
+  launch_key_gradient(backward, sorted, {});
   REQUIRE(bytes_of(actual) == bytes_of(expected));
+}
+
+TEMPLATE_TEST_CASE("topk_attention tile by tile of queries", "", KERNEL_TYPES) {
+  Problem<TestType> problem({"tiles", {2, 4, 2, 37, 20, 20, 36}, 4, 9, 1, 1, true, true, true, true});
+  problem.pair_bias.clear();
+  auto expected = problem.on_cuda();
+  expected.pair_shares = problem.unwritten().pair_shares;
+  const int64_t of_query = 2 * 2 * 9 * static_cast<int64_t>(sizeof(int32_t));
+#if defined(EVERY_SIZE)
+  for (const int64_t queries : {1, 7, 37, 73, 74}) {
+#else
+  for (const int64_t queries : {25, 37}) {
+#endif
+    CAPTURE(queries);
+    Results<TestType> results;
+    simt::same_in_every_order([&] {
+      results = problem.on_cuda_by_tiles(queries * of_query);
+      return bytes_of(results);
+    });
+    REQUIRE(bytes_of(results) == bytes_of(expected));
+  }
+}
+
+TEST_CASE("tiles of queries") {
+  const auto tiles_of = [](const Sizes& sizes, int64_t num_listed, int64_t most_bytes) {
+    std::vector<std::vector<int64_t>> tiles;
+    const QueryTile first = first_tile(sizes, num_listed, most_bytes);
+    for (QueryTile tile = first;; tile = next_tile(tile, sizes, first.num_queries)) {
+      tiles.push_back({tile.first_head, tile.num_heads, tile.first_query, tile.num_queries});
+      REQUIRE(tile.is_first() == (tiles.size() == 1));
+      if (tile.is_last(sizes)) {
+        return tiles;
+      }
+    }
+  };
+  const Sizes sizes{1, 4, 2, 10, 10, 8, 8};
+  using Tiles = std::vector<std::vector<int64_t>>;
+  CHECK(tiles_of(sizes, 5, 4 * 10 * 5 * 4) == Tiles{{0, 2, 0, 10}});
+  CHECK(tiles_of(sizes, 5, 4 * 10 * 5 * 4 - 1) == Tiles{{0, 1, 0, 10}, {1, 1, 0, 10}});
+  CHECK(tiles_of(sizes, 5, 2 * 7 * 5 * 4) == Tiles{{0, 1, 0, 7}, {0, 1, 7, 3}, {1, 1, 0, 7}, {1, 1, 7, 3}});
+  CHECK(tiles_of(sizes, 5, 0).size() == 20);
+  CHECK(tiles_of(sizes, 0, 0) == Tiles{{0, 2, 0, 10}});
+  CHECK(tiles_of({0, 4, 2, 10, 10, 8, 8}, 5, 0) == Tiles{{0, 2, 0, 10}});
+  CHECK(tiles_of({1, 0, 2, 10, 10, 8, 8}, 5, 0) == Tiles{{0, 0, 0, 10}});
+  CHECK(tiles_of({1, 4, 2, 0, 10, 8, 8}, 5, 0) == Tiles{{0, 2, 0, 0}});
 }
 
 TEMPLATE_TEST_CASE("topk_attention lists in order, which are not ranked", "", KERNEL_TYPES) {
