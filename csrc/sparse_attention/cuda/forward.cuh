@@ -5,9 +5,9 @@
 namespace torchops::kernels::sparse_attention {
 
 // AttentionForward, a warp for each query of the tile, grid [units / num_warps].
-// Five blocks on a multiprocessor: nvcc aims at seven for which it spills registers.
+// Four blocks on a multiprocessor: nvcc aims at seven for which it spills registers.
 template <typename T>
-__global__ void __launch_bounds__(num_threads, 5) forward(AttentionForward<T> args, SortedLists sorted) {
+__global__ void __launch_bounds__(num_threads, 4) forward(AttentionForward<T> args, SortedLists sorted) {
   using A = accumulate_t<T>;
   const Attention<T>& inputs = args.inputs;
   const Sizes& sizes = inputs.sizes;
