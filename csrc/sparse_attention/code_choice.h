@@ -31,8 +31,7 @@ struct CodeChoice {
   bool is_causal;
 
   constexpr Sequence sequence(int64_t batch) const {
-    return make_sequence(query_start == nullptr ? num_keys - num_queries : query_start[batch],
-                         key_start == nullptr ? 0 : key_start[batch], num_queries, num_keys);
+    return sequence_of(query_start, key_start, batch, num_queries, num_keys);
   }
   constexpr const uint8_t* codes_of(int64_t batch, int64_t head) const {
     return key_codes + (batch * num_kv_heads + head / (num_heads / num_kv_heads)) * num_subspaces * key_stride;

@@ -39,8 +39,7 @@ struct Inputs {
   accumulate_t<T> scale;
 
   constexpr Sequence sequence(int64_t batch) const {
-    return make_sequence(query_start == nullptr ? sizes.num_keys - sizes.num_queries : query_start[batch],
-                         key_start == nullptr ? 0 : key_start[batch], sizes.num_queries, sizes.num_keys);
+    return sequence_of(query_start, key_start, batch, sizes.num_queries, sizes.num_keys);
   }
 };
 

@@ -43,4 +43,12 @@ TORCHOPS_INLINE Sequence make_sequence(int64_t query_start, int64_t key_start, i
   return {clamp(query_start, -limit, limit), clamp(key_start, -limit, limit), num_queries, num_keys};
 }
 
+// Of a row of the batch, whose positions [B] may be null: then the last query lies where the last key does, and key 0
+// at 0.
+TORCHOPS_INLINE Sequence sequence_of(const int64_t* query_start, const int64_t* key_start, int64_t batch,
+                                     int64_t num_queries, int64_t num_keys) {
+  return make_sequence(query_start == nullptr ? num_keys - num_queries : query_start[batch],
+                       key_start == nullptr ? 0 : key_start[batch], num_queries, num_keys);
+}
+
 }  // namespace torchops::kernels::attention
