@@ -16,7 +16,7 @@ LIBRARY = BUILD / "tests" / "cpp" / "on_host" / "libtorchops.so"
 # What depends on the device: numbers, memory layouts, launches.
 TO_RUN = (
     "matches_reference or same_bits or layout or expanded or meta_has or launches or rounding or copy or overflows"
-    " or summed_in or does_not_show or exactly_zero"
+    " or summed_in or does_not_show or exactly_zero or allocates_no_lists"
 )
 
 pytestmark = [
