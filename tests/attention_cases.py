@@ -1,6 +1,6 @@
 """What the case tables of every attention share: inputs, and calls that must fail."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from contract import Inputs, Invalid
@@ -121,3 +121,30 @@ def invalid_rows(good: Inputs, wanted: Mapping[str, Inputs]) -> Iterator[Invalid
 
 def absent(good: Inputs, name: str, reason: str) -> Invalid:
     return Invalid(f"no-{name}", good | {name: None}, f"expected {name} to be a tensor because {reason}, got None")
+
+
+def inputs_of_backward(
+    forward: Callable[..., tuple[Tensor, ...]],
+    inputs: Inputs,
+    sides: Sequence[str],
+    options: Inputs,
+    grad_output: Tensor | None = None,
+) -> Inputs:
+    """Those of an attention's backward, from a call of its `forward`: gradients to everything that is there.
+
+    `sides` are the optional inputs that have a gradient, and `options` what the backward, which has no defaults, takes
+    where the call does not say."""
+    output, logsumexp, normalizer = forward(**inputs)
+    if grad_output is None:
+        generator = torch.Generator().manual_seed(5)
+        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+    return {
+        "grad_output": grad_output,
+        "grad_logsumexp": torch.ones_like(logsumexp),
+        **options,
+        **dict.fromkeys((*sides, "query_start", "key_start")),
+        **inputs,
+        "output": output,
+        "normalizer": normalizer,
+        "output_mask": [True, True, True, *(inputs.get(name) is not None for name in sides)],
+    }

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from attention_cases import absent, invalid_inputs, invalid_rows, none, positions_first
+from attention_cases import absent, inputs_of_backward, invalid_inputs, invalid_rows, none, positions_first
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
@@ -202,20 +202,8 @@ DIFFERENTIABLE = ("query", "key", "value", *SIDES)
 
 def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:
     options = {"is_causal": False, "scale": None, "sink_keys": 0, "local_keys": 0}
-    options |= dict.fromkeys((*SIDES, "query_start", "key_start"))
-    output, logsumexp, normalizer = operators._pq_attention_forward(**inputs)
-    if grad_output is None:
-        generator = torch.Generator().manual_seed(5)
-        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    return {
-        "grad_output": grad_output,
-        "grad_logsumexp": torch.ones_like(logsumexp),
-        **options,
-        **inputs,
-        "output": output,
-        "normalizer": normalizer,
-        "output_mask": [True, True, True, *(inputs.get(name) is not None for name in SIDES)],
-    }
+    forward = operators._pq_attention_forward
+    return inputs_of_backward(forward, inputs, SIDES, options, grad_output)
 
 
 def only(*wanted: str) -> Inputs:

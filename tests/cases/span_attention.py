@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from attention_cases import invalid_inputs, invalid_rows, none, positions_first
+from attention_cases import inputs_of_backward, invalid_inputs, invalid_rows, none, positions_first
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
@@ -334,20 +334,8 @@ def span_attention_autocast(device: str) -> tuple[Inputs, Inputs]:
 
 def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:
     options = {"block_size": 1, "left": -1, "right": -1, "is_causal": False, "scale": None}
-    options |= dict.fromkeys(("key_bias", "sink", "query_start", "key_start"))
-    output, logsumexp, normalizer = operators._span_attention_forward(**inputs)
-    if grad_output is None:
-        generator = torch.Generator().manual_seed(5)
-        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    return {
-        "grad_output": grad_output,
-        "grad_logsumexp": torch.ones_like(logsumexp),
-        **options,
-        **inputs,
-        "output": output,
-        "normalizer": normalizer,
-        "output_mask": [True, True, True, inputs.get("key_bias") is not None, inputs.get("sink") is not None],
-    }
+    forward = operators._span_attention_forward
+    return inputs_of_backward(forward, inputs, ("key_bias", "sink"), options, grad_output)
 
 
 def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from attention_cases import FLOATS, absent, invalid_inputs, invalid_rows, none, positions_first
+from attention_cases import FLOATS, absent, inputs_of_backward, invalid_inputs, invalid_rows, none, positions_first
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
@@ -373,20 +373,8 @@ SIDES = ("key_bias", "sink", "pair_bias")
 
 def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs:
     options = {"block_size": 1, "query_block": 1, "is_causal": False, "scale": None}
-    options |= dict.fromkeys((*SIDES, "query_start", "key_start"))
-    output, logsumexp, normalizer = operators._topk_attention_forward(**inputs)
-    if grad_output is None:
-        generator = torch.Generator().manual_seed(5)
-        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    return {
-        "grad_output": grad_output,
-        "grad_logsumexp": torch.ones_like(logsumexp),
-        **options,
-        **inputs,
-        "output": output,
-        "normalizer": normalizer,
-        "output_mask": [True, True, True, *(inputs.get(name) is not None for name in SIDES)],
-    }
+    forward = operators._topk_attention_forward
+    return inputs_of_backward(forward, inputs, SIDES, options, grad_output)
 
 
 def only(*wanted: str) -> Inputs:
