@@ -45,8 +45,8 @@ struct Inputs {
 
 // What makes a probability of a query's score: exp(score - largest) * inverse_sum. The backward computes scores as the
 // forward did, to the last bit, so that a distance from the largest is right whatever their magnitude; a logsumexp has
-// lost the logarithm of the sum where scores are large. Both may take other numbers for scores, where they know how these
-// come from them.
+// lost the logarithm of the sum where scores are large. Both may take other numbers for scores, where they know how
+// these come from them.
 template <typename A>
 struct alignas(2 * sizeof(A)) Normalizer {
   A largest;

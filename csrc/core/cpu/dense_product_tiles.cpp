@@ -49,7 +49,9 @@ struct TileProduct {
       const int64_t column = unit % num_panels * block_side;
       const int64_t columns = smaller(block_side, args.num_columns - column);
       panel.run(tiles, left, rows, columns_as_left(batch, column, columns), columns_as_right(batch, column, columns),
-                [&](int64_t row, const float* sums) { finish_on_tiles(args, batch, first_row + row, column, sums, columns); });
+                [&](int64_t row, const float* sums) {
+                  finish_on_tiles(args, batch, first_row + row, column, sums, columns);
+                });
     }
   }
 

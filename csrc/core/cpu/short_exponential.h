@@ -13,8 +13,9 @@ inline vfloat smaller(vfloat one, vfloat other) {
   return bit_cast<vfloat>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(one), bit_cast<__m512>(other)));
 }
 
-// 2^power for power <= 0, to 4e-6, for what is rounded to 16 bits: 8 instructions, where exp() takes 15. Exactly 1 for 0,
-// and 0 where the result is no normal number: vscalefps takes 60 times as long to make one that is not. NaN stays NaN.
+// 2^power for power <= 0, to 4e-6, for what is rounded to 16 bits: 8 instructions, where exp() takes 15. Exactly 1 for
+// 0, and 0 where the result is no normal number: vscalefps takes 60 times as long to make one that is not. NaN stays
+// NaN.
 inline __attribute__((always_inline)) vfloat exp2_of_negative(vfloat power) {
   const vfloat lowest = broadcast(-126.0f);
   const __mmask16 is_normal = _mm512_cmp_ps_mask(bit_cast<__m512>(power), bit_cast<__m512>(lowest), _CMP_NLT_UQ);

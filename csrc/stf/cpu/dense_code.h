@@ -4,10 +4,10 @@
 
 #include <optional>
 
-// The sparse factor with its zeros, code [rows, blocks, K], for products with many tokens in bfloat16 and float32. Where
-// a CPU multiplies bfloat16 in pairs, a dense product is more than twice as fast as float32's, which sparse ones are
-// summed in. In float32 it is faster where a CPU has two 512-bit units, which multiply more than it can read of token
-// vectors for single nonzeros: all that have tiles do.
+// The sparse factor with its zeros, code [rows, blocks, K], for products with many tokens in bfloat16 and float32.
+// Where a CPU multiplies bfloat16 in pairs, a dense product is more than twice as fast as float32's, which sparse ones
+// are summed in. In float32 it is faster where a CPU has two 512-bit units, which multiply more than it can read of
+// token vectors for single nonzeros: all that have tiles do.
 
 namespace torchops {
 

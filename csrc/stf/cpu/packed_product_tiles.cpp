@@ -87,7 +87,8 @@ struct Product {
       args.to_atoms ? spread_to_left(block, column) : spread_to_right(column);
       panel.run(tiles, tokens, count, panel.packed_left(columns), panel.packed_right(columns),
                 [&](int64_t token, const float* sums) {
-                  finish_on_tiles(output, block, first + token, column, sums, smaller(block_side, num_columns() - column));
+                  finish_on_tiles(output, block, first + token, column, sums,
+                                  smaller(block_side, num_columns() - column));
                 });
     }
     return true;
