@@ -219,24 +219,24 @@ def multiplies_on_tiles(dtype: torch.dtype) -> bool:
 
 
 def span_targets(shape: Shape, span: CausalSpan, dtype: torch.dtype, backward: bool) -> Targets:
-    if multiplies_on_tiles(dtype) and shape == Shape(8192):
-        if span == Window(1024):
-            no_more_a_pair = Window(shape.tokens).num_pairs(shape.tokens) / span.num_pairs(shape.tokens)
-            return Targets({FULL_CAUSAL: 1.6 * no_more_a_pair, FLEX: 3.0})
-        if span == Block(1024) and backward:
-            return Targets({RESHAPED: 1.4})
     if (shape, span, dtype) == (Shape(65536), Window(1024), torch.float32):
         return Targets({}, memory=2**30)
-    if (shape, span, dtype) == (Shape(8192), Window(1024), torch.float32):
+    if (shape, span) == (Shape(8192), Window(1024)) and dtype in (torch.float32, torch.bfloat16):
         # As many times as fast as full attention has more pairs to look at.
         no_more_a_pair = Window(shape.tokens).num_pairs(shape.tokens) / span.num_pairs(shape.tokens)
-        ratios = {MASKED: 12.0} if backward else {MASKED: 15.0, FLEX: 1.9}
-        return Targets({FULL_CAUSAL: no_more_a_pair, **ratios})
-    if (shape, span, dtype) == (Shape(8192), Window(1024), torch.bfloat16):
+        if dtype == torch.float32:
+            ratios = {MASKED: 12.0} if backward else {MASKED: 15.0, FLEX: 1.9}
+            return Targets({FULL_CAUSAL: no_more_a_pair, **ratios})
+        tiles = multiplies_on_tiles(dtype)
         own = {OWN_FLOAT32: 1.65} if {"avx512_bf16", "amx_bf16"} & machine.cpu_flags() else {}
-        return Targets(own if backward else {FLEX: 5.0, **own})
-    if (shape, span, dtype, backward) == (Shape(8192), Block(1024), torch.float32, True):
-        return Targets({RESHAPED: 1.7})
+        full = {FULL_CAUSAL: 1.6 * no_more_a_pair} if tiles else {}
+        flex = {} if backward else {FLEX: 3.0 if tiles else 5.0}
+        return Targets({**full, **flex, **own})
+    if (shape, span, backward) == (Shape(8192), Block(1024), True):
+        if dtype == torch.float32:
+            return Targets({RESHAPED: 1.7})
+        if multiplies_on_tiles(dtype):
+            return Targets({RESHAPED: 1.4})
     return NO_TARGETS
 
 

@@ -1,4 +1,5 @@
 #include "span_attention/span_attention.h"
+
 #include "core/attention/autograd.h"
 #include "core/forward_mode.h"
 #include "core/library.h"
