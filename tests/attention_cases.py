@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from contract import Inputs, Invalid
+from contract import Inputs, Invalid, Sample
 from torch import Tensor
 
 FLOATS = "Double, Float, BFloat16 or Half"
@@ -148,3 +148,25 @@ def inputs_of_backward(
         "normalizer": normalizer,
         "output_mask": [True, True, True, *(inputs.get(name) is not None for name in sides)],
     }
+
+
+def only(differentiable: Sequence[str], *wanted: str) -> Inputs:
+    """The mask that asks for these gradients; `differentiable` are the inputs that have one, in its order."""
+    return {"output_mask": [name in wanted for name in differentiable]}
+
+
+def samples_of_gradients(inputs: Inputs, differentiable: Sequence[str], lists: Sequence[str]) -> Iterator[Sample]:
+    """Single gradients, and losses on one output, of a backward's inputs; what they are not made of is absent.
+
+    `lists` are the inputs that say which keys a query attends to."""
+    for name in differentiable:
+        if name not in ("value", "sink"):
+            yield Sample(f"to-{name}", inputs | only(differentiable, name))
+    yield Sample("to-value", inputs | only(differentiable, "value") | none("value", "output"))
+    unread = none(*(set(differentiable) - {"sink"}), *lists)
+    yield Sample("to-sink", inputs | unread | only(differentiable, "sink"))
+    yield Sample("without-lse", inputs | none("grad_logsumexp"))
+    all_but_value = only(differentiable, *(set(differentiable) - {"value"}))
+    without_value = none("grad_output", "value", "output") | all_but_value
+    yield Sample("without-output", inputs | without_value)
+    yield Sample("without-any", inputs | without_value | none("grad_logsumexp"))

@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from attention_cases import absent, inputs_of_backward, invalid_inputs, invalid_rows, none, positions_first
+from attention_cases import (
+    absent,
+    inputs_of_backward,
+    invalid_inputs,
+    invalid_rows,
+    only,
+    positions_first,
+    samples_of_gradients,
+)
 from contract import Inputs, Invalid, OpCase, Sample, integers, random
 from torch import Tensor
 
@@ -206,33 +214,21 @@ def backward_inputs(inputs: Inputs, grad_output: Tensor | None = None) -> Inputs
     return inputs_of_backward(forward, inputs, SIDES, options, grad_output)
 
 
-def only(*wanted: str) -> Inputs:
-    return {"output_mask": [name in wanted for name in DIFFERENTIABLE]}
-
-
 def backward_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     for sample in lse_samples(dtype, device):
         inputs = backward_inputs(sample.inputs)
         yield Sample(sample.id, inputs)
         if sample.id == "lists-above-tensors":
             for name in ("query", "key", "value"):
-                yield Sample(f"tiles-to-{name}", inputs | only(name))
+                yield Sample(f"tiles-to-{name}", inputs | only(DIFFERENTIABLE, name))
         if sample.id == "all-sides":
-            for name in ("query", "key", "key_bias"):
-                yield Sample(f"to-{name}", inputs | only(name))
-            yield Sample("to-value", inputs | only("value") | none("value", "output"))
-            unread = none("query", "key", "value", "query_codes", "key_codes", "key_bias")
-            yield Sample("to-sink", inputs | unread | only("sink"))
-            yield Sample("without-lse", inputs | none("grad_logsumexp"))
-            without_value = none("grad_output", "value", "output") | only(*(set(DIFFERENTIABLE) - {"value"}))
-            yield Sample("without-output", inputs | without_value)
-            yield Sample("without-any", inputs | without_value | none("grad_logsumexp"))
+            yield from samples_of_gradients(inputs, DIFFERENTIABLE, ("query_codes", "key_codes"))
 
 
 def backward_invalid(device: str) -> Iterator[Invalid]:
     good = backward_inputs(small_inputs(device))
     yield from invalid_attention(device, good)
-    yield from invalid_rows(good, {name: only(name) for name in SIDES})
+    yield from invalid_rows(good, {name: only(DIFFERENTIABLE, name) for name in SIDES})
     for name in ("query_codes", "key_codes"):
         yield absent(good, name, "probabilities are made of it")
 
