@@ -60,6 +60,15 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread():
+    """Small models take most of their time by threads that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if FOR_ONE_LEVEL:
         return  # a run for one level, started by test_levels.py

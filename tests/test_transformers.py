@@ -4,7 +4,7 @@ import copy
 import doctest
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,91 +15,33 @@ from torch import Tensor, nn
 import torchops
 from torchops.nn import mixed_span
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed: pip install transformers", exc_type=ImportError
+from transformers_models import (  # isort: skip  # it says why where transformers is not there
+    DECODERS,
+    EAGER,
+    GROUPED,
+    PADDINGS,
+    SIZE,
+    SLIDING,
+    TOKENS,
+    TOLERANCE,
+    VOCABULARY,
+    generate,
+    in_one_pass,
+    make,
+    tokens,
+    transformers,
 )
 
 from transformers import DynamicCache, StaticCache, masking_utils  # noqa: E402
 
-from torchops.integrations.transformers import (  # noqa: E402
-    apply_span_attention,
-    register_span_attention,
-    span_mask,
-)
+from torchops.integrations._attention_interface import span_mask  # noqa: E402
+from torchops.integrations.transformers import apply_span_attention, register_span_attention  # noqa: E402
 
-VOCABULARY = 50
-SIZE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": 64,
-}
-GROUPED = SIZE | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None, "eos_token_id": None}
-SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
-CHUNKED = ["chunked_attention", "full_attention", "chunked_attention"]
-
-# Windows and chunks are shorter than the sequences of the tests.
-DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "GPT2": ("GPT2LMHeadModel", {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": VOCABULARY, "n_positions": 64}),
-    "Llama": ("LlamaForCausalLM", GROUPED),
-    "Mistral": ("MistralForCausalLM", GROUPED | {"sliding_window": 5}),
-    "Gemma2": (
-        "Gemma2ForCausalLM",
-        GROUPED | {"sliding_window": 5, "layer_types": SLIDING, "attn_logit_softcapping": None},
-    ),
-    "Gemma3Text": ("Gemma3ForCausalLM", GROUPED | {"sliding_window": 5, "layer_types": SLIDING}),
-    "GptOss": (
-        "GptOssForCausalLM",
-        GROUPED | {"sliding_window": 5, "layer_types": SLIDING, "num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
-    "Llama4Text": (
-        "Llama4ForCausalLM",
-        GROUPED
-        | {
-            "attention_chunk_size": 4,
-            "layer_types": CHUNKED,
-            "no_rope_layers": [1, 0, 1],
-            "intermediate_size_mlp": 32,
-            "num_local_experts": 2,
-        },
-    ),
-}
-# These have no "sdpa" to compare with.
-EAGER = {"Gemma2", "GptOss"}
-# Models compute in float64, but for parts that they have in float32: rotations, logits, the eager ones as a whole.
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 EVERY_DECODER = pytest.mark.parametrize("name", DECODERS)
-
 DROPOUTS = ["attention_probs_dropout_prob", "hidden_dropout_prob"]
 
 NEO = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}
-TOKENS = 13
-PADDINGS = {
-    "none": None,
-    "left": torch.arange(TOKENS) >= torch.tensor([[0], [6]]),
-    "right": torch.arange(TOKENS) < torch.tensor([[13], [7]]),
-}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are too small for more, and threads that wait for each other take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def make(config_name: str, model_name: str, options: dict[str, Any], implementation: str) -> nn.Module:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{config_name}Config")(**options)
-    model = getattr(transformers, model_name)._from_config(config, attn_implementation=implementation).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)  # their own start is so small that nearly nothing depends on anything
-    # The eager softmax takes the smallest float64, which stands for -inf, to float32.
-    return model if implementation == "eager" else model.double()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -107,10 +49,6 @@ def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     model_name, defaults = DECODERS[name]
     model = make(name, model_name, defaults | options, "eager" if name in EAGER else "sdpa")
     return model, apply_span_attention(copy.deepcopy(model))
-
-
-def tokens(batch: int = 2, length: int = TOKENS) -> Tensor:
-    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def call_counter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -153,22 +91,7 @@ def test_decoders_and_their_gradients(name: str, padding: str, monkeypatch: pyte
 @pytest.mark.parametrize("padding", ["left", "none"])
 def test_generate(name: str, cache: str, padding: str) -> None:
     """Token by token, to more than twice the window, so that caches are trimmed and rolled."""
-    results = []
-    for model in pair(name):
-        results.append(
-            model.generate(
-                tokens(),
-                attention_mask=PADDINGS[padding],
-                max_new_tokens=12,
-                do_sample=False,
-                cache_implementation=cache,
-                output_logits=True,
-                return_dict_in_generate=True,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
-        )
-    expected, actual = results
+    expected, actual = (generate(model, cache, padding) for model in pair(name))
     assert torch.equal(actual.sequences, expected.sequences)
     torch.testing.assert_close(actual.logits, expected.logits, **TOLERANCE)
 
@@ -313,28 +236,15 @@ def test_mixed_spans(span: str) -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_mixed_spans_generate_what_they_see_in_one_pass(span: str, cache: str) -> None:
     model = apply_span_attention(pair("Llama")[0], [None, LOCAL_SPANS[span], LOCAL_SPANS[span]])
-    attention_mask = PADDINGS["left"]
-    output = model.generate(
-        tokens(),
-        attention_mask=attention_mask,
-        max_new_tokens=12,
-        do_sample=False,
-        cache_implementation=cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    seen = torch.cat([attention_mask, torch.ones(2, 12, dtype=torch.bool)], dim=1)
-    position_ids = (seen.cumsum(-1) - 1).clamp(min=0)
-    whole = model(output.sequences, attention_mask=seen, position_ids=position_ids).logits
-    torch.testing.assert_close(torch.stack(output.logits, 1), whole[:, TOKENS - 1 : -1].float(), **TOLERANCE)
+    output = generate(model, cache, "left")
+    whole = in_one_pass(model, output.sequences, "left")
+    torch.testing.assert_close(torch.stack(output.logits, 1), whole, **TOLERANCE)
 
 
 def test_spans_are_saved_with_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = apply_span_attention(pair("Llama")[0], mixed_span(3, [0], left=2, is_causal=True))
     line = "from_pretrained(..., attn_implementation=register_span_attention())"
-    assert capsys.readouterr().out == f"span attention: a saved copy loads with {line}\n"
+    assert capsys.readouterr().out == f"span_attention: a saved copy loads with {line}\n"
     expected = model(tokens()).logits
     model.save_pretrained(tmp_path / "0")
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -464,7 +374,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         {"position_ids": torch.arange(TOKENS).remainder(7)[None], "use_cache": False},
         "no masks but full, sliding and chunked attention: no packed sequences",
     ),
-    "softcap": ("Gemma2", {"attn_logit_softcapping": 50.0}, {}, "no soft-capped scores"),
     "output_attentions": ("Llama", {}, {"output_attentions": True}, "no output_attentions"),
     "empty window": ("Mistral", {"sliding_window": 0}, {}, "no masks but full, sliding and chunked attention"),
     "cumulative lengths": ("Llama", {}, {"cu_seq_lens_q": torch.tensor([0, 7, 13])}, "no packed sequences"),
@@ -475,7 +384,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 def test_calls_that_are_refused(case: str) -> None:
     name, options, inputs, message = REFUSED[case]
     model = pair(name, **options)[1].train()
-    with pytest.raises(ValueError, match=f"span attention: {message}"):
+    with pytest.raises(ValueError, match=f"span_attention: {message}"):
         model(tokens(), **inputs)
 
 
@@ -537,7 +446,7 @@ def test_a_mask_of_another_cache_is_refused() -> None:
 )
 def test_spans_that_are_refused(spans: Any, error: type[Exception], message: str) -> None:
     model = pair("Llama")[0]
-    with pytest.raises(error, match=f"span attention: {message}"):
+    with pytest.raises(error, match=f"span_attention: {message}"):
         apply_span_attention(model, spans)
     assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "span_attention")
 
@@ -555,7 +464,7 @@ def test_spans_that_are_refused(spans: Any, error: type[Exception], message: str
 )
 def test_spans_that_do_not_fit_the_model_are_refused(name: str, spans: Any, message: str) -> None:
     model = apply_span_attention(pair(name)[0], spans)
-    with pytest.raises(ValueError, match=f"span attention: {message}"):
+    with pytest.raises(ValueError, match=f"span_attention: {message}"):
         model(tokens())
 
 
@@ -576,12 +485,44 @@ LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_h
 def test_models_that_make_the_mask_of_their_attention_are_refused(
     config_name: str, model_name: str, attention: str, options: dict[str, Any]
 ) -> None:
+    refused_at_conversion(config_name, model_name, attention, options, "makes the mask of its attention itself")
+
+
+def refused_at_conversion(config_name: str, model_name: str, layer: str, options: dict[str, Any], reason: str) -> None:
     with torch.device("meta"):
         model = getattr(transformers, model_name)(getattr(transformers, f"{config_name}Config")(**options))
     before = model.config._attn_implementation
-    with pytest.raises(TypeError, match=rf"{attention} \(.+\) makes the mask of its attention itself"):
+    with pytest.raises(TypeError, match=rf"span_attention: {layer} \(.*\) {reason}"):
         apply_span_attention(model)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("config_name", "model_name", "layer", "options", "reason"),
+    [
+        ("Gemma2", "Gemma2Model", "Gemma2Attention", {"head_dim": 8, **TINY}, "has soft-capped scores"),
+        ("Llama", "LlamaModel", "LlamaAttention", {**TINY, "head_dim": 264}, "has heads of 264 features, more than"),
+        (
+            "InklingText",
+            "InklingTextModel",
+            "InklingAttention",
+            {"num_key_value_heads": 1, "head_dim": 8, **TINY},
+            "adds position biases to the scores of its attention",
+        ),
+        ("LayoutLM", "LayoutLMModel", "LayoutLMModel", TINY, "makes the mask of attention itself"),
+        (
+            "LasrEncoder",
+            "LasrEncoder",
+            "LasrEncoderConvolutionModule",
+            {key: size for key, size in TINY.items() if key != "vocab_size"},
+            "computes with the mask of attention itself",
+        ),
+    ],
+)
+def test_layers_that_ask_for_more_are_refused(
+    config_name: str, model_name: str, layer: str, options: dict[str, Any], reason: str
+) -> None:
+    refused_at_conversion(config_name, model_name, layer, options, reason)
 
 
 @pytest.mark.parametrize(
@@ -626,7 +567,8 @@ def test_what_to_install(installed: str, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setitem(sys.modules, "transformers", None)
     else:
         monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None)
-    monkeypatch.delitem(sys.modules, "torchops.integrations.transformers")
+    for module in ("transformers", "_attention_interface"):
+        monkeypatch.delitem(sys.modules, f"torchops.integrations.{module}")
     with pytest.raises(ImportError, match="needs transformers 5.23 or newer: pip install transformers"):
         importlib.import_module("torchops.integrations.transformers")
 

@@ -16,9 +16,9 @@ transformers = pytest.importorskip(
 from transformers import masking_utils as masks  # noqa: E402
 
 from torchops.integrations import _mask_functions  # noqa: E402
+from torchops.integrations._attention_interface import span_mask  # noqa: E402
 from torchops.integrations._mask_carrier import Visible, number_of, pack, unpack  # noqa: E402
 from torchops.integrations._mask_functions import Span, read  # noqa: E402
-from torchops.integrations.transformers import span_mask  # noqa: E402
 
 SHIFT = torch.tensor([0, 3])
 PACKED = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2] + [2] * 20] * 2)

@@ -8,7 +8,8 @@ model counts only if it computes before the conversion, from one of a few kinds 
 
 - is factored, and must compute finite numbers of the same shapes, train, and survive copying, freezing and a state
   dict; or the conversion is refused, and must succeed with the skip that the error names;
-- is switched to span attention, and must compute what its own attention does; or is refused by name.
+- is switched to span attention, and must compute what its own attention does; or is refused by name;
+- is switched to sparse attention that keeps all keys, likewise.
 """
 
 import argparse
@@ -24,8 +25,8 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from torchops.integrations.transformers import apply_span_attention
+from torchops.integrations.transformers_sparse_attention import apply_sparse_attention
 from torchops.nn import STFLinear, factorize_
 
 MOST_PARAMETERS = 20_000_000
@@ -218,17 +220,17 @@ def factor(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def attend(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def attend(name: str, apply: Callable[[Any], Any], model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # where it has no other attention than its own
         model.set_attn_implementation("eager")
     expected = compute(model, inputs)
     refusal = "refused"
     try:
-        apply_span_attention(model)
+        apply(model)
         refusal = "refused in the forward"
         outputs = compute(model, inputs)
     except (TypeError, ValueError) as error:
-        if not str(error).startswith("span attention: "):
+        if not str(error).startswith((f"{name}: ", "PQAttention: ")):
             raise
         return {"outcome": refusal, "refused": str(error)}
     if [output.shape for output in outputs] != [output.shape for output in expected]:
@@ -240,7 +242,11 @@ def attend(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {"outcome": "converted"}
 
 
-CONVERSIONS = {"factorize_": factor, "span_attention": attend}
+CONVERSIONS = {
+    "factorize_": factor,
+    "span_attention": partial(attend, "span_attention", apply_span_attention),
+    "sparse_attention": partial(attend, "sparse_attention", partial(apply_sparse_attention, keep=1.0, subspace=2)),
+}
 
 
 def attempt(name: str, class_name: str, conversion: str = "factorize_") -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Modules on top of the operators, one file per family. All of them can be scripted."""
 
 from .span_attention import *  # noqa: F403
+from .sparse_attention import *  # noqa: F403
+from .sparse_attention_calibration import *  # noqa: F403
 from .stf import *  # noqa: F403
 from .stf_conversion import *  # noqa: F403
 from .stf_projection import *  # noqa: F403

@@ -2,15 +2,15 @@
 
 from typing import Any, Dict, Iterable, List, Optional
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.span_attention import span_attention
+from ._self_attention import SelfAttention
 
 __all__ = ["SpanAttention", "mixed_span", "visible_pairs"]
 
 
-class SpanAttention(nn.Module):
+class SpanAttention(SelfAttention):
     """Multi-head self-attention in which every token attends to a span of tokens.
 
     Args:
@@ -48,26 +48,11 @@ class SpanAttention(nn.Module):
         bias: bool = True,
         sink: bool = False,
     ) -> None:
-        super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"SpanAttention: expected embed_dim to be a multiple of num_heads = {num_heads}, got {embed_dim}"
-            )
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(
-                f"SpanAttention: expected num_heads to be a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}"
-            )
-        self.head_dim = embed_dim // num_heads
+        super().__init__(embed_dim, num_heads, num_kv_heads, bias, sink)
         self.block_size = block_size
         self.left = left
         self.right = right
         self.is_causal = is_causal
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.sink = nn.Parameter(torch.zeros(num_heads)) if sink else None
 
     def forward(self, input: Tensor, padding_mask: Optional[Tensor] = None, start: Optional[Tensor] = None) -> Tensor:
         """Attends.
@@ -78,27 +63,21 @@ class SpanAttention(nn.Module):
             start: int64 or int32 [B], the position of the first token of each row, which blocks are counted
                 from: minus the padding on its left. 0 if None.
         """
-        query = self.q_proj(input).unflatten(-1, [-1, self.head_dim]).transpose(1, 2)
-        key = self.k_proj(input).unflatten(-1, [-1, self.head_dim]).transpose(1, 2)
-        value = self.v_proj(input).unflatten(-1, [-1, self.head_dim]).transpose(1, 2)
-        key_bias: Optional[Tensor] = None
-        if padding_mask is not None:
-            key_bias = torch.zeros_like(padding_mask, dtype=torch.float32).masked_fill(padding_mask, -float("inf"))
-        output = span_attention(
-            query,
-            key,
-            value,
+        attended = span_attention(
+            self.heads(self.q_proj(input)),
+            self.heads(self.k_proj(input)),
+            self.heads(self.v_proj(input)),
             self.block_size,
             self.left,
             self.right,
             self.is_causal,
             None,
-            key_bias,
+            self.key_bias(padding_mask),
             self.sink,
             start,
             start,
         )
-        return self.out_proj(output.transpose(1, 2).flatten(2))
+        return self.output(attended)
 
     def extra_repr(self) -> str:
         return (

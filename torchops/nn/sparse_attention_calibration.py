@@ -1,0 +1,127 @@
+"""Codebooks from what a model computes: k-means over queries and keys."""
+
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.sparse_attention import pq_encode, pq_loss
+from .sparse_attention import PQAttention
+
+__all__ = ["calibrate_codebooks"]
+
+ROUNDS = 20
+
+
+def calibrate_codebooks(
+    model: nn.Module, calibration: Callable[[nn.Module], Any], *, rows: int = 16384
+) -> Dict[str, float]:
+    """Sets the codebooks of a model's :class:`PQAttention` modules to the centres of clusters of their queries and
+    keys, by k-means with the distance of :func:`torchops.pq_encode`.
+
+    While the calibration lets the model compute, in evaluation mode and without gradients, these modules attend to all
+    keys, so that every layer sees what it would see with full attention. The same input gives the same codebooks.
+
+    Args:
+        model: changed in place; its codebooks are the same parameters as before, with other numbers.
+        calibration: called with the model; lets it compute typical inputs, once or more often.
+        rows: how many queries and keys of a layer are looked at, at most, evenly spaced in every pass.
+
+    Returns:
+        :func:`torchops.pq_loss` of what each module looked at, by its name.
+
+    Raises:
+        ValueError: the model has no PQAttention, or the calibration does not reach one, or with numbers that are not
+            finite.
+
+    Source: SPT (Gui et al., 2023); product quantization (Jegou et al., 2011).
+
+    >>> attention = torchops.nn.SparseAttention(64, 4, keep=1 / 8)
+    >>> input = torch.randn(2, 300, 64)
+    >>> losses = torchops.nn.calibrate_codebooks(attention, lambda attention: attention(input))
+    >>> list(losses)
+    ['attend']
+    """
+    modules = {module: name for name, module in model.named_modules() if isinstance(module, PQAttention)}
+    if not modules:
+        raise ValueError(f"calibrate_codebooks: expected a model with PQAttention, {type(model).__name__} has none")
+    losses = {}
+    for module, found in seen(model, modules, calibration, rows).items():
+        where = modules[module] or type(model).__name__
+        if not found:
+            raise ValueError(f"calibrate_codebooks: expected the calibration to reach {where}, which it does not")
+        vectors = evenly_spaced(torch.cat(found), rows)
+        if not vectors.isfinite().all():
+            raise ValueError(f"calibrate_codebooks: expected finite queries and keys, got others in {where}")
+        codebooks = clustered(vectors, *module.codebooks.shape)
+        with torch.no_grad():
+            module.codebooks.copy_(codebooks)
+        losses[modules[module]] = pq_loss(vectors, codebooks).item()
+    return losses
+
+
+def seen(
+    model: nn.Module, modules: Dict[PQAttention, str], calibration: Callable[[nn.Module], Any], rows: int
+) -> Dict[PQAttention, List[Tensor]]:
+    """[rows, D] of every pass through each module."""
+    vectors: Dict[PQAttention, List[Tensor]] = {module: [] for module in modules}
+
+    def look(module: PQAttention, arguments: Tuple[Any, ...], named: Dict[str, Any]) -> None:
+        query_and_key = [*arguments, *named.values()][:2]
+        both = torch.cat([part.detach().flatten(0, 2) for part in query_and_key])
+        vectors[module].append(evenly_spaced(both, rows).to(torch.promote_types(both.dtype, torch.float32)))
+
+    were_training = [module for module in model.modules() if module.training]
+    keep = {module: (module.keep_share, module.keep_count) for module in modules}
+    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in modules]
+    try:
+        model.eval()
+        for module in modules:
+            module.keep_share, module.keep_count = 1.0, -1
+        with torch.no_grad():
+            calibration(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, (share, count) in keep.items():
+            module.keep_share, module.keep_count = share, count
+        for trained in were_training:
+            trained.training = True
+    return vectors
+
+
+def evenly_spaced(vectors: Tensor, rows: int) -> Tensor:
+    """At most so many of vectors [N, D]."""
+    if len(vectors) <= rows:
+        return vectors
+    return vectors[torch.arange(rows, device=vectors.device) * len(vectors) // rows]
+
+
+def clustered(vectors: Tensor, num_parts: int, num_codewords: int, subspace: int) -> Tensor:
+    """Centres [M, E, D / M] of clusters of the parts of vectors [N, D]."""
+    parts = vectors.unflatten(1, (num_parts, subspace)).transpose(0, 1)  # [M, N, D / M]
+    codebooks = spread_out(parts, num_codewords)
+    for _ in range(ROUNDS):
+        codes = pq_encode(vectors, codebooks).long()
+        members = torch.nn.functional.one_hot(codes, num_codewords).permute(1, 2, 0).to(vectors)  # [M, E, N]
+        counts = members.sum(-1, keepdim=True)
+        codebooks = torch.where(counts > 0, members @ parts / counts.clamp(min=1), codebooks)
+    return codebooks
+
+
+def spread_out(parts: Tensor, num_codewords: int) -> Tensor:
+    """Of each part's vectors [M, N, D / M] some that are far from each other: the next one is drawn with chances that
+    grow with the square of the distance to those there are (k-means++)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(chances: Tensor) -> Tensor:
+        places = torch.multinomial(chances.float().cpu(), 1, generator=generator).to(parts.device)  # [M, 1]
+        return parts.gather(1, places[..., None].expand(-1, -1, parts.shape[2]))
+
+    centres = drawn(torch.ones(parts.shape[:2]))
+    nearest = torch.full(parts.shape[:2], torch.inf, device=parts.device, dtype=parts.dtype)
+    while centres.shape[1] < num_codewords:
+        nearest = torch.minimum(nearest, (parts - centres[:, -1:]).square().sum(-1))
+        # Where all vectors are centres already, any will do.
+        centres = torch.cat([centres, drawn(torch.where(nearest.sum(1, keepdim=True) > 0, nearest, 1.0))], 1)
+    return centres
