@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from .report import console
+from .training import with_codebooks
 
 
 def forward_step(model: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
@@ -29,7 +30,7 @@ def training_step(
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        loss(model(inputs), targets).backward()
+        with_codebooks(loss(model(inputs), targets), model).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -8,8 +8,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchops.nn import PQAttention, quantization_loss
+
 from .distributed import NUM_PROCESSES, RANK
 from .report import console
+
+CODEBOOKS = 0.01  # of their loss, as SPT has it
+
+
+def with_codebooks(loss: Tensor, model: nn.Module) -> Tensor:
+    """The loss of the task and that of the model's codebooks, if it has any."""
+    learns = any(isinstance(module, PQAttention) for module in model.modules())
+    return loss + CODEBOOKS * quantization_loss(model) if learns else loss
 
 
 def train(
@@ -41,7 +51,7 @@ def train(
         for inputs, targets in islice(batches, steps):
             value = loss(replica(inputs[RANK::NUM_PROCESSES]), targets[RANK::NUM_PROCESSES])
             optimizer.zero_grad()
-            value.backward()
+            with_codebooks(value, model).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

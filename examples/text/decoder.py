@@ -1,9 +1,9 @@
-"""A small byte-level decoder whose layers attend each to a span of their own: how torchops.span_attention
-goes into a model.
+"""A small byte-level decoder whose layers attend each to a span of their own, or to the keys most similar to each
+query: how torchops.span_attention and torchops.nn.PQAttention go into a model.
 
 It is a plain pre-norm transformer with rotary positions; only the call of attention differs. Spans have no
-weights, so a model trained with full attention takes any mix of spans. Everything compiles with
-torch.jit.script and exports with torch.export.
+weights, so a model trained with full attention takes any mix of spans; codebooks are fitted to it. Everything compiles
+with torch.jit.script and exports with torch.export.
 """
 
 import copy
@@ -32,6 +32,9 @@ class Span(nn.Module):
         """query, key and value [B, H, L, D] -> [B, H, L, D]."""
         return torchops.span_attention(query, key, value, self.block_size, self.left, self.right, self.is_causal)
 
+    def visible_pairs(self, length: int) -> int:
+        return torchops.nn.visible_pairs(length, self.block_size, self.left, self.right, self.is_causal)
+
 
 class SpanByTorch(Span):
     """The same by torch's own operator, to compare with. It knows full attention; a shorter span is a mask over
@@ -47,6 +50,21 @@ class SpanByTorch(Span):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         is_causal = self.is_causal and self.mask is None
         return F.scaled_dot_product_attention(query, key, value, self.mask, is_causal=is_causal)
+
+
+class Similar(nn.Module):
+    """Causal attention to the keys most similar to each query (SPT)."""
+
+    def __init__(self, head_dim: int, keep: float) -> None:
+        super().__init__()
+        self.attend = torchops.nn.PQAttention(head_dim, keep=keep)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query, key and value [B, H, L, D] -> [B, H, L, D]."""
+        return self.attend(query, key, value, is_causal=True)
+
+    def visible_pairs(self, length: int) -> int:
+        return sum(min(query + 1, self.attend.num_kept(length)) for query in range(length))
 
 
 def rotary_angles(length: int, dim: int, device: torch.device) -> Tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""The text track: a byte-level decoder, with full attention and with a mix of spans (MASFormer), with dense and with
-factored linear layers (DSFormer).
+"""The text track: a byte-level decoder, with full attention, with a mix of spans (MASFormer), with attention to similar
+keys (SPT), with dense and with factored linear layers (DSFormer).
 
-It is trained dense and with full attention. Then its weights go into variants that attend to windows or blocks in
-some layers or in all of them, or whose linear layers are factored; each is fine-tuned for a short while, and loss,
-bytes, time and memory are compared.
+It is trained dense and with full attention. Then its weights go into variants that attend to windows, to blocks or to the
+most similar keys in some layers or in all of them, or whose linear layers are factored; each is fine-tuned for a short
+while, and loss, bytes, time and memory are compared.
 """
 
 import functools
@@ -21,7 +21,7 @@ from ..common import export, measurement
 from ..common.distributed import IS_MAIN, NUM_PROCESSES, wait_for_all
 from ..common.report import Panel, Point, console, plot, print_table, write_results
 from ..common.training import train
-from . import compression
+from . import codebooks, compression
 from .data import VOCABULARY, Sources, load
 from .decoder import Decoder, Span
 from .variants import (
@@ -56,8 +56,7 @@ def held_out_losses(model: nn.Module, passages: tuple[Tensor, Tensor]) -> Tensor
 
 def share_of_pairs(model: Decoder) -> float:
     """How many pairs of bytes the layers compare, to those of full attention."""
-    spans = [layer.attend for layer in model.layers]
-    pairs = [torchops.nn.visible_pairs(CONTEXT, s.block_size, s.left, s.right, s.is_causal) for s in spans]
+    pairs = [layer.attend.visible_pairs(CONTEXT) for layer in model.layers]
     return sum(pairs) / len(pairs) / torchops.nn.visible_pairs(CONTEXT, is_causal=True)
 
 
@@ -111,6 +110,7 @@ def tabulate(variants: list[Variant], num_passages: int) -> None:
                 compare(result.training, full.training, longest_trained),
                 compare(result.forward, full.forward, longest),
                 f"{result.peak_memory / 2**20:.0f} ({result.peak_memory / full.peak_memory:.2f}x)",
+                "" if result.recall is None else f"{100 * result.recall:.0f} %",
             ]
         )
     print_table(
@@ -121,7 +121,8 @@ def tabulate(variants: list[Variant], num_passages: int) -> None:
         f"{num_passages} held-out passages of {CONTEXT} bytes, as converted and after fine-tuning, and its difference "
         f"to full attention with the standard error over passages. A step trains on {BATCH_SIZE} passages. Throughput: "
         f"median over interleaved rounds, {torch.get_num_threads()} thread(s); more than {CONTEXT} bytes are one "
-        "passage. Memory: peak of torch's CPU allocations during a step, beyond weights and the optimizer's state.",
+        "passage. Memory: peak of torch's CPU allocations during a step, beyond weights and the optimizer's state. Keys "
+        "found: of those with the largest scores, as many as a query attends to, the share that its codes choose.",
         [
             "variant",
             "pairs",
@@ -134,6 +135,7 @@ def tabulate(variants: list[Variant], num_passages: int) -> None:
             f"training, kB/s\nat {longest_trained}",
             f"forward, kB/s\nat {longest}",
             "memory\nMiB",
+            "keys\nfound",
         ],
         rows,
     )
@@ -165,7 +167,7 @@ def draw(variants: list[Variant], path: Path) -> None:
             ],
         ),
         Panel(
-            f"fine-tuned, spans of {SPAN}, by position",
+            f"fine-tuned, spans of {SPAN} or lists, by position",
             "position of the byte",
             "loss more than full attention's, nats per byte",
             [
@@ -176,7 +178,7 @@ def draw(variants: list[Variant], path: Path) -> None:
             ],
         ),
         Panel(
-            f"spans of {SPAN}, longer contexts",
+            f"spans of {SPAN} or lists, longer contexts",
             "context in bytes",
             "training, kB/s",
             [
@@ -254,6 +256,7 @@ def run(short: bool, output: Path) -> str:
             variant.model.load_state_dict(variant.same_as.model.state_dict())
         losses = held_out_losses(variant.model, passages)
         result.loss_after = losses.mean().item()
+        result.recall = codebooks.recall(variant.model, passages[0][:2])
         result.loss_by_part = [part.mean().item() for part in losses.chunk(PARTS, 1)]
         if variant is variants[0]:
             full_losses = losses

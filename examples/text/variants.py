@@ -1,4 +1,4 @@
-"""What the text track compares: spans of attention, and what becomes of the linear layers."""
+"""What the text track compares: spans of attention, chosen keys, and what becomes of the linear layers."""
 
 import copy
 import functools
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import torchops
 
-from . import compression
-from .decoder import Decoder, Span, SpanByTorch
+from . import codebooks, compression
+from .decoder import Decoder, Similar, Span, SpanByTorch
 
 CONTEXT = 2048
 DIM = 128
@@ -41,6 +41,7 @@ class Result:
     training: dict[int, float] = field(default_factory=dict)
     forward: dict[int, float] = field(default_factory=dict)
     peak_memory: int = 0
+    recall: float | None = None  # share of the keys with the largest scores that sparse attention finds
 
 
 @dataclass
@@ -75,6 +76,18 @@ def attending(
     return lambda dense: dense.with_attention([attention(**span) for span in spans])
 
 
+def attending_to_similar_keys(
+    full_layers: Sequence[int], keep: float, passages: Tensor
+) -> Callable[[Decoder], Decoder]:
+    """Each layer attends to a share of the keys, chosen by codes, but for some that attend to all."""
+
+    def convert(dense: Decoder) -> Decoder:
+        attention = [Span() if layer in full_layers else Similar(DIM // NUM_HEADS, keep) for layer in range(DEPTH)]
+        return codebooks.fit(dense.with_attention(attention), passages)
+
+    return convert
+
+
 def compressed(
     compress: Callable[[nn.Module, float, Callable[[], Any]], nn.Module], ratio: float, passages: Tensor
 ) -> Callable[[Decoder], Decoder]:
@@ -95,8 +108,8 @@ def then(first: Callable[[Decoder], Decoder], second: Callable[[Decoder], Decode
 
 
 def build_variants(short: bool, passages: Tensor) -> list[Variant]:
-    """Full attention first; a short run has fewer of them. To some passages, [count, context], compressed layers are
-    fitted."""
+    """Full attention first; a short run has fewer of them. To some passages, [count, context], codebooks and compressed
+    layers are fitted."""
     mixed_span = functools.partial(torchops.nn.mixed_span, DEPTH, is_causal=True)
     by_torch = functools.partial(SpanByTorch, CONTEXT)
     full = mixed_span(range(DEPTH))
@@ -114,6 +127,9 @@ def build_variants(short: bool, passages: Tensor) -> list[Variant]:
         for size in sizes:  # or to those of its block up to itself
             block = mixed_span(full_layers, block_size=size)
             variants.append(Variant(f"{prefix} blocks", str(size), attending(block), size == SPAN))
+        for share in (8,) if short or not full_layers else (8, 16):  # of the keys, the most similar ones
+            similar = attending_to_similar_keys(full_layers, 1 / share, passages)
+            variants.append(Variant(f"{prefix} similar keys", f"1/{share}", similar, share == 8))
     window = attending(mixed_span(FULL_LAYERS, left=SPAN - 1))
     for ratio in (2.0,) if short else (2.0, 3.0):
         setting = f"{ratio:.0f}x"

@@ -124,7 +124,7 @@ class PQAttention(nn.Module):
             value,
             pq_encode(query, self.codebooks),
             pq_encode(key, self.codebooks),
-            num_listed(key.shape[2], self.keep_share, self.keep_count),
+            self.num_kept(key.shape[2]),
             is_causal,
             scale,
             self.sink_keys,
@@ -134,6 +134,10 @@ class PQAttention(nn.Module):
             query_start,
             key_start,
         )
+
+    def num_kept(self, num_keys: int) -> int:
+        """How many of so many keys a query attends to, if it sees as many."""
+        return num_listed(num_keys, self.keep_share, self.keep_count)
 
     def __getstate__(self) -> Dict[str, Any]:
         """A copy starts without the loss, whose graph belongs to a pass of this one."""
