@@ -47,11 +47,18 @@ struct TopkBackward : AttentionGradients {
 using TopkGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // As kernels go by it: blocks as long as the sequence are as good as longer ones, and no products of them overflow.
-inline kernels::sparse_attention::ListRule rule_of(const TopkOptions& options, int64_t num_queries) {
-  return {std::min(options.block_size.expect_int(), kernels::attention::unbounded),
-          std::min(options.query_block.expect_int(), std::max<int64_t>(num_queries, 1)), options.is_causal};
+inline kernels::sparse_attention::ListRule rule_of(const c10::SymInt& block_size, const c10::SymInt& query_block,
+                                                   bool is_causal, int64_t num_queries) {
+  return {std::min(block_size.expect_int(), kernels::attention::unbounded),
+          std::min(query_block.expect_int(), std::max<int64_t>(num_queries, 1)), is_causal};
 }
 
+inline kernels::sparse_attention::ListRule rule_of(const TopkOptions& options, int64_t num_queries) {
+  return rule_of(options.block_size, options.query_block, options.is_causal, num_queries);
+}
+
+// What blocks of keys and of queries may be.
+void check_blocks(const Checks& check, const c10::SymInt& block_size, const c10::SymInt& query_block);
 // value may be undefined: the backward does not always need it.
 void check_topk_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                           const at::Tensor& indices, const TopkOptions& options);

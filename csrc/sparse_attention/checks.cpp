@@ -16,8 +16,7 @@ void check_lists(const char* op, const at::Tensor& query, const at::Tensor& key,
                  const TopkOptions& options) {
   const Checks check(op);
   const auto batch = query.sym_size(0), num_heads = query.sym_size(1), num_kv_heads = key.sym_size(1);
-  check.at_least("block_size", options.block_size, 1);
-  check.between("query_block", options.query_block, 1, int64_t{1} << 62);
+  check_blocks(check, options.block_size, options.query_block);
   check.rank("indices", indices, "[B, Hi, Nq, k]");
   check.integer_dtype("indices", indices);
   check.same_device("indices", indices, "query", query);
@@ -41,6 +40,11 @@ void check_lists(const char* op, const at::Tensor& query, const at::Tensor& key,
 }
 
 }  // namespace
+
+void check_blocks(const Checks& check, const c10::SymInt& block_size, const c10::SymInt& query_block) {
+  check.at_least("block_size", block_size, 1);
+  check.between("query_block", query_block, 1, int64_t{1} << 62);
+}
 
 void check_topk_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                           const at::Tensor& indices, const TopkOptions& options) {

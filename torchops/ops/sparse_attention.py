@@ -16,6 +16,7 @@ __all__ = [
     "pq_encode",
     "pq_loss",
     "pq_topk",
+    "score_topk",
     "topk_attention",
     "topk_attention_lse",
 ]
@@ -228,6 +229,71 @@ def pq_topk(
         is_causal=is_causal,
         sink_keys=sink_keys,
         local_keys=local_keys,
+    )
+
+
+def score_topk(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    weights: Optional[Tensor] = None,
+    relu: bool = False,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    key_bias: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    """The k keys, or blocks of keys, of the largest scores for each query: a list for topk_attention.
+
+    The score of a query and a key is their product, with ``relu`` no less than 0. With ``weights`` there is one list for
+    all heads, by the sum over heads h of weights_h * score_h, as DSA's indexer has it. A block of keys has the largest
+    score of those of its keys that are seen, and a block of queries that of its queries that see the key. Of equal
+    scores the earlier key or block is chosen. The choice is exact; scores are sums in float32 (float64 for float64),
+    and no tensor of queries times keys is stored.
+
+    Args:
+        query: [B, Hq, Lq, D], float64, float32, bfloat16 or float16; D at most 256.
+        key: [B, Hkv, Lk, D], where Hkv divides Hq.
+        k: How many keys or blocks a list names, where as many are seen.
+        weights: [B, Hq, Lq], any floating dtype. None: a list for each head.
+        relu: Whether negative products count as 0.
+        block_size: keys in a block, as in :func:`topk_attention`; 1 chooses single keys.
+        query_block: consecutive queries, counted from the first one of the call, that share a list.
+        is_causal: Whether a query sees only keys at its own position and before.
+        key_bias: [B, Lk], any floating dtype; -inf hides a key, any other number does nothing.
+        query_start: int64 or int32 [B], the position of query 0; Lk - Lq by default.
+        key_start: int64 or int32 [B], the position of key 0; 0 by default.
+
+    Returns:
+        int32 [B, Hq, Nq, k], or [B, 1, Nq, k] with weights; Nq is Lq / query_block, rounded up. Ascending, -1 behind
+        where fewer than k are seen. A score that is NaN is not chosen. There is no gradient.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, D outside of 1..256, block_size or query_block < 1.
+
+    Source: DSA (DeepSeek-V3.2), MoBA (Lu et al., 2025), Quest (Tang et al., 2024).
+
+    >>> query, key = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[3.0, 0.0], [5.0, 1.0], [2.0, 9.0], [5.0, 0.0]]]])
+    >>> torchops.score_topk(query, key, 2)  # scores 3, 5, 2, 5
+    tensor([[[[1, 3]]]], dtype=torch.int32)
+    >>> query, key = torch.randn(1, 4, 100, 16), torch.randn(1, 1, 100, 16)  # an indexer of 4 heads
+    >>> torchops.score_topk(query, key, 12, torch.rand(1, 4, 100), relu=True, is_causal=True).shape
+    torch.Size([1, 1, 100, 12])
+    """
+    return operators.score_topk(
+        query,
+        key,
+        k,
+        weights,
+        key_bias,
+        query_start,
+        key_start,
+        relu=relu,
+        block_size=block_size,
+        query_block=query_block,
+        is_causal=is_causal,
     )
 
 

@@ -186,6 +186,57 @@ def pq_topk(
     return chosen.masked_fill(chosen == num_keys, -1).int()
 
 
+def score_topk(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    weights: Optional[Tensor] = None,
+    relu: bool = False,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    key_bias: Optional[Tensor] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
+    position, start = positions(batch, num_queries, num_keys, query_start, key_start, query.device)
+    key_position = start[:, None] + torch.arange(num_keys, device=query.device)
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2)
+    if relu:
+        scores = scores.relu()
+    if weights is not None:
+        scores = (weights.to(scores.dtype)[..., None] * scores).sum(1, keepdim=True)
+    hidden = scores.isnan()
+    if is_causal:
+        hidden = hidden | (key_position[:, None] > position[..., None])[:, None]
+    if key_bias is not None:
+        hidden = hidden | (key_bias == -torch.inf)[:, None, None]
+    # Integers in the order of the scores, -0 like 0, and the lowest for what no list may name.
+    bits = (scores.double() + 0.0).view(torch.int64)
+    lowest = torch.iinfo(torch.int64).min
+    order = torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits).masked_fill(hidden, lowest)
+
+    lists = -(-num_queries // query_block)
+    of_list = torch.arange(num_queries, device=query.device) // query_block
+    largest = order.new_full((batch, order.shape[1], lists, num_keys), lowest)
+    order = largest.scatter_reduce(2, of_list[:, None].expand_as(order), order, "amax")
+    names = torch.arange(num_keys, device=query.device).expand(batch, -1)
+    if block_size > 1:
+        # Blocks that a key lies in come one after the other: counted from the first one of their row.
+        block = key_position.div(block_size, rounding_mode="floor")
+        first = block[:, :1] if num_keys else block.new_zeros(batch, 1)
+        largest = torch.full_like(order, lowest)
+        order = largest.scatter_reduce(3, (block - first)[:, None, None].expand_as(order), order, "amax")
+        names = first + names
+        order = order.masked_fill(((names < 0) | (names >= 2**31))[:, None, None], lowest)
+    best = order.sort(dim=-1, descending=True, stable=True)
+    chosen = names[:, None, None].expand_as(order).gather(-1, best.indices)
+    chosen = chosen.masked_fill(best.values == lowest, 2**31)[..., :k]
+    chosen = torch.nn.functional.pad(chosen, (0, k - chosen.shape[-1]), value=2**31).sort(-1).values
+    return chosen.masked_fill(chosen == 2**31, -1).int()
+
+
 def pq_loss(input: Tensor, codebooks: Tensor) -> Tensor:
     num_subspaces, _, subspace = codebooks.shape
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32

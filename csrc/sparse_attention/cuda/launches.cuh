@@ -5,6 +5,7 @@
 #include "core/attention/cuda/row_delta.cuh"
 #include "core/cuda/launch.h"
 #include "core/cuda/tiles.h"
+#include "sparse_attention/cuda/choose_by_scores.cuh"
 #include "sparse_attention/cuda/forward.cuh"
 #include "sparse_attention/cuda/key_gradient.cuh"
 #include "sparse_attention/cuda/launches.h"
@@ -60,6 +61,13 @@ void launch_nearest_codeword(const NearestCodeword<T>& args) {
   device::launch({args.parts.num_subspaces * device::tiles_of(args.parts.num_rows, nearest_codeword_threads),
                   nearest_codeword_threads},
                  nearest_codeword<T>, args);
+}
+
+template <typename T>
+void launch_choose_by_scores(const ScoreChoice<T>& args, const ScoreScratch<accumulate_t<T>>& scratch,
+                             int32_t* indices) {
+  device::launch({scratch.num_blocks, score_threads, ScoreMemory<accumulate_t<T>>::bytes(args.sizes.head_dim)},
+                 choose_by_scores<T>, args, scratch, indices);
 }
 
 // A lane has one codeword, or up to the most that there can be.

@@ -1,12 +1,14 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "sparse_attention/attention.h"
 #include "sparse_attention/code_choice.h"
 #include "sparse_attention/cuda/query_tile.h"
 #include "sparse_attention/nearest_codeword.h"
 #include "sparse_attention/quantization_loss.h"
+#include "sparse_attention/score_choice.h"
 
 // What the host layer has to know of the kernels, and how it starts them.
 
@@ -52,6 +54,42 @@ struct CarriedSums {
   A* values;  // [B, Hkv, Lk, Dv]
 };
 
+// Rows of queries that a block multiplies with a key at a time.
+inline constexpr int score_rows = 8;
+
+// Lists of a block: as many as have these rows.
+template <typename T>
+constexpr int64_t score_lists(const ScoreChoice<T>& args) {
+  const int64_t lists = score_rows / (args.rule.query_block * args.heads_of_list());
+  return lists > 1 ? lists : 1;
+}
+template <typename T>
+constexpr int64_t score_units_of_head(const ScoreChoice<T>& args) {
+  return (args.num_lists() + score_lists(args) - 1) / score_lists(args);
+}
+template <typename T>
+constexpr int64_t score_units(const ScoreChoice<T>& args) {
+  return args.sizes.batch * args.list_heads() * score_units_of_head(args);
+}
+
+// Scores as integers of their order.
+template <typename A>
+using ordered_score_t = std::conditional_t<sizeof(A) == sizeof(uint64_t), uint64_t, uint32_t>;
+
+// What blocks keep scores in: there are no more blocks than it has room for.
+template <typename A>
+struct ScoreScratch {
+  ordered_score_t<A>* scores;  // [num_blocks, score_lists, stride]
+  int64_t stride;              // of the keys of a list, and blocks of them
+  int64_t num_blocks;
+};
+
+template <typename T>
+constexpr int64_t score_scratch_stride(const ScoreChoice<T>& args) {
+  const int64_t num_keys = args.sizes.num_keys;
+  return args.rule.block_size == 1 ? num_keys : num_keys + num_keys / args.rule.block_size + 2;
+}
+
 template <typename T>
 void launch_sort_lists(const Attention<T>& inputs, const SortedLists& sorted);
 
@@ -76,6 +114,11 @@ void launch_nearest_codeword(const NearestCodeword<T>& args);
 // lists are [B, heads of the tile, its queries, num_chosen]; `behind` follows where a query sees fewer keys.
 void launch_choose_by_codes(const CodeChoice& args, int64_t batch, const QueryTile& tile, int32_t* lists,
                             int32_t behind);
+
+// indices are [B, heads of lists, Nq, num_chosen].
+template <typename T>
+void launch_choose_by_scores(const ScoreChoice<T>& args, const ScoreScratch<accumulate_t<T>>& scratch,
+                             int32_t* indices);
 
 template <typename T>
 void launch_quantization_loss(const QuantizationLoss<T>& args);
