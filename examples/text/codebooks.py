@@ -30,7 +30,7 @@ def recall(model: Decoder, passages: Tensor) -> float | None:
         codes = [torchops.pq_encode(rows, attend.codebooks) for rows in (query, key)]
         chosen = torchops.pq_topk(*codes, k, is_causal=True)[:, :, k:].long()  # queries that see more than k keys
         exact = torchops.score_topk(query, key, k, is_causal=True)[:, :, k:].long()
-        is_chosen = torch.zeros(*chosen.shape[:3], length, dtype=torch.bool).scatter_(3, chosen, torch.tensor(True))
+        is_chosen = torch.zeros(*chosen.shape[:3], length, dtype=torch.bool).scatter_(3, chosen, value=True)
         shares.append(is_chosen.gather(3, exact).float().mean())
 
     hooks = [

@@ -1,9 +1,9 @@
 """The text track: a byte-level decoder, with full attention, with a mix of spans (MASFormer), with attention to similar
 keys (SPT), with dense and with factored linear layers (DSFormer).
 
-It is trained dense and with full attention. Then its weights go into variants that attend to windows, to blocks or to the
-most similar keys in some layers or in all of them, or whose linear layers are factored; each is fine-tuned for a short
-while, and loss, bytes, time and memory are compared.
+It is trained dense and with full attention. Then its weights go into variants that attend to windows, to blocks or to
+the most similar keys in some layers or in all of them, or whose linear layers are factored; each is fine-tuned for a
+short while, and loss, bytes, time and memory are compared.
 """
 
 import functools
@@ -121,8 +121,8 @@ def tabulate(variants: list[Variant], num_passages: int) -> None:
         f"{num_passages} held-out passages of {CONTEXT} bytes, as converted and after fine-tuning, and its difference "
         f"to full attention with the standard error over passages. A step trains on {BATCH_SIZE} passages. Throughput: "
         f"median over interleaved rounds, {torch.get_num_threads()} thread(s); more than {CONTEXT} bytes are one "
-        "passage. Memory: peak of torch's CPU allocations during a step, beyond weights and the optimizer's state. Keys "
-        "found: of those with the largest scores, as many as a query attends to, the share that its codes choose.",
+        "passage. Memory: peak of torch's CPU allocations during a step, beyond weights and the optimizer's state. "
+        "Keys found: of those with the largest scores, as many as a query attends to, the share that its codes choose.",
         [
             "variant",
             "pairs",
