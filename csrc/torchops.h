@@ -5,6 +5,7 @@
 // tracing work as they do from Python.
 
 #include "span_attention/span_attention.h"
+#include "routed_ffn/routed_ffn.h"
 #include "sparse_attention/sparse_attention.h"
 #include "stf/stf.h"
 #include "tokens/tokens.h"

@@ -275,6 +275,7 @@ def class_of(name: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures, as transformers names them (model_type)")
+    parser.add_argument("--only", choices=CONVERSIONS, nargs="+", default=list(CONVERSIONS), help="conversions to try")
     parser.add_argument("--json", action="store_true", help="one JSON object a line and nothing else")
     parser.add_argument("--output", type=Path, help="also write the lines to this file")
     options = parser.parse_args()
@@ -282,7 +283,7 @@ def main() -> None:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
         for name in options.names:
-            for conversion in CONVERSIONS:
+            for conversion in options.only:
                 about = {"name": name, "class_name": class_of(name), "conversion": conversion}
                 if options.json:
                     print(json.dumps({**about, "outcome": "begun"}), flush=True)
@@ -297,7 +298,7 @@ def main() -> None:
     left = [name for name in CONFIG_MAPPING_NAMES if class_of(name)]
     while left:
         batch, left = left[:BATCH], left[BATCH:]
-        command = [sys.executable, __file__, "--json", *batch]
+        command = [sys.executable, __file__, "--json", *batch, "--only", *options.only]
         run = subprocess.run(command, capture_output=True, text=True)
         begun = ""
         for line in run.stdout.splitlines():

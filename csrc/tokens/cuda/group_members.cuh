@@ -1,6 +1,6 @@
 #pragma once
 
-#include "core/cuda/block.cuh"
+#include "core/cuda/stable_places.cuh"
 #include "tokens/cuda/assigned_group.cuh"
 #include "tokens/cuda/launches.h"
 
@@ -66,24 +66,10 @@ static __global__ void group_members(GroupMembers args) {
   for (int64_t first = begin; first < end; first += device::warp_size) {
     const int64_t token = first + lane;
     const int64_t group = token < end ? assigned_group(assign[token], groups) : -1;
-    const bool kept = group >= 0;
-    // Lanes of the same group find each other, the group of the lowest remaining lane first.
-    uint32_t same = 0;
-    for (uint32_t remaining = device::ballot(kept); remaining != 0;) {
-      const int64_t leading = device::shuffle(group, device::ffs(remaining) - 1);
-      const uint32_t with_leader = device::ballot(kept && group == leading);
-      same = group == leading ? with_leader : same;
-      remaining &= ~with_leader;
+    const int32_t place = device::take_place(own_counts, group);
+    if (place >= 0) {
+      members[place] = token;
     }
-    const int rank = device::popc(same & ((uint32_t{1} << lane) - 1));
-    if (kept) {
-      members[own_counts[group] + rank] = token;
-    }
-    device::syncwarp();
-    if (kept && rank == 0) {
-      own_counts[group] += device::popc(same);
-    }
-    device::syncwarp();
   }
 }
 
