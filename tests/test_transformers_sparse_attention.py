@@ -30,7 +30,8 @@ from transformers_models import (  # isort: skip  # it says why where transforme
 
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
-from torchops.integrations import transformers_sparse_attention  # noqa: E402
+from torchops.integrations import _attention_files, transformers_sparse_attention  # noqa: E402
+from torchops.integrations.transformers import apply_span_attention  # noqa: E402
 from torchops.integrations.transformers_sparse_attention import apply_sparse_attention  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,6 +210,29 @@ def test_codebooks_that_are_missing_are_not_taken_for_full_attention(tmp_path: P
     apply_sparse_attention(loaded)
     assert attentions(loaded)[0].keep == 4
     loaded(tokens())
+
+
+def test_spans_take_the_place_of_codebooks_in_the_config() -> None:
+    model = apply_span_attention(sparse(dense("Llama")), [None, {"left": 3}, None])
+    assert model.config.span_attention[1] == {"left": 3} and not hasattr(model.config, "pq_attention")
+    assert model.config.attn_implementation == model.config._attn_implementation == "span_attention"
+
+
+def test_a_model_that_is_loaded_with_its_own_attention(tmp_path: Path) -> None:
+    model = dense("Llama").float()
+    sparse(model).save_pretrained(tmp_path)
+    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    torch.testing.assert_close(own(tokens()).logits, model(tokens()).logits, **TOLERANCE)
+    own.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.config._attn_implementation == "sparse_attention" and len(attentions(again)) == 3
+
+
+def test_what_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse(dense("Llama")).save_pretrained(tmp_path)
+    monkeypatch.delitem(_attention_files.prepare, "pq_attention")
+    with pytest.raises(ImportError, match="import torchops.integrations.transformers_sparse_attention to load this"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_lora_with_codebooks(tmp_path: Path) -> None:

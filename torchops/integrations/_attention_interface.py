@@ -26,6 +26,7 @@ except ImportError as error:
         "torchops.integrations.transformers needs transformers 5.23 or newer: pip install transformers"
     ) from error
 
+from ._attention_files import remember
 from ._attention_layers import own_mask, takes_implementations
 from ._mask_carrier import Visible, pack, unpack
 from ._mask_functions import Span, read
@@ -90,22 +91,6 @@ def not_offered(part: nn.Module) -> Optional[str]:
     return None
 
 
-# Arguments that converted models keep in their config, and the implementation that reads them there.
-ARGUMENTS = {"span_attention": "span_attention", "pq_attention": "sparse_attention"}
-
-
-def remember(config: Any) -> None:
-    """In the file of a config with arguments this names what loads it, and it is taken out then."""
-    for arguments, implementation in ARGUMENTS.items():
-        if getattr(config, arguments, None) is not None:
-            config.attn_implementation = implementation
-
-
-def forget(config: Any) -> None:
-    for key in (*ARGUMENTS, "attn_implementation"):
-        vars(config).pop(key, None)
-
-
 # ---- a mask ---------------------------------------------------------------------------------------
 
 NOT_READ = (
@@ -136,7 +121,7 @@ def span_mask(
     found = read(mask_function, batch_size, kv_offset + kv_length)
     if found is None:
         return pack(NOT_READ, hidden, zeros, zeros)
-    if not torch.compiler.is_compiling():
+    if config is not None and not torch.compiler.is_compiling():
         remember(config)
     if attention_mask is not None:
         start = (attention_mask.cumsum(-1) == 0).sum(-1)

@@ -5,13 +5,12 @@ from typing import Any, Dict, Iterable, List, Literal, Optional, Tuple, TypeVar,
 from torch import Tensor, nn
 
 from ..ops.span_attention import span_attention
+from ._attention_files import keep, prepare
 from ._attention_interface import (
     PreTrainedModel,
     check_model,
-    forget,
     refuse,
     register,
-    remember,
     span_mask,
     visible_keys,
 )
@@ -23,6 +22,7 @@ __all__ = ["apply_span_attention", "register_span_attention"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 IMPLEMENTATION = "span_attention"
+prepare["span_attention"] = lambda model: None  # spans have no tensors
 
 
 def register_span_attention() -> str:
@@ -105,12 +105,8 @@ def apply_span_attention(
     new = checked_spans(model, config, list(spans)) if spans else None
     register_span_attention()
     model.set_attn_implementation(IMPLEMENTATION)
-    for part in (model.config, config):
-        forget(part)
+    keep(model, **({} if new is None else {"span_attention": new}))
     if new is not None:
-        config.span_attention = new
-        remember(config)
-        model.config.attn_implementation = IMPLEMENTATION
         print(f"span_attention: a saved copy loads with {RESTORE}")
     return model
 

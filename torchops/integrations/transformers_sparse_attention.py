@@ -3,16 +3,17 @@
 Importing this module is what ``from_pretrained`` needs to load a converted model.
 """
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, TypeVar, Union
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, TypeVar, Union
 
 from torch import Tensor, nn
 
 from ..nn.sparse_attention import PQAttention
 from ..nn.sparse_attention_calibration import calibrate_codebooks
+from ._attention_files import keep as keep_arguments
+from ._attention_files import prepare
 from ._attention_interface import (
     PreTrainedModel,
     check_model,
-    forget,
     refuse,
     register,
     span_mask,
@@ -22,15 +23,11 @@ from ._attention_layers import takes_implementations
 from ._mask_functions import Span
 from .transformers import span_attention_forward
 
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer  # isort: skip
-from transformers.utils.quantization_config import QuantizationConfigMixin  # isort: skip
-
 __all__ = ["apply_sparse_attention"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 IMPLEMENTATION = "sparse_attention"
-METHOD = "torchops_sparse_attention"
 
 
 def apply_sparse_attention(
@@ -105,10 +102,9 @@ def apply_sparse_attention(
             "local_keys": local_keys,
         }
     made = made_for(model, config, **arguments)
-    switch_(model, made, arguments)
-    if getattr(model.config, "quantization_config", None) is None:
-        model.config.quantization_config = SparseAttentionConfig()
-        setattr(model, "hf_quantizer", SparseAttentionQuantizer(model.config.quantization_config))  # noqa: B010
+    attach(made)
+    model.set_attn_implementation(IMPLEMENTATION)
+    keep_arguments(model, pq_attention=arguments)
     if calibration is not None:
         calibrate_codebooks(model, calibration)
     return model
@@ -139,15 +135,15 @@ def made_for(
     return made
 
 
-def switch_(model: Any, made: List[Tuple[nn.Module, Optional[PQAttention]]], arguments: Dict[str, Any]) -> None:
+def attach(made: List[Tuple[nn.Module, Optional[PQAttention]]]) -> None:
     for layer, attend in made:
         setattr(layer, "pq_attention", attend)  # noqa: B010
-    model.set_attn_implementation(IMPLEMENTATION)
-    config = model.config.get_text_config()
-    for part in (model.config, config):
-        forget(part)
-        part.attn_implementation = IMPLEMENTATION
-    config.pq_attention = arguments
+
+
+def make_room(model: PreTrainedModel) -> None:
+    """For codebooks that are about to be loaded."""
+    config: Any = model.config.get_text_config()
+    attach(made_for(model, config, **config.pq_attention))
 
 
 def full_attention_layers(model: nn.Module, config: Any) -> Iterator[nn.Module]:
@@ -212,41 +208,5 @@ def sparse_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-# ---- files ------------------------------------------------------------------------------------------
-
-
-@register_quantization_config(METHOD)
-class SparseAttentionConfig(QuantizationConfigMixin):
-    """That codebooks are among a model's tensors. What they are for is in ``pq_attention`` of its config."""
-
-    def __init__(self, quant_method: str = METHOD) -> None:
-        self.quant_method: Any = quant_method
-
-
-@register_quantizer(METHOD)
-class SparseAttentionQuantizer(HfQuantizer):
-    """Makes room for codebooks before ``from_pretrained`` loads them."""
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        config: Any = model.config.get_text_config()
-        switch_(model, made_for(model, config, **config.pq_attention), config.pq_attention)
-        return model
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # Unlike quantized models, it can be cast and trained.
-        setattr(model, "is_quantized", False)  # noqa: B010
-        return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-
 register(IMPLEMENTATION, sparse_attention_forward, span_mask)
+prepare["pq_attention"] = make_room
