@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(score_threads)
   for (int64_t index = blockIdx.x; index < units; index += scratch.num_blocks) {
     const ScoreUnit<T> unit(args, index);
     score_keys(unit, memory, of_block, scratch.stride);
-    device::syncthreads();
+    device::syncthreads();  // for blocks of keys
     for (int64_t i = 0; i < unit.num_lists; ++i) {
       const int64_t list = unit.first_list + i;
       const int32_t end = unit.end(args.queries_of_lists(list, 1).end - 1);
@@ -247,16 +247,14 @@ __global__ void __launch_bounds__(score_threads)
           for (int64_t key = keys.begin; key < keys.end && key < end; ++key) {
             largest = device::max(largest, scores[key]);
           }
-          of_names[name] = largest;
+          of_names[name] = largest;  // which the same thread reads again
         }
-        device::syncthreads();
         scores = of_names;
       }
       choose_largest(scores, static_cast<int32_t>(names.count), static_cast<int32_t>(names.first),
                      static_cast<int32_t>(args.num_chosen),
                      indices + args.offset_of_list(unit.batch, unit.list_head, list), memory);
     }
-    device::syncthreads();  // scores have been read
   }
 }
 
