@@ -6,8 +6,10 @@
 namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
 namespace {
 
-// Rows of queries that are multiplied at a time.
-constexpr int64_t most_rows = 64;
+// Rows of queries that are multiplied at a time: fewer where the scores of so many would not stay in the second cache.
+constexpr int64_t rows_at_once(int64_t num_keys) {
+  return num_keys > 4096 ? 32 : 64;
+}
 
 constexpr int64_t larger(int64_t one, int64_t other) {
   return one > other ? one : other;
@@ -30,6 +32,7 @@ struct Cut {
   explicit Cut(const ScoreChoice<T>& args) {
     const Sizes& sizes = args.sizes;
     const bool adds_heads = args.weights != nullptr;
+    const int64_t most_rows = rows_at_once(sizes.num_keys);
     kv_heads = adds_heads ? sizes.num_kv_heads : 1;
     // Few queries are multiplied together with those of the other heads of their group.
     heads = adds_heads ? sizes.group_size() : clamp(most_rows / larger(sizes.num_queries, 1), 1, sizes.group_size());
