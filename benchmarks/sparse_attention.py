@@ -31,8 +31,8 @@ SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_cau
 so that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing, but for the \
 16-bit gradients among 8192 tokens, where SDPA's differ from those in float64 by up to 0.044, torchops's by 0.007.
 Codes are those of M = D / 8 codebooks of E = 16 codewords, random as queries and keys are. Of rivals that choose by \
-codes only the work is the same: they take any of the keys with as many codes, and round distances otherwise. So it is of those \
-that choose by scores, which take any of equal ones, too.
+codes only the work is the same: they take any of the keys with as many codes, and round distances otherwise. Those \
+that choose by scores take any of equal ones.
 Memory is the peak of what torch allocates during a call, results included."""
 
 OWN_FULL = "span_attention full causal"

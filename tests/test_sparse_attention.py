@@ -266,9 +266,8 @@ def test_chosen_scores_are_no_smaller_than_others(data: st.DataObject) -> None:
     block_size, query_block = draw(1, 5), draw(1, 9)
     is_causal, relu, adds_heads = (data.draw(st.booleans()) for _ in range(3))
     generator = torch.Generator().manual_seed(draw(0, 2**31))
-    query, key, weights = (
-        torch.randn(shape, generator=generator) for shape in ((1, heads, queries, 9), (1, 1, keys, 9), (1, heads, queries))
-    )
+    shapes = ((1, heads, queries, 9), (1, 1, keys, 9), (1, heads, queries))
+    query, key, weights = (torch.randn(shape, generator=generator) for shape in shapes)
     options = {"relu": relu, "block_size": block_size, "query_block": query_block, "is_causal": is_causal}
     lists = torchops.score_topk(query, key, k, weights if adds_heads else None, **options)[0].long()
 

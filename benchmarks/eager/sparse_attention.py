@@ -58,8 +58,8 @@ def choose_by_codes(query_codes: Tensor, key_codes: Tensor, k: int, codewords: i
 
 
 def choose_by_scores(query: Tensor, key: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
-    """int32 [B, H, L, k], ascending, causal: topk of all scores, of equal ones any; with weights DSA's indexer, [B, 1, L, k].
-    Heads are added up one by one, for the products of all of them may not fit in memory."""
+    """int32 [B, H, L, k], ascending, causal: topk of all scores, of equal ones any. With weights DSA's indexer,
+    [B, 1, L, k]: heads are added up one by one, for the products of all of them may not fit in memory."""
     behind = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
     if weights is None:
         scores = query @ key.mT

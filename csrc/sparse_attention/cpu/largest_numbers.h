@@ -127,8 +127,8 @@ class LargestNumbers {
   static constexpr int64_t word_size = 64;
   static constexpr int64_t sample_size = 256;
 
-  // A range that the k-th largest integer lies in. Both ends are integers that are there, so that few different ones are
-  // soon told apart.
+  // A range that the k-th largest integer lies in. Both ends are integers that are there, so that few different ones
+  // are soon told apart.
   struct Candidates {
     I low, high;
     int64_t from_low;    // integers that are not below low
@@ -211,8 +211,8 @@ class LargestNumbers {
   int64_t copy_inside(const I* integers, int64_t count, const Candidates& range) const {
     int64_t number = 0;
     for (int64_t first = 0; first < count; first += word_size) {
-      for (uint64_t inside = word_of_integers(
-               integers + first, [&](vec<I> here) { return (here >= range.low) & (here <= range.high); });
+      for (uint64_t inside = word_of_integers(integers + first,
+                                              [&](vec<I> here) { return (here >= range.low) & (here <= range.high); });
            inside != 0; inside &= inside - 1) {
         inside_[number++] = integers[first + __builtin_ctzll(inside)];
       }

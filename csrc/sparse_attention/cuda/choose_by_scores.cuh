@@ -70,9 +70,7 @@ struct ScoreUnit {
   }
 
   // Behind the last key that a query may see, resp. one of the unit.
-  __device__ int32_t end(int64_t query) const {
-    return static_cast<int32_t>(end_of_keys(args.rule, sequence, query));
-  }
+  __device__ int32_t end(int64_t query) const { return static_cast<int32_t>(end_of_keys(args.rule, sequence, query)); }
   __device__ int32_t end() const { return end(queries.end - 1); }
 
   // Rows are the heads that go by a list, for each query.

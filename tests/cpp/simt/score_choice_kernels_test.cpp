@@ -30,7 +30,14 @@ struct ChoiceShape {
 };
 // Sizes: B, Hq, Hkv, Lq, Lk, D, Dv.
 const std::vector<ChoiceShape> shapes = {
-    {"more keys than threads, more lists than a block has", {1, 2, 1, 9, 150, 20, 0}, 40, 1, 1, false, false, false,
+    {"more keys than threads, more lists than a block has",
+     {1, 2, 1, 9, 150, 20, 0},
+     40,
+     1,
+     1,
+     false,
+     false,
+     false,
      false},
     {"causal, with hidden keys", {2, 2, 2, 20, 20, 5, 0}, 6, 1, 1, true, false, false, true},
     {"fewer keys than are wanted", {1, 1, 1, 4, 6, 4, 0}, 9, 1, 1, true, true, false, false},
