@@ -31,7 +31,8 @@ SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_cau
 so that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing, but for the \
 16-bit gradients among 8192 tokens, where SDPA's differ from those in float64 by up to 0.044, torchops's by 0.007.
 Codes are those of M = D / 8 codebooks of E = 16 codewords, random as queries and keys are. Of rivals that choose by \
-codes only the work is the same: they take any of the keys with as many codes, and round distances otherwise.
+codes only the work is the same: they take any of the keys with as many codes, and round distances otherwise. Those \
+that choose by scores take any of equal ones.
 Memory is the peak of what torch allocates during a call, results included."""
 
 OWN_FULL = "span_attention full causal"
@@ -75,6 +76,9 @@ def rows(options: Options) -> Iterator[Row]:
         for share in CHOSEN_TARGETS:
             yield chosen_row(longest, share, dtype, FORWARD, options)
         yield chosen_row(longest, 8, dtype, FORWARD_BACKWARD, options)
+        for tokens in (lengths[-1],) if options.quick else (2048, lengths[-1]):
+            yield scores_row(Shape(tokens), 8, dtype, options)
+        yield indexer_row(Shape(512 if options.quick else 2048, 64, 128, key_heads=1), 8, dtype, options)
     yield choice_row(Shape(512 if options.quick else 2048), 8, options)
 
 
@@ -202,6 +206,41 @@ def choice_row(shape: Shape, share: int, options: Options) -> Row:
 
     name = f"n={shape.tokens} k={shape.tokens // share} {shape}"
     return Row("choice by codes", name, torch.float32, FORWARD, contenders, {**shape.parameters, "share": share})
+
+
+def scores_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:
+    """A list for each head, by the products of attention."""
+    k = shape.tokens // share
+
+    def contenders() -> dict[str, Contender | Absent]:
+        query, key, _ = make_inputs(shape, dtype, options.device)
+        eager_choice = Contender(lambda: (eager.choose_by_scores(query, key, k),), align=None)
+        return {
+            "torchops": Contender(lambda: (torchops.score_topk(query, key, k, is_causal=True),)),
+            "product, topk": eager_choice,
+        }
+
+    name = f"n={shape.tokens} k={k} {shape}"
+    return Row("choice by scores", name, dtype, FORWARD, contenders, {**shape.parameters, "share": share})
+
+
+def indexer_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:
+    """DSA's: the heads of the queries have one head of keys, and one list."""
+    k = shape.tokens // share
+
+    def contenders() -> dict[str, Contender | Absent]:
+        query, key, _ = make_inputs(shape, dtype, options.device)
+        weights = randn((1, shape.heads, shape.tokens), 6, dtype, options.device)
+        choose = partial(torchops.score_topk, query, key, k, weights, relu=True, is_causal=True)
+        return {
+            "torchops": Contender(lambda: (choose(),)),
+            "products head by head, topk": Contender(
+                lambda: (eager.choose_by_scores(query, key, k, weights),), align=None
+            ),
+        }
+
+    name = f"n={shape.tokens} k={k} {shape}"
+    return Row("choice by an indexer", name, dtype, FORWARD, contenders, {**shape.parameters, "share": share})
 
 
 def chosen_row(shape: Shape, share: int, dtype: torch.dtype, direction: str, options: Options) -> Row:

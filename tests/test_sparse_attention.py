@@ -252,6 +252,76 @@ def test_windows_and_sinks_alone_are_span_attention() -> None:
     torch.testing.assert_close(torchops.topk_attention(**inputs, indices=indices), expected, rtol=1e-10, atol=1e-10)
 
 
+# ---- score_topk ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.numeric
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_chosen_scores_are_no_smaller_than_others(data: st.DataObject) -> None:
+    """But for rounding, which is all that may differ from a choice by scores in float64."""
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    heads, queries, keys, k = draw(1, 5), draw(1, 70), draw(1, 300), draw(1, 80)
+    keys *= data.draw(st.sampled_from([1, 1, 1, 20]))  # many keys are sampled first
+    block_size, query_block = draw(1, 5), draw(1, 9)
+    is_causal, relu, adds_heads = (data.draw(st.booleans()) for _ in range(3))
+    generator = torch.Generator().manual_seed(draw(0, 2**31))
+    shapes = ((1, heads, queries, 9), (1, 1, keys, 9), (1, heads, queries))
+    query, key, weights = (torch.randn(shape, generator=generator) for shape in shapes)
+    options = {"relu": relu, "block_size": block_size, "query_block": query_block, "is_causal": is_causal}
+    lists = torchops.score_topk(query, key, k, weights if adds_heads else None, **options)[0].long()
+
+    scores = query[0].double() @ key[0].double().mT
+    scores = scores.relu() if relu else scores
+    if adds_heads:
+        scores = (weights[0, ..., None].double() * scores).sum(0, keepdim=True)
+    if is_causal:
+        hidden = torch.arange(keys) > torch.arange(queries)[:, None] + keys - queries
+        scores = scores.masked_fill(hidden, -torch.inf)
+    missing = (-queries % query_block, -keys % block_size)
+    padded = torch.nn.functional.pad(scores, (0, missing[1], 0, missing[0]), value=-torch.inf)
+    scores = padded.unflatten(2, (-1, block_size)).unflatten(1, (-1, query_block)).amax((2, 4))
+    assert lists.shape == (*scores.shape[:2], k)
+    visible = scores > -torch.inf
+    named = lists >= 0
+    assert torch.equal(named.sum(-1), visible.sum(-1).clamp(max=k))
+    chosen = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool)
+    chosen.scatter_(-1, lists.masked_fill(~named, scores.shape[2]), True)
+    chosen = chosen[..., :-1]
+    assert torch.equal(chosen.sum(-1), named.sum(-1)) and not (chosen & ~visible).any()
+    ascending = lists.masked_fill(~named, 2**40)
+    assert torch.equal(ascending, ascending.sort(-1).values)
+    smallest = scores.masked_fill(~chosen, torch.inf).amin(-1)
+    largest = scores.masked_fill(chosen, -torch.inf).amax(-1)
+    assert (smallest >= largest - 1e-4).all()
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("key_start", [None, torch.tensor([-7]), torch.tensor([5])], ids=str)
+def test_all_blocks_that_are_chosen_are_full_attention(key_start: Tensor | None) -> None:
+    """Blocks have the names that topk_attention has for them; padding in front is in none."""
+    inputs = qkv(1, 2, 90, 16)
+    call = {"is_causal": True, "key_start": key_start}
+    if key_start is not None:
+        call["query_start"] = key_start
+    for block_size, query_block in ((1, 1), (8, 1), (1, 7), (8, 16)):
+        blocks = {"block_size": block_size, "query_block": query_block}
+        indices = torchops.score_topk(inputs["query"], inputs["key"], 100, **blocks, **call)
+        actual = torchops.topk_attention(**inputs, indices=indices, **blocks, **call)
+        bias = torch.zeros(1, 90)
+        if block_size > 1 and key_start is not None:
+            bias[:, : max(-key_start.item(), 0)] = -torch.inf
+        expected = torchops.span_attention(**inputs, key_bias=bias, **call)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.numeric
+def test_scores_that_vanish_are_equal() -> None:
+    """-0 is as large as 0: sums of products that are too small for a float32 may be either."""
+    key = torch.tensor([-1e-30, 1e-30, 0.0, -1e-30, -1.0])[:, None].expand(1, 1, -1, -1)
+    assert torchops.score_topk(torch.full((1, 1, 1, 1), 1e-30), key, 2).tolist() == [[[[0, 1]]]]
+
+
 # ---- pq_attention -------------------------------------------------------------------------------------
 
 CHOICE = ("query_codes", "key_codes", "k", "sink_keys", "local_keys")

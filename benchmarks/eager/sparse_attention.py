@@ -55,3 +55,17 @@ def choose_by_codes(query_codes: Tensor, key_codes: Tensor, k: int, codewords: i
     )
     visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     return (query @ key.mT).masked_fill(~visible, -1).topk(k).indices.sort().values.int()
+
+
+def choose_by_scores(query: Tensor, key: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
+    """int32 [B, H, L, k], ascending, causal: topk of all scores, of equal ones any. With weights DSA's indexer,
+    [B, 1, L, k]: heads are added up one by one, for the products of all of them may not fit in memory."""
+    behind = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+    if weights is None:
+        scores = query @ key.mT
+    else:
+        scores = query.new_zeros(query.shape[0], 1, query.shape[2], key.shape[2])
+        for head in range(query.shape[1]):
+            products = (query[:, head : head + 1] @ key.mT).relu_()
+            scores += weights[:, head, None, :, None] * products
+    return scores.masked_fill_(behind, -torch.inf).topk(k).indices.sort().values.int()

@@ -6,8 +6,8 @@
 #include "sparse_attention/lists.h"
 
 // The choice of keys by scores, the one rule that every kernel goes by. What a list may name, a key or a block of keys,
-// has the largest score of a query that goes by the list and a key that the query sees. Of these the larger comes first,
-// then the earlier key or block; -0 is as large as 0, and a score that is NaN is none.
+// has the largest score of a query that goes by the list and a key that the query sees. Of these the larger comes
+// first, then the earlier key or block; -0 is as large as 0, and a score that is NaN is none.
 
 namespace torchops::kernels::sparse_attention {
 
@@ -22,13 +22,10 @@ struct ScoreChoice : attention::Inputs<T> {
   // Heads of the lists, and of queries that go by one of them.
   constexpr int64_t list_heads() const { return weights == nullptr ? this->sizes.num_heads : 1; }
   constexpr int64_t heads_of_list() const { return weights == nullptr ? 1 : this->sizes.num_heads; }
-  constexpr int64_t num_lists() const {
-    return (this->sizes.num_queries + rule.query_block - 1) / rule.query_block;
-  }
+  constexpr int64_t num_lists() const { return (this->sizes.num_queries + rule.query_block - 1) / rule.query_block; }
   // Of one head of the lists.
   constexpr Range queries_of_lists(int64_t first_list, int64_t count) const {
-    return {first_list * rule.query_block,
-            clamp((first_list + count) * rule.query_block, 0, this->sizes.num_queries)};
+    return {first_list * rule.query_block, clamp((first_list + count) * rule.query_block, 0, this->sizes.num_queries)};
   }
   constexpr const accumulate_t<T>* key_biases_of(int64_t batch) const {
     return this->key_bias == nullptr ? nullptr : this->key_bias + batch * this->sizes.num_keys;

@@ -65,9 +65,8 @@ at::Tensor score_topk_on_device(const at::Tensor& query, const at::Tensor& key, 
   auto indices = empty_score_choice(query, options);
   if (indices.numel() > 0) {
     const ScoreTensors tensors(query, key, options);
-    for_dtype(query.scalar_type(), [&]<typename T>(type_tag<T>) {
-      choose(tensors.arguments<T>(), indices.mutable_data_ptr<int32_t>());
-    });
+    for_dtype(query.scalar_type(),
+              [&]<typename T>(type_tag<T>) { choose(tensors.arguments<T>(), indices.mutable_data_ptr<int32_t>()); });
   }
   return indices;
 }

@@ -46,8 +46,8 @@ TORCHOPS_API at::Tensor pq_topk(const at::Tensor& query_codes, const at::Tensor&
                                 const std::optional<at::Tensor>& key_start = std::nullopt);
 
 // The k keys, or blocks of keys, of the largest scores: query [B, Hq, Lq, D], key [B, Hkv, Lk, D], weights [B, Hq, Lq],
-// which add heads up, key_bias, query_start and key_start as in pq_topk -> int32 [B, Hq or with weights 1, Nq, k] with Nq
-// = ceil(Lq / query_block), ascending, -1 behind
+// which add heads up, key_bias, query_start and key_start as in pq_topk -> int32 [B, Hq or with weights 1, Nq, k] with
+// Nq = ceil(Lq / query_block), ascending, -1 behind
 TORCHOPS_API at::Tensor score_topk(const at::Tensor& query, const at::Tensor& key, c10::SymInt k,
                                    const std::optional<at::Tensor>& weights = std::nullopt, bool relu = false,
                                    c10::SymInt block_size = 1, c10::SymInt query_block = 1, bool is_causal = false,

@@ -43,7 +43,7 @@ def padding(batch: int, keys: int, device: str) -> Tensor:
 
 
 # (B, (Hq, Hkv), Lq, Lk, D), k, options. Kernels multiply 64 rows at a time, look at 64 scores together, and sample
-# more than 2048.
+# from 4096 on.
 CHOICES: dict[str, tuple[tuple[int, tuple[int, int], int, int, int], int, dict[str, Any]]] = {
     "heads": ((2, (2, 2), 7, 9, 5), 4, {}),
     "causal": ((1, (4, 2), 150, 150, 16), 20, {"is_causal": True}),
@@ -53,10 +53,10 @@ CHOICES: dict[str, tuple[tuple[int, tuple[int, int], int, int, int], int, dict[s
     "decode": ((2, (4, 2), 1, 300, 40), 70, {"is_causal": True}),
     "few-queries": ((1, (8, 2), 9, 200, 24), 30, {"is_causal": True}),
     "more-queries": ((2, (1, 1), 9, 4, 5), 3, {"is_causal": True}),
-    "sampled": ((1, (2, 1), 2, 2600, 16), 325, {}),
-    "sampled-few": ((1, (1, 1), 2, 3000, 16), 7, {}),
-    "sampled-most": ((1, (1, 1), 2, 2500, 16), 2490, {}),
-    "sampled-causal": ((1, (1, 1), 70, 2400, 8), 300, {"is_causal": True, "relu": True}),
+    "sampled": ((1, (2, 1), 2, 4300, 16), 500, {}),
+    "sampled-few": ((1, (1, 1), 2, 4200, 16), 7, {}),
+    "sampled-most": ((1, (1, 1), 2, 4100, 16), 4090, {}),
+    "sampled-causal": ((1, (1, 1), 12, 4200, 8), 300, {"is_causal": True, "relu": True}),
     "k-above-keys": ((1, (1, 1), 6, 6, 4), 11, {"is_causal": True}),
     "k-is-keys": ((1, (1, 1), 6, 64, 4), 64, {}),
     "k1": ((1, (2, 1), 9, 129, 16), 1, {"is_causal": True}),
@@ -64,7 +64,7 @@ CHOICES: dict[str, tuple[tuple[int, tuple[int, int], int, int, int], int, dict[s
     "blocks-causal": ((1, (2, 2), 70, 140, 16), 5, {"block_size": 16, "is_causal": True}),
     "blocks-relu": ((1, (1, 1), 9, 300, 2), 20, {"block_size": 2, "relu": True}),
     "blocks-of-300": ((1, (1, 1), 4, 700, 8), 2, {"block_size": 300}),
-    "blocks-sampled": ((1, (1, 1), 2, 5000, 8), 400, {"block_size": 2}),
+    "blocks-sampled": ((1, (1, 1), 2, 9000, 8), 700, {"block_size": 2}),
     "huge-block": ((1, (1, 1), 6, 6, 4), 2, {"block_size": HUGE, "is_causal": True}),
     "query-blocks": ((2, (2, 1), 10, 11, 4), 5, {"query_block": 3, "is_causal": True}),
     "query-blocks-of-16": ((1, (4, 2), 70, 90, 16), 30, {"query_block": 16, "is_causal": True}),
@@ -86,7 +86,7 @@ INDEXERS: dict[str, tuple[tuple[int, tuple[int, int], int, int, int], int, dict[
     "indexer-of-100-heads": ((1, (100, 2), 3, 90, 4), 20, {"relu": True, "is_causal": True}),
     "indexer-sums": ((1, (6, 2), 20, 30, 8), 7, {}),
     "indexer-keys-of-heads": ((2, (5, 5), 9, 70, 8), 7, {"relu": True}),
-    "indexer-decode": ((2, (4, 1), 1, 2100, 8), 100, {"relu": True, "is_causal": True}),
+    "indexer-decode": ((2, (4, 1), 1, 4200, 8), 100, {"relu": True, "is_causal": True}),
     "indexer-blocks": ((1, (3, 1), 20, 90, 8), 4, {"relu": True, "block_size": 8, "is_causal": True}),
     "indexer-query-blocks": ((1, (4, 2), 50, 60, 8), 9, {"relu": True, "query_block": 20, "is_causal": True}),
     "indexer-no-keys": ((1, (2, 1), 3, 0, 4), 2, {}),
@@ -137,7 +137,7 @@ def odd_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         yield Sample(f"{name}-blocks", lowest | {"key": rows, "block_size": 2, "k": 2})
     # A plateau of zeros, as sums of ReLU have it.
     plateau = {"query": torch.ones(1, 1, 3, 2, dtype=dtype, device=device), "relu": True}
-    for keys, k in ((300, 40), (2600, 400)):
+    for keys, k in ((300, 40), (4300, 700)):
         rows = whole(1, 1, keys, 2, dtype=dtype, device=device) - 2
         yield Sample(f"plateau-of-{keys}", plateau | {"key": rows, "k": k})
     # Scores that differ in the last bits of a dtype, or not at all.

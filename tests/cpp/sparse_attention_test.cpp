@@ -86,6 +86,22 @@ TEST_CASE("pq_topk chooses the keys that share most codes") {
   REQUIRE(few.equal(torch::tensor({0, 1, -1, -1, -1, -1}, at::kInt).reshape({1, 1, 1, 6})));
 }
 
+TEST_CASE("score_topk chooses the keys of the largest scores") {
+  torch::manual_seed(0);
+  const auto query = torch::randn({2, 4, 30, 16}, at::kDouble), key = torch::randn({2, 2, 90, 16}, at::kDouble);
+  const auto scores = query.matmul(key.repeat_interleave(2, 1).transpose(-1, -2));
+  const auto largest = [](const at::Tensor& of) { return std::get<0>(std::get<1>(of.topk(7)).sort()).to(at::kInt); };
+  CHECK(torchops::score_topk(query, key, 7).equal(largest(scores)));
+  const auto weights = torch::rand({2, 4, 30}, at::kDouble);  // no zeros of ReLU among the largest
+  CHECK(torchops::score_topk(query, key, 7, weights, true)
+            .equal(largest((weights.unsqueeze(-1) * scores.relu()).sum(1, true))));
+  const auto blocks = scores.unflatten(-1, {15, 6}).amax(-1).unflatten(2, {3, 10}).amax(3);
+  CHECK(torchops::score_topk(query, key, 7, std::nullopt, false, 6, 10).equal(largest(blocks)));
+  const auto equal = torch::ones({1, 1, 4, 1});
+  const auto few = torchops::score_topk(equal, equal, 3, std::nullopt, false, 1, 2, true);
+  CHECK(few.equal(torch::tensor({0, 1, -1, 0, 1, 2}, at::kInt).reshape({1, 1, 2, 3})));
+}
+
 TEST_CASE("pq_attention and its gradients have the bits of choice and attention") {
   torch::manual_seed(0);
   const auto random = [](at::IntArrayRef sizes) { return torch::randn(sizes).requires_grad_(); };

@@ -247,11 +247,11 @@ def score_topk(
 ) -> Tensor:
     """The k keys, or blocks of keys, of the largest scores for each query: a list for topk_attention.
 
-    The score of a query and a key is their product, with ``relu`` no less than 0. With ``weights`` there is one list for
-    all heads, by the sum over heads h of weights_h * score_h, as DSA's indexer has it. A block of keys has the largest
-    score of those of its keys that are seen, and a block of queries that of its queries that see the key. Of equal
-    scores the earlier key or block is chosen. The choice is exact; scores are sums in float32 (float64 for float64),
-    and no tensor of queries times keys is stored.
+    The score of a query and a key is their product, with ``relu`` no less than 0. With ``weights`` there is one list
+    for all heads, by the sum over heads h of weights_h * score_h, as DSA's indexer has it. A block of keys has the
+    largest score of those of its keys that are seen, and a block of queries that of its queries that see the key. Of
+    equal scores the earlier key or block is chosen. The choice is exact; scores are sums in float32 (float64 for
+    float64), and no tensor of queries times keys is stored.
 
     Args:
         query: [B, Hq, Lq, D], float64, float32, bfloat16 or float16; D at most 256.

@@ -87,46 +87,13 @@ int64_t number_from(const I* integers, int64_t count, I least) {
   return sum_lanes<I>(number);
 }
 
-// The k-th largest of whole vectors of integers, 1 <= k <= count. Halves the range that it lies in, whose ends are
-// integers that are there, so that few different ones are soon told apart.
-template <typename I>
-I kth_largest(const I* integers, int64_t count, int64_t k) {
-  constexpr I lowest = no_number<I>, highest = ~lowest;
-  vec<I> smallest = broadcast(highest), largest = broadcast(lowest);
-  for (int64_t i = 0; i < count; i += lane_count<I>) {
-    const vec<I> here = load_integers(integers + i);
-    smallest = here < smallest ? here : smallest;
-    largest = here > largest ? here : largest;
-  }
-  I low = smallest_lane<I>(smallest), high = largest_lane<I>(largest);
-  while (low < high) {
-    // Their distance is more than an I may hold.
-    const auto distance = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
-    const auto middle = static_cast<I>(static_cast<uint64_t>(low) + distance / 2 + 1);
-    vec<I> number = {}, above = broadcast(highest), below = broadcast(lowest);
-    for (int64_t i = 0; i < count; i += lane_count<I>) {
-      const vec<I> here = load_integers(integers + i), is_above = here >= middle;
-      number -= is_above;
-      const vec<I> if_above = is_above ? here : highest, if_below = is_above ? lowest : here;
-      above = if_above < above ? if_above : above;
-      below = if_below > below ? if_below : below;
-    }
-    if (sum_lanes<I>(number) >= k) {
-      low = smallest_lane<I>(above);
-    } else {
-      high = largest_lane<I>(below);
-    }
-  }
-  return low;
-}
-
 // Chooses in scratch memory of its own.
 template <typename I>
 class LargestNumbers {
  public:
   LargestNumbers(Arena* arena, int64_t most) {
     sample_ = arena->take<I>(sample_size);
-    between_ = arena->take<I>(round_up(most, lane_count<I>));
+    inside_ = arena->take<I>(round_up(most, word_size));
   }
 
   // The places of the k largest integers that are numbers, ascending, and how many there are: of equal ones the first.
@@ -135,16 +102,16 @@ class LargestNumbers {
     I last = no_number<I>;
     int64_t ties = 0;
     if (number_from(integers, count, static_cast<I>(last + 1)) > k) {
-      last = last_chosen(integers, count, k);
+      last = kth_largest(integers, count, k);
       ties = k - number_from(integers, count, static_cast<I>(last + 1));
     }
     int64_t number = 0;
-    for (int64_t first = 0; first < count; first += 64) {
+    for (int64_t first = 0; first < count; first += word_size) {
       uint64_t chosen = word_of_integers(integers + first, [&](vec<I> here) { return here > last; });
       if (ties > 0) {
         uint64_t equal = word_of_integers(integers + first, [&](vec<I> here) { return here == last; });
         while (__builtin_popcountll(equal) > ties) {
-          equal ^= uint64_t{1} << (63 - __builtin_clzll(equal));
+          equal ^= uint64_t{1} << (word_size - 1 - __builtin_clzll(equal));
         }
         ties -= __builtin_popcountll(equal);
         chosen |= equal;
@@ -157,50 +124,107 @@ class LargestNumbers {
   }
 
  private:
-  static constexpr int64_t sample_size = 512;
-  // Two or three standard deviations of a rank in the sample.
-  static constexpr int64_t margin = 24;
+  static constexpr int64_t word_size = 64;
+  static constexpr int64_t sample_size = 256;
 
-  // The k-th largest. Where there are many integers, a sample of them has two between which it is likely to be.
-  I last_chosen(const I* integers, int64_t count, int64_t k) const {
-    if (count > 4 * sample_size) {
-      const int64_t step = count / sample_size, rank = k * sample_size / count;
-      for (int64_t i = 0; i < sample_size; ++i) {
-        sample_[i] = integers[i * step];
-      }
-      const I high = rank <= margin ? ~no_number<I> : kth_largest(sample_, sample_size, rank - margin);
-      const I low = rank + margin > sample_size ? no_number<I> : kth_largest(sample_, sample_size, rank + margin);
-      const int64_t from_high = number_from(integers, count, high);
-      if (k <= from_high) {
-        if (k > number_from(integers, count, static_cast<I>(high + 1))) {
-          return high;
-        }
-      } else if (const int64_t between = copy_between(integers, count, low, high); k <= from_high + between) {
-        return kth_largest(between_, round_up(between, lane_count<I>), k - from_high);
-      } else if (k <= number_from(integers, count, low)) {
-        return low;
-      }
+  // A range that the k-th largest integer lies in. Both ends are integers that are there, so that few different ones
+  // are soon told apart.
+  struct Candidates {
+    I low, high;
+    int64_t from_low;    // integers that are not below low
+    int64_t above_high;  // integers above high
+
+    int64_t inside() const { return from_low - above_high; }
+  };
+
+  // 1 <= k <= count.
+  I kth_largest(const I* integers, int64_t count, int64_t k) const {
+    constexpr int64_t few = 4 * word_size, share = 4;
+    Candidates range = {no_number<I>, ~no_number<I>, count, 0};
+    if (count >= 16 * sample_size) {
+      narrow_by_sample(integers, count, k, range);
     }
-    return kth_largest(integers, count, k);
+    for (int64_t before = 2 * count; range.low < range.high;) {
+      if (count > few && range.inside() <= count / share) {
+        count = copy_inside(integers, count, range);
+        integers = inside_;
+        k -= range.above_high;
+        range.from_low -= range.above_high;
+        range.above_high = 0;
+      }
+      const bool by_half = 2 * range.inside() > before;
+      before = range.inside();
+      narrow(integers, count, k, middle_of(range, k, by_half), range);
+    }
+    return range.low;
   }
 
-  // Those above low and below high, and how many; none at all behind them, in the last vector.
-  int64_t copy_between(const I* integers, int64_t count, I low, I high) const {
-    int64_t number = 0;
-    for (int64_t first = 0; first < count; first += 64) {
-      for (uint64_t inside = word_of_integers(integers + first, [&](vec<I> here) { return (here > low) & (here < high); });
-           inside != 0; inside &= inside - 1) {
-        between_[number++] = integers[first + __builtin_ctzll(inside)];
+  // Between two of a sample where it probably is.
+  void narrow_by_sample(const I* integers, int64_t count, int64_t k, Candidates& range) const {
+    constexpr int64_t margin = 20;  // two to four standard deviations of a rank in the sample
+    const int64_t step = count / sample_size, rank = k * sample_size / count;
+    for (int64_t i = 0; i < sample_size; ++i) {
+      sample_[i] = integers[i * step];
+    }
+    for (const int64_t guess : {rank + margin, rank - margin}) {
+      if (0 < guess && guess <= sample_size) {
+        const I middle = kth_largest(sample_, sample_size, guess);
+        if (range.low < middle && middle <= range.high) {
+          narrow(integers, count, k, middle, range);
+        }
       }
     }
-    for (int64_t i = number; i % lane_count<I> != 0; ++i) {
-      between_[i] = no_number<I>;
+  }
+
+  // Above low and not above high: where the integer is if they lie evenly, or by half.
+  static I middle_of(const Candidates& range, int64_t k, bool by_half) {
+    // What an I may not hold.
+    const auto distance = static_cast<uint64_t>(range.high) - static_cast<uint64_t>(range.low);
+    const double part =
+        by_half ? 0.5 : (static_cast<double>(range.from_low - k) + 0.5) / static_cast<double>(range.inside());
+    const auto step = static_cast<uint64_t>(static_cast<double>(distance - 1) * part);
+    return static_cast<I>(static_cast<uint64_t>(range.low) + (step < distance ? step : distance - 1) + 1);
+  }
+
+  // To the integers from `middle` on or those below.
+  static void narrow(const I* integers, int64_t count, int64_t k, I middle, Candidates& range) {
+    constexpr I lowest = no_number<I>, highest = ~lowest;
+    vec<I> number = {}, above = broadcast(highest), below = broadcast(lowest);
+    for (int64_t i = 0; i < count; i += lane_count<I>) {
+      const vec<I> here = load_integers(integers + i), is_above = here >= middle;
+      number -= is_above;
+      const vec<I> if_above = is_above ? here : highest, if_below = is_above ? lowest : here;
+      above = if_above < above ? if_above : above;
+      below = if_below > below ? if_below : below;
+    }
+    const int64_t from_middle = sum_lanes<I>(number);
+    if (from_middle >= k) {
+      range.low = smallest_lane<I>(above);
+      range.from_low = from_middle;
+    } else {
+      range.high = largest_lane<I>(below);
+      range.above_high = from_middle;
+    }
+  }
+
+  // Those of a range, which may lie where they are copied to, and how many with those behind them that fill a word.
+  int64_t copy_inside(const I* integers, int64_t count, const Candidates& range) const {
+    int64_t number = 0;
+    for (int64_t first = 0; first < count; first += word_size) {
+      for (uint64_t inside = word_of_integers(integers + first,
+                                              [&](vec<I> here) { return (here >= range.low) & (here <= range.high); });
+           inside != 0; inside &= inside - 1) {
+        inside_[number++] = integers[first + __builtin_ctzll(inside)];
+      }
+    }
+    for (; number % word_size != 0; ++number) {
+      inside_[number] = no_number<I>;
     }
     return number;
   }
 
-  I* sample_;   // [sample_size]
-  I* between_;  // [most]
+  I* sample_;  // [sample_size]
+  I* inside_;  // [most]
 };
 
 }  // namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL

@@ -6,8 +6,10 @@
 namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
 namespace {
 
-// Rows of queries that are multiplied at a time.
-constexpr int64_t most_rows = 64;
+// Rows of queries that are multiplied at a time: fewer where the scores of so many would not stay in the second cache.
+constexpr int64_t rows_at_once(int64_t num_keys) {
+  return num_keys > 4096 ? 32 : 64;
+}
 
 constexpr int64_t larger(int64_t one, int64_t other) {
   return one > other ? one : other;
@@ -30,6 +32,7 @@ struct Cut {
   explicit Cut(const ScoreChoice<T>& args) {
     const Sizes& sizes = args.sizes;
     const bool adds_heads = args.weights != nullptr;
+    const int64_t most_rows = rows_at_once(sizes.num_keys);
     kv_heads = adds_heads ? sizes.num_kv_heads : 1;
     // Few queries are multiplied together with those of the other heads of their group.
     heads = adds_heads ? sizes.group_size() : clamp(most_rows / larger(sizes.num_queries, 1), 1, sizes.group_size());
@@ -63,15 +66,9 @@ Unit unit_at(const ScoreChoice<T>& args, const Cut<T>& cut, int64_t group, int64
   const bool adds_heads = args.weights != nullptr;
   const int64_t kv_head = adds_heads ? 0 : group % sizes.num_kv_heads;
   const int64_t in_group = unit / cut.units_of_a_head * cut.heads;
-  // First and last by turns: where later queries see more keys, every stretch of turns costs the same.
-  const int64_t turn = unit % cut.units_of_a_head;
-  const int64_t list = (turn % 2 == 0 ? turn / 2 : cut.units_of_a_head - 1 - turn / 2) * cut.lists;
-  return {adds_heads ? group : group / sizes.num_kv_heads,
-          kv_head,
-          kv_head * sizes.group_size() + in_group,
-          smaller(cut.heads, sizes.group_size() - in_group),
-          list,
-          smaller(cut.lists, args.num_lists() - list)};
+  const int64_t list = balanced_tile(unit % cut.units_of_a_head, cut.units_of_a_head) * cut.lists;
+  return {adds_heads ? group : group / sizes.num_kv_heads,   kv_head, kv_head * sizes.group_size() + in_group,
+          smaller(cut.heads, sizes.group_size() - in_group), list,    smaller(cut.lists, args.num_lists() - list)};
 }
 
 // Where the products of a row with a panel of keys go.
@@ -186,7 +183,8 @@ class Chooser {
       const int64_t end = end_of_keys(args_.rule, sequence, query);
       if (args_.weights == nullptr) {
         for (int64_t head = 0; head < unit.num_heads; ++head) {
-          places_[index * unit.num_heads + head] = {nullptr, 0, scores_ + (head * unit.num_lists + list) * stride_, end};
+          places_[index * unit.num_heads + head] = {nullptr, 0, scores_ + (head * unit.num_lists + list) * stride_,
+                                                    end};
         }
         continue;
       }
@@ -355,12 +353,12 @@ void choose_by_scores(const ScoreChoice<T>& args, int32_t* indices, int64_t firs
   }
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                                            \
-  template int64_t score_pack_bytes(const ScoreChoice<T>&);                                \
-  template int64_t score_pack_units(const ScoreChoice<T>&);                                \
-  template void score_pack(const ScoreChoice<T>&, int64_t, void*, int64_t, int64_t);       \
-  template int64_t score_units(const ScoreChoice<T>&);                                     \
-  template int64_t score_scratch_bytes(const ScoreChoice<T>&);                             \
+#define TORCHOPS_INSTANTIATE(T)                                                      \
+  template int64_t score_pack_bytes(const ScoreChoice<T>&);                          \
+  template int64_t score_pack_units(const ScoreChoice<T>&);                          \
+  template void score_pack(const ScoreChoice<T>&, int64_t, void*, int64_t, int64_t); \
+  template int64_t score_units(const ScoreChoice<T>&);                               \
+  template int64_t score_scratch_bytes(const ScoreChoice<T>&);                       \
   template void choose_by_scores(const ScoreChoice<T>&, int32_t*, int64_t, void*, void*, int64_t, int64_t);
 TORCHOPS_INSTANTIATE(double)
 TORCHOPS_INSTANTIATE(float)

@@ -3,8 +3,8 @@
 #include "core/cpu/level.h"
 #include "sparse_attention/score_choice.h"
 
-// The choice goes over groups of queries that are multiplied with the same keys: with weights the rows of the batch, else
-// their key-value heads, b * Hkv + h, in waves of consecutive ones. A wave's keys are packed first, into
+// The choice goes over groups of queries that are multiplied with the same keys: with weights the rows of the batch,
+// else their key-value heads, b * Hkv + h, in waves of consecutive ones. A wave's keys are packed first, into
 // score_pack_bytes for each of its groups.
 
 namespace torchops::kernels::sparse_attention {

@@ -15,18 +15,29 @@ inline constexpr int score_threads = 128;
 inline constexpr int score_channels = 16;
 inline constexpr int score_stride = score_channels + 1;
 
+// What becomes of the products of a row.
+template <typename A>
+struct ScoreRow {
+  A weight;
+  bool begins;     // the heads of its query
+  bool completes;  // them
+  int32_t end;     // behind the last key that its query sees
+  int32_t list;    // of the unit, which it completes; or -1
+};
+
 // The shared memory of a block.
 template <typename A>
 struct ScoreMemory {
-  int32_t* sums;       // [max_warps]
-  int32_t* histogram;  // [256 + 2]
-  A* rows;             // [D][score_rows]
-  A* tile;             // [score_threads][score_stride]
+  int32_t* sums;         // [max_warps]
+  int32_t* histogram;    // [256 + 2]
+  A* rows;               // [D][score_rows]
+  A* tile;               // [score_threads][score_stride]
+  ScoreRow<A>* of_rows;  // [score_rows]
 
   static constexpr size_t bytes(int64_t head_dim) {
     return device::shared_size<int32_t>(device::max_warps) + device::shared_size<int32_t>(256 + 2) +
            device::shared_size<A>(static_cast<size_t>(head_dim) * score_rows) +
-           device::shared_size<A>(score_threads * score_stride);
+           device::shared_size<A>(score_threads * score_stride) + device::shared_size<ScoreRow<A>>(score_rows);
   }
 
   __device__ explicit ScoreMemory(int64_t head_dim) {
@@ -35,6 +46,7 @@ struct ScoreMemory {
     histogram = memory.take<int32_t>(256 + 2);
     rows = memory.take<A>(static_cast<size_t>(head_dim) * score_rows);
     tile = memory.take<A>(score_threads * score_stride);
+    of_rows = memory.take<ScoreRow<A>>(score_rows);
   }
 };
 
@@ -70,9 +82,7 @@ struct ScoreUnit {
   }
 
   // Behind the last key that a query may see, resp. one of the unit.
-  __device__ int32_t end(int64_t query) const {
-    return static_cast<int32_t>(end_of_keys(args.rule, sequence, query));
-  }
+  __device__ int32_t end(int64_t query) const { return static_cast<int32_t>(end_of_keys(args.rule, sequence, query)); }
   __device__ int32_t end() const { return end(queries.end - 1); }
 
   // Rows are the heads that go by a list, for each query.
@@ -88,16 +98,28 @@ struct ScoreUnit {
   }
 };
 
-// rows [D][score_rows], and zeros where there are fewer.
+// Rows from this one on, and zeros behind them.
 template <typename T>
-__device__ void load_rows(const ScoreUnit<T>& unit, int64_t row, int count, accumulate_t<T>* rows) {
-  const auto head_dim = static_cast<int>(unit.args.sizes.head_dim);
+__device__ void load_rows(const ScoreUnit<T>& unit, int64_t first, int count,
+                          const ScoreMemory<accumulate_t<T>>& memory) {
+  using A = accumulate_t<T>;
+  const ScoreChoice<T>& args = unit.args;
+  const auto head_dim = static_cast<int>(args.sizes.head_dim), thread = static_cast<int>(threadIdx.x);
   for (int i = 0; i < score_rows; ++i) {
     const T* const from =
-        i < count ? unit.args.query.row(unit.batch, unit.head_of(row + i), unit.query_of(row + i)) : nullptr;
-    for (int c = static_cast<int>(threadIdx.x); c < head_dim; c += score_threads) {
-      rows[c * score_rows + i] = i < count ? device::widen(from[c]) : accumulate_t<T>(0);
+        i < count ? args.query.row(unit.batch, unit.head_of(first + i), unit.query_of(first + i)) : nullptr;
+    for (int c = thread; c < head_dim; c += score_threads) {
+      memory.rows[c * score_rows + i] = i < count ? device::widen(from[c]) : A(0);
     }
+  }
+  if (thread < count) {
+    const int64_t row = first + thread, heads = args.heads_of_list(), query = unit.query_of(row);
+    const int64_t list = query / args.rule.query_block;
+    const bool completes = row % heads + 1 == heads;
+    const bool is_last = completes && query + 1 == args.queries_of_lists(list, 1).end;
+    memory.of_rows[thread] = {args.weights == nullptr ? A(0) : args.weight(unit.batch, row % heads, query),
+                              row % heads == 0, completes, unit.end(query),
+                              is_last ? static_cast<int32_t>(list - unit.first_list) : -1};
   }
 }
 
@@ -142,7 +164,7 @@ __device__ void score_keys(const ScoreUnit<T>& unit, const ScoreMemory<accumulat
   const ScoreChoice<T>& args = unit.args;
   const A* const biases = args.key_biases_of(unit.batch);
   const int32_t end = unit.end();
-  const int64_t num_rows = unit.num_rows(), heads = args.heads_of_list();
+  const int64_t num_rows = unit.num_rows();
   const bool stay = unit.rows_from(0) == num_rows;
   for (int32_t first = 0; first < end; first += score_threads) {
     const int32_t key = first + static_cast<int32_t>(threadIdx.x);
@@ -154,7 +176,7 @@ __device__ void score_keys(const ScoreUnit<T>& unit, const ScoreMemory<accumulat
       count = unit.rows_from(row);
       if (first == 0 || !stay) {
         device::syncthreads();  // rows before have been read
-        load_rows(unit, row, count, memory.rows);
+        load_rows(unit, row, count, memory);
       }
       A products[score_rows];
       multiply_rows(unit, unit.kv_head_of(row), first, end, memory.rows, memory.tile, products);
@@ -163,23 +185,18 @@ __device__ void score_keys(const ScoreUnit<T>& unit, const ScoreMemory<accumulat
         if (i >= count) {
           continue;
         }
-        const int64_t query = unit.query_of(row + i);
+        const ScoreRow<A> of_row = memory.of_rows[i];
         A score = args.relu && products[i] < A(0) ? A(0) : products[i];
         if (args.weights != nullptr) {
-          const int64_t head = (row + i) % heads;
-          sum = (head == 0 ? A(0) : sum) + args.weight(unit.batch, head, query) * score;
-          if (head + 1 < heads) {
-            continue;
-          }
+          sum = (of_row.begins ? A(0) : sum) + of_row.weight * score;
           score = sum;
         }
-        if (key < unit.end(query) && !hidden) {
+        if (of_row.completes && key < of_row.end && !hidden) {
           largest = device::max(largest, ordered_score(score));
         }
-        const int64_t list = query / args.rule.query_block;
-        if (query + 1 == args.queries_of_lists(list, 1).end) {
+        if (of_row.list >= 0) {
           if (key < end) {
-            scores[(list - unit.first_list) * stride + key] = largest;
+            scores[of_row.list * stride + key] = largest;
           }
           largest = 0;
         }
@@ -222,9 +239,10 @@ __device__ void choose_largest(const Bits* scores, int32_t count, int32_t first_
   }
 }
 
-// Blocks of score_threads, each with memory for the scores of a unit, go through all units.
+// Blocks of score_threads, each with memory for the scores of a unit, go through all units. Three of them on a
+// multiprocessor leave registers enough that none are spilled.
 template <typename T>
-__global__ void __launch_bounds__(score_threads)
+__global__ void __launch_bounds__(score_threads, 3)
     choose_by_scores(ScoreChoice<T> args, ScoreScratch<accumulate_t<T>> scratch, int32_t* indices) {
   using Bits = ordered_score_t<accumulate_t<T>>;
   const ScoreMemory<accumulate_t<T>> memory(args.sizes.head_dim);
@@ -233,7 +251,7 @@ __global__ void __launch_bounds__(score_threads)
   for (int64_t index = blockIdx.x; index < units; index += scratch.num_blocks) {
     const ScoreUnit<T> unit(args, index);
     score_keys(unit, memory, of_block, scratch.stride);
-    device::syncthreads();
+    device::syncthreads();  // for blocks of keys
     for (int64_t i = 0; i < unit.num_lists; ++i) {
       const int64_t list = unit.first_list + i;
       const int32_t end = unit.end(args.queries_of_lists(list, 1).end - 1);
@@ -247,16 +265,14 @@ __global__ void __launch_bounds__(score_threads)
           for (int64_t key = keys.begin; key < keys.end && key < end; ++key) {
             largest = device::max(largest, scores[key]);
           }
-          of_names[name] = largest;
+          of_names[name] = largest;  // which the same thread reads again
         }
-        device::syncthreads();
         scores = of_names;
       }
       choose_largest(scores, static_cast<int32_t>(names.count), static_cast<int32_t>(names.first),
                      static_cast<int32_t>(args.num_chosen),
                      indices + args.offset_of_list(unit.batch, unit.list_head, list), memory);
     }
-    device::syncthreads();  // scores have been read
   }
 }
 

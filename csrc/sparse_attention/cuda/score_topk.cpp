@@ -24,10 +24,10 @@ at::Tensor score_topk_cuda(const at::Tensor& query, const at::Tensor& key, const
             std::clamp<int64_t>(most_scores / std::max<int64_t>(of_block, 1), 1, score_units(args));
         const auto scores = at::empty({num_blocks * of_block},
                                       query.options().dtype(sizeof(A) == sizeof(int64_t) ? at::kLong : at::kInt));
-        launch_choose_by_scores(
-            args,
-            {static_cast<kernels::sparse_attention::ordered_score_t<A>*>(scores.mutable_data_ptr()), stride, num_blocks},
-            indices);
+        launch_choose_by_scores(args,
+                                {static_cast<kernels::sparse_attention::ordered_score_t<A>*>(scores.mutable_data_ptr()),
+                                 stride, num_blocks},
+                                indices);
       });
 }
 
