@@ -14,8 +14,14 @@ struct Columns {
   int64_t count;
 };
 
-// Columns are met in the order of the list, whatever that is: a list that ascends is gone through stretch by stretch of
-// keys, which stay in a cache meanwhile, and another one as far as it does not leave the stretch behind.
+template <typename A>
+void hide_columns(A* scores, int64_t count) {
+  for (int64_t column = 0; column < count; ++column) {
+    scores[column] = -static_cast<A>(__builtin_inf());
+  }
+}
+
+// At most most_rows queries on their way, and most_keys columns at a time.
 template <typename T>
 class ColumnWalk {
  public:
@@ -31,18 +37,28 @@ class ColumnWalk {
                       query / inputs_.rule.query_block, 0, 0};
   }
 
-  // Calls body(row, columns) for all columns of the first num_rows rows that have keys of `range`: a row's in ascending
-  // order, and a key's in an order that does not depend on the range.
-  template <typename Body>
-  void for_columns(int64_t num_rows, Range range, const Body& body) const {
-    const int64_t stretch = stretch_of_keys(inputs_), num_keys = inputs_.sizes.num_keys;
-    for (int64_t end = range.begin / stretch * stretch + stretch; end < num_keys + stretch; end += stretch) {
-      for (int64_t row = 0; row < num_rows; ++row) {
-        for (Columns of_row = next(row, end, range); of_row.count > 0; of_row = next(row, end, range)) {
-          body(row, of_row);
-        }
+  // The next columns of a row whose keys are of `range`, `most` at most; none where the next entry that the query sees
+  // begins at `end` or behind it, resp. there is none.
+  Columns next(int64_t row, int64_t end, Range range, int64_t most) const {
+    Progress& at = progress_[row];
+    const int64_t count = with_entries(at, [&](const auto* entries) {
+      return inputs_.rule.block_size == 1 ? next_keys(at, entries, end, range, most)
+                                          : next_blocks(at, entries, end, range, most);
+    });
+    return {keys_, columns_, count};
+  }
+
+  // The first key that a row's list names, whether the query sees it or not; behind all keys where it names none.
+  int64_t first_key(int64_t row) const {
+    const Progress& at = progress_[row];
+    return with_entries(at, [&](const auto* entries) {
+      int64_t first = inputs_.sizes.num_keys;
+      for (int64_t i = 0; i < inputs_.lists.num_listed; ++i) {
+        const Range named = listed_keys(inputs_.rule, at.sequence, entries[i]);
+        first = named.empty() ? first : smaller(first, named.begin);
       }
-    }
+      return first;
+    });
   }
 
  private:
@@ -56,23 +72,18 @@ class ColumnWalk {
     int64_t key;  // of the entry, those before are done
   };
 
-  // The next columns of a row whose keys are of `range`, most_keys at most; none where the next entry begins at `end`
-  // or behind it, resp. there is none.
-  Columns next(int64_t row, int64_t end, Range range) const {
-    Progress& at = progress_[row];
-    const auto of = [&](const auto* entries) {
-      return inputs_.rule.block_size == 1 ? next_keys(at, entries, end, range) : next_blocks(at, entries, end, range);
-    };
+  template <typename Body>
+  int64_t with_entries(const Progress& at, const Body& body) const {
     const Lists& lists = inputs_.lists;
-    return {keys_, columns_, lists.wide.data == nullptr ? of(lists.narrow.row(at.batch, at.list_head, at.list))
-                                                        : of(lists.wide.row(at.batch, at.list_head, at.list))};
+    return lists.wide.data == nullptr ? body(lists.narrow.row(at.batch, at.list_head, at.list))
+                                      : body(lists.wide.row(at.batch, at.list_head, at.list));
   }
 
   template <typename Index>
-  int64_t next_keys(Progress& at, const Index* entries, int64_t end, Range range) const {
+  int64_t next_keys(Progress& at, const Index* entries, int64_t end, Range range, int64_t most) const {
     const int64_t num_listed = inputs_.lists.num_listed;
     int64_t count = 0, entry = at.entry;
-    for (; entry < num_listed && count < most_keys; ++entry) {
+    for (; entry < num_listed && count < most; ++entry) {
       const int64_t key = entries[entry];
       if (key >= end && key < at.end_of_keys) {
         break;
@@ -86,10 +97,10 @@ class ColumnWalk {
   }
 
   template <typename Index>
-  int64_t next_blocks(Progress& at, const Index* entries, int64_t end, Range range) const {
+  int64_t next_blocks(Progress& at, const Index* entries, int64_t end, Range range, int64_t most) const {
     const ListRule& rule = inputs_.rule;
     int64_t count = 0;
-    while (at.entry < inputs_.lists.num_listed && count < most_keys) {
+    while (at.entry < inputs_.lists.num_listed && count < most) {
       const int64_t entry = entries[at.entry];
       const Range named = listed_keys(rule, at.sequence, entry);
       if (!named.empty() && named.begin >= end && named.begin < at.end_of_keys) {
@@ -97,7 +108,7 @@ class ColumnWalk {
       }
       const int64_t first = larger(larger(named.begin, range.begin), at.key);
       const int64_t last = smaller(smaller(named.end, range.end), at.end_of_keys);
-      const int64_t taken = smaller(last - first, most_keys - count);
+      const int64_t taken = smaller(last - first, most - count);
       for (int64_t key = first; key < first + taken; ++key) {
         keys_[count] = static_cast<int32_t>(key);
         columns_[count] = static_cast<int32_t>(at.entry * rule.block_size + key -

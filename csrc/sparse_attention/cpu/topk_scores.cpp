@@ -16,8 +16,7 @@ class CpuTopkScores {
 
   template <typename T>
   void scores(const kernels::sparse_attention::Scores<T>& args) const {
-    parallel_tiles(tiles(args.inputs), cost_of_tile(args.inputs),
-                   TORCHOPS_KERNEL(sparse_attention, scores_scratch_bytes<T>)(args.inputs),
+    parallel_tiles(units(args.inputs), cost_of_unit(args.inputs), scratch_bytes(args.inputs, 0),
                    [&](char* scratch, int64_t begin, int64_t end) {
                      TORCHOPS_KERNEL(sparse_attention, scores<T>)(args, scratch, begin, end);
                    });
@@ -28,8 +27,7 @@ class CpuTopkScores {
     const auto& inputs = args.inputs;
     const auto& sizes = inputs.sizes;
     if (args.grad_query.data != nullptr) {
-      parallel_tiles(tiles(inputs), cost_of_tile(inputs),
-                     TORCHOPS_KERNEL(sparse_attention, score_query_gradient_scratch_bytes<T>)(inputs),
+      parallel_tiles(units(inputs), cost_of_unit(inputs), scratch_bytes(inputs, 0),
                      [&](char* scratch, int64_t begin, int64_t end) {
                        TORCHOPS_KERNEL(sparse_attention, score_query_gradient<T>)(args, scratch, begin, end);
                      });
@@ -40,8 +38,7 @@ class CpuTopkScores {
       const int64_t ranges = (at::get_num_threads() + kv_heads - 1) / kv_heads;
       const int64_t keys_at_a_time = std::max<int64_t>((sizes.num_keys + ranges - 1) / ranges, 1);
       parallel_tiles(kv_heads * ((sizes.num_keys + keys_at_a_time - 1) / keys_at_a_time),
-                     tiles(inputs) * cost_of_tile(inputs),
-                     TORCHOPS_KERNEL(sparse_attention, score_key_gradient_scratch_bytes<T>)(inputs, keys_at_a_time),
+                     units(inputs) * cost_of_unit(inputs), scratch_bytes(inputs, keys_at_a_time),
                      [&](char* scratch, int64_t begin, int64_t end) {
                        TORCHOPS_KERNEL(sparse_attention, score_key_gradient<T>)
                        (args, keys_at_a_time, scratch, begin, end);
@@ -51,16 +48,21 @@ class CpuTopkScores {
 
  private:
   template <typename T>
-  static int64_t tiles(const kernels::sparse_attention::Attention<T>& inputs) {
-    return inputs.sizes.batch * inputs.sizes.num_heads *
-           TORCHOPS_KERNEL(sparse_attention, score_tiles)(inputs.sizes);
+  static int64_t units(const kernels::sparse_attention::Attention<T>& inputs) {
+    return TORCHOPS_KERNEL(sparse_attention, score_units<T>)(inputs);
+  }
+
+  template <typename T>
+  static int64_t scratch_bytes(const kernels::sparse_attention::Attention<T>& inputs, int64_t num_keys) {
+    return TORCHOPS_KERNEL(sparse_attention, scores_scratch_bytes<T>)(inputs, num_keys);
   }
 
   // Several multiplications of a product are one operation.
   template <typename T>
-  static int64_t cost_of_tile(const kernels::sparse_attention::Attention<T>& inputs) {
+  static int64_t cost_of_unit(const kernels::sparse_attention::Attention<T>& inputs) {
     constexpr int64_t at_once = 4, queries = 64;
-    return queries * kernels::sparse_attention::num_columns(inputs) * std::max<int64_t>(inputs.sizes.head_dim / at_once, 1);
+    return std::max(inputs.rule.query_block, queries) * kernels::sparse_attention::num_columns(inputs) *
+           std::max<int64_t>(inputs.sizes.head_dim / at_once, 1);
   }
 };
 
