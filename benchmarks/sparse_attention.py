@@ -1,6 +1,6 @@
 """Attention over lists of keys against PyTorch's attention, masked and full, and against our own full attention."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -69,6 +69,10 @@ def rows(options: Options) -> Iterator[Row]:
                 yield list_row(Shape(lengths[-1]), 8, block, query_block, dtype, direction, options)
         yield decoding_row(Shape(lengths[-1]), 8, dtype, options)
         longest = Shape(lengths[-1])
+        for direction in (FORWARD, FORWARD_BACKWARD):
+            for tokens in lengths[1::2] or lengths:
+                yield scores_row(Shape(tokens), 8, dtype, direction, options)
+            yield scores_row(longest, 8, dtype, direction, options, list_heads=1)
         yield encoding_row(longest, dtype, options)
         for direction in (FORWARD, FORWARD_BACKWARD):
             yield loss_row(longest, dtype, direction, options)
@@ -125,6 +129,44 @@ def list_contenders(
         OWN_FULL: replace(own, align=None),
         MASKED: masked,
     }
+
+
+def scores_row(
+    shape: Shape, share: int, dtype: torch.dtype, direction: str, options: Options, list_heads: int | None = None
+) -> Row:
+    """Each head has a list, or as many as list_heads, which share keys too then."""
+    backward = direction == FORWARD_BACKWARD
+    tokens, listed = shape.tokens, shape.tokens // share
+    shape = replace(shape, key_heads=list_heads)
+
+    def contenders() -> dict[str, Contender | Absent]:
+        query, key, _ = make_inputs(shape, dtype, options.device, backward)
+        indices = eager.choose(tokens, list_heads or shape.heads, listed, 1, 1, options.device)
+        grad = randn((1, shape.heads, tokens, listed), 3, torch.float32, options.device)
+        grad = grad.masked_fill(indices < 0, 0)
+
+        def of(scores: Callable[..., torch.Tensor]) -> Contender:
+            call = lambda: (scores(query, key, indices).float(),)  # noqa: E731
+            return contender(call, (query, key), grad)
+
+        gathered: Contender | Absent = of(eager.scores_of_gathered)
+        size = shape.heads * tokens * listed * shape.features * dtype.itemsize
+        if size > 2**30:
+            gathered = Absent(f"copies of keys would take {size / 2**30:.0f} GiB")
+        return {
+            "torchops": of(torchops.topk_scores),
+            "all scores, gather": of(eager.scores_of_all),
+            "gathered keys": gathered,
+        }
+
+    return Row(
+        "scores of lists",
+        f"n={tokens} k={listed} {shape}",
+        dtype,
+        direction,
+        contenders,
+        {**shape.parameters, "share": share},
+    )
 
 
 def decoding_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:

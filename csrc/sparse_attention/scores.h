@@ -27,7 +27,7 @@ struct Scores {
 
 template <typename T>
 struct ScoreGradients {
-  Attention<T> inputs;                // those of the forward; gradients to queries are made of keys, those to keys of queries
+  Attention<T> inputs;  // those of the forward; gradients to queries are made of keys, those to keys of queries
   Heads<const accumulate_t<T>> grad;  // [B, Hq, Lq, k block_size]
   Heads<T> grad_query;                // [B, Hq, Lq, D], or null data when nobody asks for it
   Heads<T> grad_key;                  // [B, Hkv, Lk, D], or null data

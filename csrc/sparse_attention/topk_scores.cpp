@@ -88,7 +88,8 @@ ScoresGradients empty_score_gradients(const ScoresBackward& args) {
 
 ScoreTensors::ScoreTensors(const at::Tensor& query, const at::Tensor& key, const at::Tensor& indices,
                            const ScoreOptions& options)
-    : TopkTensors(query, key, {}, 0, indices, attention_options(options)) {}
+    : TopkTensors(query, key, {}, 0, indices, attention_options(options)) {
+}
 
 // ---- shapes -----------------------------------------------------------------------------------
 
@@ -133,12 +134,20 @@ struct TopkScores : torch::autograd::Function<TopkScores> {
     const auto number = [&](const char* name) { return ctx->saved_data[name].toSymInt(); };
     const auto block_size = number("block_size"), query_block = number("query_block"),
                num_kv_heads = number("num_kv_heads"), num_keys = number("num_keys");
-    const ScoreOptions options{query_start, key_start,
-                               block_size,  query_block,
-                               ctx->saved_data["is_causal"].toBool(), ctx->saved_data["scale"].toOptional<double>()};
-    const auto [grad_query, grad_key] =
-        op(ScoresBackward{grads[0], query, key, saved[2], options, num_kv_heads, num_keys,
-                          {ctx->needs_input_grad(0), ctx->needs_input_grad(1)}});
+    const ScoreOptions options{query_start,
+                               key_start,
+                               block_size,
+                               query_block,
+                               ctx->saved_data["is_causal"].toBool(),
+                               ctx->saved_data["scale"].toOptional<double>()};
+    const auto [grad_query, grad_key] = op(ScoresBackward{grads[0],
+                                                          query,
+                                                          key,
+                                                          saved[2],
+                                                          options,
+                                                          num_kv_heads,
+                                                          num_keys,
+                                                          {ctx->needs_input_grad(0), ctx->needs_input_grad(1)}});
     return {grad_query, grad_key, {}, {}};
   }
 };

@@ -87,9 +87,9 @@ ScoresGradients topk_scores_backward_on(const ScoresBackward& args) {
   const std::array gradients{grad_query, grad_key};
   for_dtype(gradients[grad_query.defined() ? 0 : 1].scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    device.gradients(kernels::sparse_attention::ScoreGradients<T>{
-        tensors.arguments<T>(), heads<kernels::accumulate_t<T>>(grad), mutable_heads<T>(gradients[0]),
-        mutable_heads<T>(gradients[1])});
+    device.gradients(
+        kernels::sparse_attention::ScoreGradients<T>{tensors.arguments<T>(), heads<kernels::accumulate_t<T>>(grad),
+                                                     mutable_heads<T>(gradients[0]), mutable_heads<T>(gradients[1])});
   });
   return {grad_query, grad_key};
 }

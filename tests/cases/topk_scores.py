@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from attention_cases import absent, none, only
-from contract import Inputs, Invalid, OpCase, Sample, integers, random
+from contract import Inputs, Invalid, OpCase, Sample, random
 from torch import Tensor
 
 import torchops
@@ -46,7 +46,8 @@ def topk_scores_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
         1, 2, 1, 70, 900, 12, 1, dtype=dtype, device=device, list_heads=2, listed=300, is_causal=True
     )
     entries = inputs["indices"].sort().values
-    yield Sample("ascending", of_scores(inputs | {"indices": entries, "query_start": torch.tensor([800], device=device)}))
+    start = torch.tensor([800], device=device)
+    yield Sample("ascending", of_scores(inputs | {"indices": entries, "query_start": start}))
     yield Sample("descending", of_scores(inputs | {"indices": entries.flip(-1).int()}))
     # A block that the first key cuts short, one that the last key does, and one that has no key.
     inputs = attention_inputs(2, 2, 2, 6, 11, 8, 1, dtype=dtype, device=device, list_heads=1, listed=3, block_size=5)
@@ -68,9 +69,7 @@ def invalid_scores(device: str, good: Inputs) -> Iterator[Invalid]:
         if wrong and set(wrong) <= set(ARGUMENTS):
             yield Invalid(invalid.id, good | wrong, invalid.message)
     most = 2**30
-    yield Invalid(
-        "large-blocks", good | {"block_size": most + 1}, f"expected block_size in 1..{most}, got {most + 1}"
-    )
+    yield Invalid("large-blocks", good | {"block_size": most + 1}, f"expected block_size in 1..{most}, got {most + 1}")
     yield Invalid(
         "columns",
         good | {"block_size": most // 2},
@@ -147,8 +146,9 @@ def backward_invalid(device: str) -> Iterator[Invalid]:
     )
     yield Invalid("grad-dtype", good | {"grad": grad.double()}, "expected grad of dtype Float, got Double")
     yield Invalid("no-heads", good | {"num_kv_heads": 0}, "expected num_kv_heads >= 1, got 0")
-    yield Invalid("other-heads", good | {"num_kv_heads": 4}, "expected num_kv_heads to be key's number of heads = 2, got 4")
-    yield Invalid("other-keys", good | {"num_keys": 7}, "expected num_keys to be key's third dimension = 6, got 7")
+    of_key = "to be key's"
+    yield Invalid("other-heads", good | {"num_kv_heads": 4}, f"num_kv_heads {of_key} number of heads = 2, got 4")
+    yield Invalid("other-keys", good | {"num_keys": 7}, f"num_keys {of_key} third dimension = 6, got 7")
     yield absent(good, "query", "key's gradient is asked for")
     yield absent(good, "key", "query's gradient is asked for")
 

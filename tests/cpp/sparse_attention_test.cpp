@@ -60,7 +60,7 @@ TEST_CASE("topk_attention_lse merges parts of the keys") {
 
 TEST_CASE("topk_scores and its gradients agree with gathered scores") {
   torch::manual_seed(2);
-  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+  for (const auto dtype : {at::kDouble, at::kFloat}) {
     CAPTURE(dtype);
     const auto random = [&](at::IntArrayRef sizes) { return torch::randn(sizes, dtype).requires_grad_(); };
     const auto indices = torch::randint(70, {2, 3, 70, 9}, at::kLong);
@@ -73,6 +73,8 @@ TEST_CASE("topk_scores and its gradients agree with gathered scores") {
           return 0.5 * of[0].matmul(of[1].transpose(-1, -2)).gather(-1, indices);
         });
   }
+  const auto halves = torch::randn({1, 1, 4, 8}, at::kHalf);
+  CHECK(torchops::topk_scores(halves, halves, torch::zeros({1, 1, 4, 2}, at::kLong)).dtype() == at::kFloat);
 }
 
 TEST_CASE("topk_attention reports bad input as an error that says what is wrong") {

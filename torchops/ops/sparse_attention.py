@@ -171,8 +171,9 @@ def topk_scores(
     else, so that biases of keys and entries are added to them.
 
     Differentiable in query and key: a loss on the scores of an indexer, or on the distribution of an attention, reaches
-    what made them. The gradient to a column of -inf is not looked at, NaN included. A key that no query sees is not read,
-    and its gradient is 0. The backward keeps the lists, and of query and key what the gradients asked for are made of.
+    what made them. The gradient to a column of -inf is not looked at, NaN included. A key that nobody lists is not
+    read, and its gradient is 0. The backward keeps the lists, and of query and key what the gradients asked for are
+    made of.
 
     Args:
         query: [B, Hq, Lq, D], float64, float32, bfloat16 or float16; D at most 256. A tensor whose last

@@ -33,8 +33,13 @@ class ColumnWalk {
 
   void start(int64_t row, int64_t batch, int64_t head, int64_t query) const {
     const Sequence sequence = inputs_.sequence(batch);
-    progress_[row] = {sequence, end_of_keys(inputs_.rule, sequence, query), batch, inputs_.list_head(head),
-                      query / inputs_.rule.query_block, 0, 0};
+    progress_[row] = {sequence,
+                      end_of_keys(inputs_.rule, sequence, query),
+                      batch,
+                      inputs_.list_head(head),
+                      query / inputs_.rule.query_block,
+                      0,
+                      0};
   }
 
   // The next columns of a row whose keys are of `range`, `most` at most; none where the next entry that the query sees
@@ -111,8 +116,8 @@ class ColumnWalk {
       const int64_t taken = smaller(last - first, most - count);
       for (int64_t key = first; key < first + taken; ++key) {
         keys_[count] = static_cast<int32_t>(key);
-        columns_[count] = static_cast<int32_t>(at.entry * rule.block_size + key -
-                                               first_column_key(rule, at.sequence, entry));
+        columns_[count] =
+            static_cast<int32_t>(at.entry * rule.block_size + key - first_column_key(rule, at.sequence, entry));
         ++count;
       }
       if (first + taken < last) {

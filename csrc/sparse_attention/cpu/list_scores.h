@@ -48,9 +48,8 @@ class ListScores {
       clear(query_sums_, padded_rows(tile) * padded_dim());
       for_columns(tile, Range{0, sizes().num_keys}, [&](const Columns& columns) {
         load_grads(args, tile, columns);
-        with_rows_of_keys(tile, columns, [&](const ListedRows<T>& rows) {
-          pack_right(rows, sizes().head_dim, key_tile<E>, keys_);
-        });
+        with_rows_of_keys(tile, columns,
+                          [&](const ListedRows<T>& rows) { pack_right(rows, sizes().head_dim, key_tile<E>, keys_); });
         meeting_.add_to_queries(padded_rows(tile), padded_dim(), keys_, query_sums_);
       });
       for (int64_t row = 0; row < tile.num_rows(); ++row) {

@@ -49,7 +49,8 @@ class QueryScores {
     clear(rows_, tile.count * padded_dim());
     for_columns(tile, Range{0, sizes().num_keys}, [&](int64_t row, const Columns& columns) {
       load_grads(args, tile, row, columns);
-      add_weighted_rows(keys, sizes().head_dim, columns.keys, numbers_, columns.count, A(1), rows_ + row * padded_dim());
+      add_weighted_rows(keys, sizes().head_dim, columns.keys, numbers_, columns.count, A(1),
+                        rows_ + row * padded_dim());
     });
     for (int64_t row = 0; row < tile.count; ++row) {
       store_gradient(args.grad_query.row(tile.batch, tile.head, tile.first + row), rows_ + row * padded_dim(),
