@@ -147,8 +147,10 @@ def backward_invalid(device: str) -> Iterator[Invalid]:
     yield Invalid("grad-dtype", good | {"grad": grad.double()}, "expected grad of dtype Float, got Double")
     yield Invalid("no-heads", good | {"num_kv_heads": 0}, "expected num_kv_heads >= 1, got 0")
     of_key = "to be key's"
-    yield Invalid("other-heads", good | {"num_kv_heads": 4}, f"num_kv_heads {of_key} number of heads = 2, got 4")
-    yield Invalid("other-keys", good | {"num_keys": 7}, f"num_keys {of_key} third dimension = 6, got 7")
+    yield Invalid(
+        "other-heads", good | {"num_kv_heads": 4}, f"expected num_kv_heads {of_key} number of heads = 2, got 4"
+    )
+    yield Invalid("other-keys", good | {"num_keys": 7}, f"expected num_keys {of_key} third dimension = 6, got 7")
     yield absent(good, "query", "key's gradient is asked for")
     yield absent(good, "key", "query's gradient is asked for")
 
