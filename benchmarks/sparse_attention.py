@@ -30,6 +30,8 @@ and value, from a gradient of the output that was made beforehand.
 SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_causal). Full attention does other work, \
 so that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing, but for the \
 16-bit gradients among 8192 tokens, where SDPA's differ from those in float64 by up to 0.044, torchops's by 0.007.
+Scores of lists are those for every key, of which listed ones are gathered, resp. those of keys that are gathered for \
+every query, whose 16-bit gradients are added up in 16 bits and not compared.
 Codes are those of M = D / 8 codebooks of E = 16 codewords, random as queries and keys are. Of rivals that choose by \
 codes only the work is the same: they take any of the keys with as many codes, and round distances otherwise.
 Memory is the peak of what torch allocates during a call, results included."""
@@ -149,7 +151,10 @@ def scores_row(
             call = lambda: (scores(query, key, indices).float(),)  # noqa: E731
             return contender(call, (query, key), grad)
 
+        # Its gradients to keys are added up in their dtype.
         gathered: Contender | Absent = of(eager.scores_of_gathered)
+        if backward and dtype.itemsize < 4:
+            gathered = replace(gathered, align=None)
         size = shape.heads * tokens * listed * shape.features * dtype.itemsize
         if size > 2**30:
             gathered = Absent(f"copies of keys would take {size / 2**30:.0f} GiB")

@@ -271,15 +271,15 @@ def test_softmax_of_scores_is_the_distribution_of_topk_attention(dtype: torch.dt
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize("options", [{}, {"block_size": 16}, {"query_block": 16}], ids=str)
 @pytest.mark.parametrize("ascending", [True, False])
-def test_ranges_of_keys_have_the_same_bits(block_size: int, ascending: bool) -> None:
+def test_ranges_of_keys_have_the_same_bits(options: dict[str, int], ascending: bool) -> None:
     """One head, whose gradient to keys threads cut into ranges; lists of any order."""
     inputs = qkv(1, 1, 700, 8, dtype=torch.float32)
-    names = 700 // block_size
-    indices = torch.randint(-1, names + 1, (1, 1, 700, 60), generator=torch.Generator().manual_seed(0))
+    lists, names = -(-700 // options.get("query_block", 1)), 700 // options.get("block_size", 1)
+    indices = torch.randint(-1, names + 1, (1, 1, lists, 60), generator=torch.Generator().manual_seed(0))
     indices = indices.sort().values if ascending else indices
-    call = {name: inputs[name] for name in ROWS} | {"indices": indices, "block_size": block_size, "is_causal": True}
+    call = {name: inputs[name] for name in ROWS} | {"indices": indices, "is_causal": True, **options}
     before = torch.get_num_threads()
     results = []
     try:

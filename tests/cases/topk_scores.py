@@ -54,6 +54,12 @@ def topk_scores_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     inputs["indices"] = torch.tensor([1, 3, 0], device=device).expand(2, 1, 6, 3)
     inputs["key_start"] = torch.tensor([7, 5], device=device)
     yield Sample("cut-blocks", of_scores(inputs))
+    # Queries of a block, the first ones in front of all keys.
+    inputs = attention_inputs(
+        1, 2, 1, 71, 33, 8, 1, dtype=dtype, device=device, list_heads=1, listed=7, query_block=16, is_causal=True
+    )
+    inputs["query"][:, :, :38] = math.nan
+    yield Sample("unseeing-queries-of-blocks", of_scores(inputs))
     # What is listed and is no number, or none that ends, reaches its own columns only.
     inputs = attention_inputs(1, 2, 1, 30, 40, 16, 1, dtype=dtype, device=device, list_heads=2, listed=9)
     inputs["key"][:, :, 7], inputs["key"][:, :, 9], inputs["query"][:, 1, 3] = math.nan, math.inf, -math.inf
