@@ -1,6 +1,6 @@
 """Attention over lists of keys against PyTorch's attention, masked and full, and against our own full attention."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -30,6 +30,8 @@ and value, from a gradient of the output that was made beforehand.
 SDPA is torch's scaled_dot_product_attention: + mask (bool), full causal (is_causal). Full attention does other work, \
 so that its result is not compared; SDPA + mask agrees with torchops, which was checked before the timing, but for the \
 16-bit gradients among 8192 tokens, where SDPA's differ from those in float64 by up to 0.044, torchops's by 0.007.
+Scores of lists are those for every key, of which listed ones are gathered, resp. those of keys that are gathered for \
+every query, whose 16-bit gradients are added up in 16 bits and not compared.
 Codes are those of M = D / 8 codebooks of E = 16 codewords, random as queries and keys are. Of rivals that choose by \
 codes only the work is the same: they take any of the keys with as many codes, and round distances otherwise. Those \
 that choose by scores take any of equal ones.
@@ -70,6 +72,10 @@ def rows(options: Options) -> Iterator[Row]:
                 yield list_row(Shape(lengths[-1]), 8, block, query_block, dtype, direction, options)
         yield decoding_row(Shape(lengths[-1]), 8, dtype, options)
         longest = Shape(lengths[-1])
+        for direction in (FORWARD, FORWARD_BACKWARD):
+            for tokens in lengths[1::2] or lengths:
+                yield scores_row(Shape(tokens), 8, dtype, direction, options)
+            yield scores_row(longest, 8, dtype, direction, options, list_heads=1)
         yield encoding_row(longest, dtype, options)
         for direction in (FORWARD, FORWARD_BACKWARD):
             yield loss_row(longest, dtype, direction, options)
@@ -129,6 +135,47 @@ def list_contenders(
         OWN_FULL: replace(own, align=None),
         MASKED: masked,
     }
+
+
+def scores_row(
+    shape: Shape, share: int, dtype: torch.dtype, direction: str, options: Options, list_heads: int | None = None
+) -> Row:
+    """Each head has a list, or as many as list_heads, which share keys too then."""
+    backward = direction == FORWARD_BACKWARD
+    tokens, listed = shape.tokens, shape.tokens // share
+    shape = replace(shape, key_heads=list_heads)
+
+    def contenders() -> dict[str, Contender | Absent]:
+        query, key, _ = make_inputs(shape, dtype, options.device, backward)
+        indices = eager.choose(tokens, list_heads or shape.heads, listed, 1, 1, options.device)
+        grad = randn((1, shape.heads, tokens, listed), 3, torch.float32, options.device)
+        grad = grad.masked_fill(indices < 0, 0)
+
+        def of(scores: Callable[..., torch.Tensor]) -> Contender:
+            call = lambda: (scores(query, key, indices).float(),)  # noqa: E731
+            return contender(call, (query, key), grad)
+
+        # Its gradients to keys are added up in their dtype.
+        gathered: Contender | Absent = of(eager.scores_of_gathered)
+        if backward and dtype.itemsize < 4:
+            gathered = replace(gathered, align=None)
+        size = shape.heads * tokens * listed * shape.features * dtype.itemsize
+        if size > 2**30:
+            gathered = Absent(f"copies of keys would take {size / 2**30:.0f} GiB")
+        return {
+            "torchops": of(torchops.topk_scores),
+            "all scores, gather": of(eager.scores_of_all),
+            "gathered keys": gathered,
+        }
+
+    return Row(
+        "scores of lists",
+        f"n={tokens} k={listed} {shape}",
+        dtype,
+        direction,
+        contenders,
+        {**shape.parameters, "share": share},
+    )
 
 
 def decoding_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:

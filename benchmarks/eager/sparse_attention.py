@@ -29,6 +29,22 @@ def mask_of(indices: Tensor, tokens: int, block: int, query_block: int) -> Tenso
     return named & torch.ones(tokens, tokens, dtype=torch.bool, device=indices.device).tril()
 
 
+def scores_of_all(query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+    """[1, H, L, k]: of the scores for all keys those that are listed."""
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    entries = indices.long().expand(-1, query.shape[1], -1, -1)
+    return scores.gather(-1, entries.clamp(min=0)).masked_fill(entries < 0, -torch.inf)
+
+
+def scores_of_gathered(query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+    """[1, H, L, k]: products with rows of keys, of which there is a copy for every query that lists them."""
+    heads = torch.arange(query.shape[1], device=query.device)[:, None, None] * key.shape[1] // query.shape[1]
+    entries = indices[0].long().expand(query.shape[1], -1, -1)
+    listed = key[0, heads, entries.clamp(min=0)]
+    scores = (listed @ query[0, ..., None])[..., 0] * query.shape[-1] ** -0.5
+    return scores.masked_fill(entries < 0, -torch.inf)[None]
+
+
 def distances(input: Tensor, codebooks: Tensor) -> Tensor:
     """[M, R, E], sums of absolute differences of the parts of rows [..., D] to codewords [M, E, D / M]."""
     parts = input.reshape(-1, codebooks.shape[0], codebooks.shape[2]).transpose(0, 1)

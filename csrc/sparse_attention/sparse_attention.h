@@ -34,6 +34,14 @@ TORCHOPS_API std::tuple<at::Tensor, at::Tensor> topk_attention_lse(
     const std::optional<at::Tensor>& query_start = std::nullopt,
     const std::optional<at::Tensor>& key_start = std::nullopt);
 
+// The scores of topk_attention before its softmax, entry by entry: shapes as there -> float32 (float64 for float64)
+// [B, Hq, Lq, k block_size], -inf where there is no key, or one that the query does not see
+TORCHOPS_API at::Tensor topk_scores(const at::Tensor& query, const at::Tensor& key, const at::Tensor& indices,
+                                    c10::SymInt block_size = 1, c10::SymInt query_block = 1, bool is_causal = false,
+                                    std::optional<double> scale = std::nullopt,
+                                    const std::optional<at::Tensor>& query_start = std::nullopt,
+                                    const std::optional<at::Tensor>& key_start = std::nullopt);
+
 // The nearest codeword of each part of each row: input [..., D], codebooks [M, E, D / M] -> uint8 [..., M]
 TORCHOPS_API at::Tensor pq_encode(const at::Tensor& input, const at::Tensor& codebooks);
 

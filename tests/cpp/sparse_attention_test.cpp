@@ -58,6 +58,25 @@ TEST_CASE("topk_attention_lse merges parts of the keys") {
       torch::allclose(first * weight + second * (1 - weight), torchops::span_attention(query, key, value), 1e-4, 1e-5));
 }
 
+TEST_CASE("topk_scores and its gradients agree with gathered scores") {
+  torch::manual_seed(2);
+  for (const auto dtype : {at::kDouble, at::kFloat}) {
+    CAPTURE(dtype);
+    const auto random = [&](at::IntArrayRef sizes) { return torch::randn(sizes, dtype).requires_grad_(); };
+    const auto indices = torch::randint(70, {2, 3, 70, 9}, at::kLong);
+    check_agreement(
+        {random({2, 3, 70, 20}), random({2, 3, 70, 20})},
+        [&](const std::vector<at::Tensor>& of) {
+          return torchops::topk_scores(of[0], of[1], indices, 1, 1, false, 0.5);
+        },
+        [&](const std::vector<at::Tensor>& of) {
+          return 0.5 * of[0].matmul(of[1].transpose(-1, -2)).gather(-1, indices);
+        });
+  }
+  const auto halves = torch::randn({1, 1, 4, 8}, at::kHalf);
+  CHECK(torchops::topk_scores(halves, halves, torch::zeros({1, 1, 4, 2}, at::kLong)).dtype() == at::kFloat);
+}
+
 TEST_CASE("topk_attention reports bad input as an error that says what is wrong") {
   const auto query = torch::randn({1, 4, 8, 16}), key = torch::randn({1, 2, 8, 16});
   const auto indices = torch::zeros({1, 3, 8, 2}, at::kLong);

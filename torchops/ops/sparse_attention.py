@@ -19,6 +19,7 @@ __all__ = [
     "score_topk",
     "topk_attention",
     "topk_attention_lse",
+    "topk_scores",
 ]
 
 
@@ -143,6 +144,75 @@ def topk_attention_lse(
         query_start,
         key_start,
         pair_bias,
+        block_size=block_size,
+        query_block=query_block,
+        is_causal=is_causal,
+        scale=scale,
+    )
+
+
+def topk_scores(
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    """The scores of :func:`topk_attention`: scaled products of a query with the keys that its list names.
+
+    Column e * block_size + o of a query is its score for the o-th key of entry e, in the order of its list, which is
+    not sorted. The key of a column is at the position indices[e] * block_size + o; where block_size is 1 it is
+    indices[e] itself. A column is -inf where there is no such key: the entry names none, or the first or last key cuts
+    the block short. With ``is_causal`` the columns of keys behind the query are -inf too. The softmax over the columns
+    is the distribution by which topk_attention weighs values. Columns depend on the key they stand for and on nothing
+    else, so that biases of keys and entries are added to them.
+
+    Differentiable in query and key: a loss on the scores of an indexer, or on the distribution of an attention, reaches
+    what made them. The gradient to a column of -inf is not looked at, NaN included. A key that nobody lists is not
+    read, and its gradient is 0. The backward keeps the lists, and of query and key what the gradients asked for are
+    made of.
+
+    Args:
+        query: [B, Hq, Lq, D], float64, float32, bfloat16 or float16; D at most 256. A tensor whose last
+            dimension is contiguous is read where it lies.
+        key: [B, Hkv, Lk, D]. Hq is a multiple of Hkv: query head h goes with head h // (Hq / Hkv).
+        indices: int32 or int64 [B, Hi, Nq, k], as :func:`topk_attention` takes them.
+        block_size: keys in a block.
+        query_block: consecutive queries, counted from the first one of the call, that share a list.
+        is_causal: hide the keys behind a query.
+        scale: factor on the products of queries and keys; 1 / sqrt(D) if None.
+        query_start, key_start: int64 or int32 [B], the absolute positions of the first query and of the first key
+            of each row, as in :func:`topk_attention`.
+
+    Returns:
+        [B, Hq, Lq, k * block_size] in float32 (float64 for float64), as logsumexp is: a softmax follows, and two
+        scores of 30 that differ by 0.1 are the same number in bfloat16.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, D outside of 1..256, block_size or query_block < 1; more than 2^30
+            columns.
+
+    Source: what the losses on DeepSeek's DSA indexer are made of (DeepSeek-V3.2-Exp, 2025).
+
+    >>> query, key = torch.randn(2, 1, 2, 100, 16, requires_grad=True)
+    >>> value = torch.randn(1, 2, 100, 16)
+    >>> indices = (query @ key.mT).topk(8).indices
+    >>> weights = torchops.topk_scores(query, key, indices).softmax(-1)
+    >>> chosen = value[0, torch.arange(2)[:, None, None], indices[0]]
+    >>> output = (weights[..., None, :] @ chosen)[..., 0, :]
+    >>> torch.allclose(output, torchops.topk_attention(query, key, value, indices), atol=1e-5)
+    True
+    """
+    return operators.topk_scores(
+        query,
+        key,
+        indices,
+        query_start,
+        key_start,
         block_size=block_size,
         query_block=query_block,
         is_causal=is_causal,

@@ -27,6 +27,49 @@ def positions(
     return query, key_start.long().clamp(-limit, limit)
 
 
+def named(
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor,
+    block_size: int,
+    query_start: Optional[Tensor],
+    key_start: Optional[Tensor],
+) -> Tuple[Tensor, Tensor]:
+    """int64 and bool [B, Hi, Nq, k]: the first key that an entry names, below 0 where its block begins in front of all
+    keys, and whether it names one."""
+    num_keys = key.shape[2]
+    _, start = positions(query.shape[0], query.shape[2], num_keys, query_start, key_start, query.device)
+    start = start[:, None, None, None]
+    entries = indices.long()
+    if block_size == 1:
+        there = (entries >= 0) & (entries < num_keys)
+        return entries.masked_fill(~there, 0), there
+    last = (start + num_keys - 1).div(block_size, rounding_mode="floor")
+    there = (entries >= 0) & (entries <= last)
+    return entries.masked_fill(~there, 0) * block_size - start, there
+
+
+def seen(
+    query: Tensor,
+    key: Tensor,
+    keys: Tensor,
+    inside: Tensor,
+    query_block: int,
+    is_causal: bool,
+    query_start: Optional[Tensor],
+    key_start: Optional[Tensor],
+) -> Tuple[Tensor, Tensor]:
+    """From keys of lists [B, Hi, Nq, k, keys of a block], and whether there are such, those of queries [B, Hi, Lq, k,
+    keys of a block], and whether they see them."""
+    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
+    position, start = positions(batch, num_queries, num_keys, query_start, key_start, query.device)
+    of_query = torch.arange(num_queries, device=query.device) // query_block
+    keys, inside = keys[:, :, of_query], inside[:, :, of_query]
+    if is_causal:
+        inside = inside & (keys + start[:, None, None, None, None] <= position[:, None, :, None, None])
+    return keys.masked_fill(~inside, 0), inside
+
+
 def listed(
     query: Tensor,
     key: Tensor,
@@ -38,24 +81,11 @@ def listed(
     key_start: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
     """int64 and bool [B, Hi, Lq, k, keys of a block]: the keys that entries name, and whether a query sees them."""
-    batch, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
-    position, start = positions(batch, num_queries, num_keys, query_start, key_start, query.device)
-    start = start[:, None, None, None]
-    entries = indices.long()
-    if block_size == 1:
-        there = (entries >= 0) & (entries < num_keys)
-        first = entries.masked_fill(~there, 0)
-    else:
-        last = (start + num_keys - 1).div(block_size, rounding_mode="floor")
-        there = (entries >= 0) & (entries <= last)
-        first = entries.masked_fill(~there, 0) * block_size - start
+    num_keys = key.shape[2]
+    first, there = named(query, key, indices, block_size, query_start, key_start)
     keys = first.clamp(min=0)[..., None] + torch.arange(min(block_size, num_keys), device=query.device)
     inside = there[..., None] & (keys < (first + block_size).clamp(max=num_keys)[..., None])
-    of_query = torch.arange(num_queries, device=query.device) // query_block
-    keys, inside = keys[:, :, of_query], inside[:, :, of_query]
-    if is_causal:
-        inside = inside & (keys + start[..., None] <= position[:, None, :, None, None])
-    return keys.masked_fill(~inside, 0), inside
+    return seen(query, key, keys, inside, query_block, is_causal, query_start, key_start)
 
 
 def gathered(rows: Tensor, keys: Tensor, inside: Tensor) -> Tensor:
@@ -133,6 +163,31 @@ def topk_attention(
         query_start,
         key_start,
     )[0]
+
+
+def topk_scores(
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor,
+    block_size: int = 1,
+    query_block: int = 1,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    query_start: Optional[Tensor] = None,
+    key_start: Optional[Tensor] = None,
+) -> Tensor:
+    num_heads, num_keys = query.shape[1], key.shape[2]
+    first, there = named(query, key, indices, block_size, query_start, key_start)
+    keys = first[..., None] + torch.arange(block_size, device=query.device)
+    inside = there[..., None] & (keys >= 0) & (keys < num_keys)
+    keys, inside = seen(query, key, keys, inside, query_block, is_causal, query_start, key_start)
+    repeats = num_heads // indices.shape[1] if indices.shape[1] else 0
+    keys, inside = (t.repeat_interleave(repeats, dim=1).flatten(3) for t in (keys, inside))
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query = query.to(dtype).masked_fill(~inside.any(-1, keepdim=True), 0)  # one that sees nothing may hold anything
+    key = gathered(key.to(dtype).repeat_interleave(num_heads // key.shape[1], dim=1), keys, inside)
+    scores = (key @ query[..., None])[..., 0] * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    return scores.masked_fill(~inside, -torch.inf)
 
 
 def pq_encode(input: Tensor, codebooks: Tensor) -> Tensor:

@@ -47,11 +47,11 @@ struct ListTile {
   int64_t query_of(int64_t row) const { return first_query + row % num_queries; }
   int64_t last_query() const { return first_query + num_queries - 1; }
 
-  // The first query that sees a key of the list. Which part of the list a range of keys leaves does not count: what is
-  // no number in a query reaches the same keys, however many threads there are.
-  int64_t first_seeing(const ListRule& rule, const Sequence& sequence, const List& list) const {
+  // The first query that sees a key of a list that begins with this one. Which part of the list a range of keys leaves
+  // does not count: what is no number in a query reaches the same keys, however many threads there are.
+  int64_t first_seeing(const ListRule& rule, const Sequence& sequence, int64_t first_key) const {
     int64_t query = first_query;
-    while (query <= last_query() && list.first_key >= end_of_keys(rule, sequence, query)) {
+    while (query <= last_query() && first_key >= end_of_keys(rule, sequence, query)) {
       ++query;
     }
     return query;

@@ -6,11 +6,6 @@
 // The backward query by query, where few queries share a list.
 
 namespace torchops::kernels::sparse_attention::TORCHOPS_LEVEL {
-// Numbers, padded with zeros to whole vectors.
-template <typename T>
-void load_numbers(const T* from, int64_t size, accumulate_t<T>* to) {
-  for_each_vector<T>(size, [&](int64_t d, int lanes_used) { store(to + d, load_piece(from + d, lanes_used)); });
-}
 
 template <typename E>
 struct BackwardScratch {

@@ -28,6 +28,12 @@ void load_row(const T* from, int64_t size, typename element<E>::vector* to) {
   }
 }
 
+// Numbers, padded with zeros to whole vectors.
+template <typename T>
+void load_numbers(const T* from, int64_t size, accumulate_t<T>* to) {
+  for_each_vector<T>(size, [&](int64_t d, int lanes_used) { store(to + d, load_piece(from + d, lanes_used)); });
+}
+
 // Fetches a row, for it is as far apart from the last one as numbers in a list are.
 template <typename T>
 inline __attribute__((always_inline)) void prefetch_row(const T* row, int64_t size) {

@@ -72,7 +72,7 @@ struct TileBackward {
     const Sequence sequence = inputs().sequence(batch);
     const int64_t rows = round_up(tile.num_rows(), tile_rows);
     const List entries = scratch.lists[0];
-    load_queries(tile, tile.first_seeing(inputs().rule, sequence, entries), rows);
+    load_queries(tile, tile.first_seeing(inputs().rule, sequence, entries.first_key), rows);
     clear(scratch.query_sums, rows * columns());
     scratch.runs.start(0, entries, end_of_keys(inputs().rule, sequence, tile.last_query()));
     const auto next = [&] {

@@ -32,8 +32,8 @@ void forward_of_tile(const AttentionForward<T>& args, const TileForwardScratch<E
   const int64_t kv_head = tile.first_head / sizes.group_size();
   const int64_t padded_rows = round_up(tile.num_rows(), tile_rows), columns = columns_of<E>(sizes.value_dim);
   const List entries = scratch.lists[0];
-  pack_left(ListTile::Rows<T>{tile, inputs.query, tile.first_seeing(inputs.rule, sequence, entries)}, sizes.head_dim,
-            padded_rows, scratch.queries);
+  pack_left(ListTile::Rows<T>{tile, inputs.query, tile.first_seeing(inputs.rule, sequence, entries.first_key)},
+            sizes.head_dim, padded_rows, scratch.queries);
   scratch.clear(padded_rows, columns);
   scratch.runs.start(0, entries, end_of_keys(inputs.rule, sequence, tile.last_query()));
   const auto next = [&] { return scratch.runs.next(0, sizes.num_keys, key_block<E>, inputs.rule.block_size == 1); };

@@ -1,22 +1,8 @@
 #pragma once
 
-#include "sparse_attention/cuda/warp_rows.cuh"
+#include "sparse_attention/cuda/naming_queries.cuh"
 
 namespace torchops::kernels::sparse_attention {
-
-// The first of `count` ascending numbers that is not below `number`.
-__device__ inline int lower_bound(const int32_t* ascending, int count, int64_t number) {
-  int begin = 0, end = count;
-  while (begin < end) {
-    const int middle = begin + (end - begin) / 2;
-    if (ascending[middle] < number) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
 
 // One key, and what the queries whose lists name it add up to.
 template <typename T>
@@ -80,53 +66,6 @@ struct KeyGradient {
       key_sums.add(memory, queries, count);
     }
   }
-
-  // A head's queries of the tile, in ascending order.
-  __device__ void add_queries(int64_t head) {
-    const Attention<T>& inputs = args.inputs;
-    const Sequence sequence = inputs.sequence(batch);
-    const int64_t begin = begin_of_block(inputs.rule, sequence, key);
-    const int num_listed = static_cast<int>(inputs.lists.num_listed), lane = device::lane_index();
-    int pending = 0;
-    const int64_t end = sorted.tile.end_of_queries();
-    for (int64_t first_query = sorted.tile.first_query; first_query < end; first_query += device::warp_size) {
-      const int64_t query = first_query + lane;
-      const int32_t* begins = nullptr;
-      int entry = num_listed;
-      if (query < end && key < end_of_keys(inputs.rule, sequence, query)) {
-        begins = sorted.begins + sorted.first_of(inputs, batch, head, query / inputs.rule.query_block);
-        entry = lower_bound(begins, num_listed, begin);
-      }
-      // A list names a key as often as it likes.
-      for (bool more = true; more;) {
-        const bool names = entry < num_listed && begins[entry] == begin;
-        const uint32_t naming = device::ballot(names);
-        if (names) {
-          const int at = pending + device::popc(naming & ((uint32_t{1} << lane) - 1));
-          memory.pending[at] = static_cast<int>(query);
-          memory.pending_entry[at] = entry++;
-        }
-        pending += device::popc(naming);
-        more = naming != 0;
-        device::syncwarp();
-        if (pending >= device::warp_size) {
-          add(head, device::warp_size);
-          pending -= device::warp_size;
-          const int next = memory.pending[device::warp_size + lane];
-          const int next_entry = memory.pending_entry[device::warp_size + lane];
-          device::syncwarp();
-          if (lane < pending) {
-            memory.pending[lane] = next;
-            memory.pending_entry[lane] = next_entry;
-          }
-          device::syncwarp();
-        }
-      }
-    }
-    if (pending > 0) {
-      add(head, pending);
-    }
-  }
 };
 
 // AttentionBackward's grad_key, grad_value and grad_key_bias, a warp for each key, grid [B * Hkv * Lk / num_warps]:
@@ -164,7 +103,8 @@ __global__ void __launch_bounds__(num_threads)
   }
   for (int64_t in_group = tile.first_head; in_group < tile.first_head + tile.num_heads; ++in_group) {
     device::syncwarp();
-    gradient.add_queries(kv_head * sizes.group_size() + in_group);
+    const int64_t head = kv_head * sizes.group_size() + in_group;
+    for_naming_queries(inputs, sorted, memory, batch, head, key, [&](int count) { gradient.add(head, count); });
   }
   if (!tile.is_last(sizes)) {
     if (to_keys) {

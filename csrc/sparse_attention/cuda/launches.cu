@@ -18,6 +18,9 @@ void launch_choose_by_codes(const CodeChoice& args, int64_t batch, const QueryTi
   template void launch_query_gradient(const AttentionBackward<T>&, const SortedLists&);                         \
   template void launch_key_gradient(const AttentionBackward<T>&, const SortedLists&,                            \
                                     const CarriedSums<accumulate_t<T>>&);                                       \
+  template void launch_scores(const Scores<T>&);                                                                \
+  template void launch_score_query_gradient(const ScoreGradients<T>&);                                          \
+  template void launch_score_key_gradient(const ScoreGradients<T>&, const SortedLists&);                        \
   template void launch_nearest_codeword(const NearestCodeword<T>&);                                             \
   template void launch_choose_by_scores(const ScoreChoice<T>&, const ScoreScratch<accumulate_t<T>>&, int32_t*); \
   template void launch_quantization_loss(const QuantizationLoss<T>&);                                           \

@@ -12,6 +12,7 @@
 #include "sparse_attention/cuda/nearest_codeword.cuh"
 #include "sparse_attention/cuda/quantization_loss.cuh"
 #include "sparse_attention/cuda/query_gradient.cuh"
+#include "sparse_attention/cuda/scores.cuh"
 
 // Which kernel on which grid.
 
@@ -54,6 +55,31 @@ void launch_row_delta(const RowDelta<T>& args) {
   device::launch(
       {device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, row_delta_threads), row_delta_threads},
       row_delta_fma<1, T>, args);
+}
+
+template <typename T>
+void launch_scores(const Scores<T>& args) {
+  const Sizes& sizes = args.inputs.sizes;
+  const int64_t shares = device::tiles_of(num_columns(args.inputs), columns_of_warp);
+  device::launch({device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries * shares, num_warps), num_threads,
+                  WarpMemory<accumulate_t<T>>::bytes},
+                 scores<T>, args);
+}
+
+template <typename T>
+void launch_score_query_gradient(const ScoreGradients<T>& args) {
+  const Sizes& sizes = args.inputs.sizes;
+  device::launch({device::tiles_of(sizes.batch * sizes.num_heads * sizes.num_queries, num_warps), num_threads,
+                  WarpMemory<accumulate_t<T>>::bytes},
+                 score_query_gradient<T>, args);
+}
+
+template <typename T>
+void launch_score_key_gradient(const ScoreGradients<T>& args, const SortedLists& sorted) {
+  const Sizes& sizes = args.inputs.sizes;
+  device::launch({device::tiles_of(sizes.batch * sizes.num_kv_heads * sizes.num_keys, num_warps), num_threads,
+                  WarpMemory<accumulate_t<T>>::bytes},
+                 score_key_gradient<T>, args, sorted);
 }
 
 template <typename T>

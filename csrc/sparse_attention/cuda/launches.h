@@ -9,6 +9,7 @@
 #include "sparse_attention/nearest_codeword.h"
 #include "sparse_attention/quantization_loss.h"
 #include "sparse_attention/score_choice.h"
+#include "sparse_attention/scores.h"
 
 // What the host layer has to know of the kernels, and how it starts them.
 
@@ -107,6 +108,17 @@ void launch_query_gradient(const AttentionBackward<T>& args, const SortedLists& 
 template <typename T>
 void launch_key_gradient(const AttentionBackward<T>& args, const SortedLists& sorted,
                          const CarriedSums<accumulate_t<T>>& carried);
+
+template <typename T>
+void launch_scores(const Scores<T>& args);
+
+// args.grad_query is wanted.
+template <typename T>
+void launch_score_query_gradient(const ScoreGradients<T>& args);
+
+// args.grad_key is wanted.
+template <typename T>
+void launch_score_key_gradient(const ScoreGradients<T>& args, const SortedLists& sorted);
 
 template <typename T>
 void launch_nearest_codeword(const NearestCodeword<T>& args);

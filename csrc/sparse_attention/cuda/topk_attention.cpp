@@ -2,6 +2,7 @@
 #include "core/library.h"
 #include "sparse_attention/attending.h"
 #include "sparse_attention/cuda/launches.h"
+#include "sparse_attention/cuda/list_memory.h"
 
 namespace torchops {
 namespace {
@@ -14,8 +15,8 @@ class CudaTopkAttention : public CudaAttention {
 
   template <typename T>
   void forward(const kernels::sparse_attention::AttentionForward<T>& args) const {
-    const auto memory = memory_of_lists(args.inputs);
-    kernels::sparse_attention::launch_forward(args, sort_lists(args.inputs, memory));
+    const ListMemory memory(args.inputs, options<int32_t>());
+    kernels::sparse_attention::launch_forward(args, memory.sort(args.inputs));
   }
 
   template <typename T>
@@ -25,31 +26,14 @@ class CudaTopkAttention : public CudaAttention {
 
   template <typename T>
   void backward(const kernels::sparse_attention::AttentionBackward<T>& args, const TopkMask& mask) const {
-    const auto memory = memory_of_lists(args.inputs);
-    const auto sorted = sort_lists(args.inputs, memory);
+    const ListMemory memory(args.inputs, options<int32_t>());
+    const auto sorted = memory.sort(args.inputs);
     if (mask.query() || mask.pair_bias()) {
       kernels::sparse_attention::launch_query_gradient(args, sorted);
     }
     if (mask.key() || mask.value() || mask.key_bias()) {
       kernels::sparse_attention::launch_key_gradient(args, sorted, {});
     }
-  }
-
- private:
-  template <typename T>
-  at::Tensor memory_of_lists(const kernels::sparse_attention::Attention<T>& inputs) const {
-    return at::empty({2, inputs.sizes.batch, kernels::sparse_attention::sorted_heads(inputs), inputs.lists.num_lists,
-                      inputs.lists.num_listed},
-                     options<int32_t>());
-  }
-
-  template <typename T>
-  static kernels::sparse_attention::SortedLists sort_lists(const kernels::sparse_attention::Attention<T>& inputs,
-                                                           const at::Tensor& memory) {
-    auto* const numbers = memory.mutable_data_ptr<int32_t>();
-    const auto sorted = kernels::sparse_attention::all_lists(inputs, numbers, numbers + memory.numel() / 2);
-    kernels::sparse_attention::launch_sort_lists(inputs, sorted);
-    return sorted;
   }
 };
 
