@@ -514,6 +514,13 @@ def refused_at_conversion(config_name: str, model_name: str, layer: str, options
         ),
         ("LayoutLM", "LayoutLMModel", "LayoutLMModel", TINY, "makes the mask of attention itself"),
         (
+            "PixtralVision",
+            "PixtralVisionModel",
+            "PixtralVisionModel",
+            {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "makes the mask of attention itself",
+        ),
+        (
             "LasrEncoder",
             "LasrEncoder",
             "LasrEncoderConvolutionModule",

@@ -86,7 +86,7 @@ ScoresGradients empty_score_gradients(const ScoresBackward& args) {
   return {grad_query, grad_key};
 }
 
-ScoreTensors::ScoreTensors(const at::Tensor& query, const at::Tensor& key, const at::Tensor& indices,
+ListedScores::ListedScores(const at::Tensor& query, const at::Tensor& key, const at::Tensor& indices,
                            const ScoreOptions& options)
     : TopkTensors(query, key, {}, 0, indices, attention_options(options)) {
 }

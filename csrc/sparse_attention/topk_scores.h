@@ -51,9 +51,9 @@ at::Tensor empty_scores(const at::Tensor& query, const at::Tensor& indices, cons
 ScoresGradients empty_score_gradients(const ScoresBackward& args);
 
 // Inputs that passed the check, as kernels read them.
-class ScoreTensors : public TopkTensors {
+class ListedScores : public TopkTensors {
  public:
-  ScoreTensors(const at::Tensor& query, const at::Tensor& key, const at::Tensor& indices, const ScoreOptions& options);
+  ListedScores(const at::Tensor& query, const at::Tensor& key, const at::Tensor& indices, const ScoreOptions& options);
 };
 
 template <typename Device>
@@ -63,7 +63,7 @@ at::Tensor topk_scores_on(const at::Tensor& query, const at::Tensor& key, const 
   const Device device(query.device());
   auto scores = empty_scores(query, indices, options);
   if (scores.numel() > 0) {
-    const ScoreTensors tensors(query, key, indices, options);
+    const ListedScores tensors(query, key, indices, options);
     for_dtype(query.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
       device.scores(kernels::sparse_attention::Scores<T>{tensors.arguments<T>(),
@@ -82,7 +82,7 @@ ScoresGradients topk_scores_backward_on(const ScoresBackward& args) {
   const Device device(args.grad.device());
   const auto grad = with_contiguous_rows(args.grad);
   // What is absent has the sizes of its gradient.
-  const ScoreTensors tensors(args.query ? *args.query : grad_query, args.key ? *args.key : grad_key, args.indices,
+  const ListedScores tensors(args.query ? *args.query : grad_query, args.key ? *args.key : grad_key, args.indices,
                              args.options);
   const std::array gradients{grad_query, grad_key};
   for_dtype(gradients[grad_query.defined() ? 0 : 1].scalar_type(), [&](auto tag) {

@@ -113,7 +113,9 @@ def reduces_rows(node: ast.AST) -> bool:
 
 
 def hides(value: ast.AST) -> bool:
-    """(1 - mask) * torch.finfo(dtype).min: numbers that are added to scores."""
+    """(1 - mask) * torch.finfo(dtype).min: numbers that are added to scores. Or a function that makes such ones."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func).startswith("generate_"):
+        return True
     return isinstance(value, ast.BinOp) and any(
         isinstance(node, ast.Attribute) and node.attr == "min" and "finfo" in ast.unparse(node.value)
         for node in ast.walk(value)

@@ -299,7 +299,7 @@ class Chooser {
 }  // namespace
 
 template <typename T>
-int64_t score_pack_bytes(const ScoreChoice<T>& args) {
+int64_t score_choice_pack_bytes(const ScoreChoice<T>& args) {
   using E = multiplicand_t<T>;
   const Cut<T> cut(args);
   Arena arena(nullptr);
@@ -308,16 +308,16 @@ int64_t score_pack_bytes(const ScoreChoice<T>& args) {
 }
 
 template <typename T>
-int64_t score_pack_units(const ScoreChoice<T>& args) {
+int64_t score_choice_pack_units(const ScoreChoice<T>& args) {
   const Cut<T> cut(args);
   return cut.packs_ahead(args) ? cut.kv_heads * cut.panels : 0;
 }
 
 template <typename T>
-void score_pack(const ScoreChoice<T>& args, int64_t first_group, void* packs, int64_t begin, int64_t end) {
+void score_choice_pack(const ScoreChoice<T>& args, int64_t first_group, void* packs, int64_t begin, int64_t end) {
   using E = multiplicand_t<T>;
   const Cut<T> cut(args);
-  const int64_t units = cut.kv_heads * cut.panels, bytes = score_pack_bytes(args);
+  const int64_t units = cut.kv_heads * cut.panels, bytes = score_choice_pack_bytes(args);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t head = (first_group + unit / units) * cut.kv_heads + unit % units / cut.panels;
     auto* const packed = reinterpret_cast<E*>(static_cast<char*>(packs) + unit / units * bytes);
@@ -328,12 +328,12 @@ void score_pack(const ScoreChoice<T>& args, int64_t first_group, void* packs, in
 }
 
 template <typename T>
-int64_t score_units(const ScoreChoice<T>& args) {
+int64_t score_choice_units(const ScoreChoice<T>& args) {
   return Cut<T>(args).units;
 }
 
 template <typename T>
-int64_t score_scratch_bytes(const ScoreChoice<T>& args) {
+int64_t score_choice_scratch_bytes(const ScoreChoice<T>& args) {
   Arena arena(nullptr);
   const Chooser<T> chooser(&arena, args);
   return arena.bytes();
@@ -345,7 +345,7 @@ void choose_by_scores(const ScoreChoice<T>& args, int32_t* indices, int64_t firs
   const Cut<T> cut(args);
   Arena arena(scratch);
   const Chooser<T> chooser(&arena, args);
-  const int64_t bytes = score_pack_bytes(args);
+  const int64_t bytes = score_choice_pack_bytes(args);
   for (int64_t unit = begin; unit < end; ++unit) {
     const char* const packed = static_cast<char*>(packs) + unit / cut.units * bytes;
     chooser.choose(unit_at(args, cut, first_group + unit / cut.units, unit % cut.units),
@@ -354,11 +354,11 @@ void choose_by_scores(const ScoreChoice<T>& args, int32_t* indices, int64_t firs
 }
 
 #define TORCHOPS_INSTANTIATE(T)                                                      \
-  template int64_t score_pack_bytes(const ScoreChoice<T>&);                          \
-  template int64_t score_pack_units(const ScoreChoice<T>&);                          \
-  template void score_pack(const ScoreChoice<T>&, int64_t, void*, int64_t, int64_t); \
-  template int64_t score_units(const ScoreChoice<T>&);                               \
-  template int64_t score_scratch_bytes(const ScoreChoice<T>&);                       \
+  template int64_t score_choice_pack_bytes(const ScoreChoice<T>&);                          \
+  template int64_t score_choice_pack_units(const ScoreChoice<T>&);                          \
+  template void score_choice_pack(const ScoreChoice<T>&, int64_t, void*, int64_t, int64_t); \
+  template int64_t score_choice_units(const ScoreChoice<T>&);                               \
+  template int64_t score_choice_scratch_bytes(const ScoreChoice<T>&);                       \
   template void choose_by_scores(const ScoreChoice<T>&, int32_t*, int64_t, void*, void*, int64_t, int64_t);
 TORCHOPS_INSTANTIATE(double)
 TORCHOPS_INSTANTIATE(float)

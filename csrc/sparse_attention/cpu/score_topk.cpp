@@ -22,17 +22,17 @@ void choose_by_scores(const ScoreChoice<T>& args, int32_t* indices) {
   const auto& sizes = args.sizes;
   const bool adds_heads = args.weights != nullptr;
   const int64_t num_groups = adds_heads ? sizes.batch : sizes.batch * sizes.num_kv_heads;
-  const auto pack_bytes = TORCHOPS_KERNEL(sparse_attention, score_pack_bytes<T>)(args);
-  const auto pack_units = TORCHOPS_KERNEL(sparse_attention, score_pack_units<T>)(args);
-  const auto units = TORCHOPS_KERNEL(sparse_attention, score_units<T>)(args);
-  const auto scratch_bytes = TORCHOPS_KERNEL(sparse_attention, score_scratch_bytes<T>)(args);
+  const auto pack_bytes = TORCHOPS_KERNEL(sparse_attention, score_choice_pack_bytes<T>)(args);
+  const auto pack_units = TORCHOPS_KERNEL(sparse_attention, score_choice_pack_units<T>)(args);
+  const auto units = TORCHOPS_KERNEL(sparse_attention, score_choice_units<T>)(args);
+  const auto scratch_bytes = TORCHOPS_KERNEL(sparse_attention, score_choice_scratch_bytes<T>)(args);
   const int64_t wave = groups_in_a_wave(num_groups, units);
   const int64_t rows_of_unit = sizes.num_queries * sizes.num_heads / (units * num_groups / sizes.batch) + 1;
   AlignedBuffer<char> packs(static_cast<size_t>(wave * pack_bytes));
   for (int64_t first = 0; first < num_groups; first += wave) {
     const int64_t groups = std::min(wave, num_groups - first);
     parallel_units(groups * pack_units, sizes.head_dim * 64, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(sparse_attention, score_pack<T>)(args, first, packs.data(), begin, end);
+      TORCHOPS_KERNEL(sparse_attention, score_choice_pack<T>)(args, first, packs.data(), begin, end);
     });
     parallel_tiles(groups * units, rows_of_unit * sizes.num_keys * sizes.head_dim, scratch_bytes,
                    [&](char* scratch, int64_t begin, int64_t end) {

@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(score_threads, 3)
   using Bits = ordered_score_t<accumulate_t<T>>;
   const ScoreMemory<accumulate_t<T>> memory(args.sizes.head_dim);
   Bits* const of_block = scratch.scores + blockIdx.x * score_lists(args) * scratch.stride;
-  const int64_t units = score_units(args);
+  const int64_t units = score_choice_units(args);
   for (int64_t index = blockIdx.x; index < units; index += scratch.num_blocks) {
     const ScoreUnit<T> unit(args, index);
     score_keys(unit, memory, of_block, scratch.stride);

@@ -69,7 +69,7 @@ constexpr int64_t score_units_of_head(const ScoreChoice<T>& args) {
   return (args.num_lists() + score_lists(args) - 1) / score_lists(args);
 }
 template <typename T>
-constexpr int64_t score_units(const ScoreChoice<T>& args) {
+constexpr int64_t score_choice_units(const ScoreChoice<T>& args) {
   return args.sizes.batch * args.list_heads() * score_units_of_head(args);
 }
 

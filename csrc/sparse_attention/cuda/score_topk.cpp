@@ -21,7 +21,7 @@ at::Tensor score_topk_cuda(const at::Tensor& query, const at::Tensor& key, const
         using A = kernels::accumulate_t<T>;
         const int64_t stride = score_scratch_stride(args), of_block = score_lists(args) * stride;
         const int64_t num_blocks =
-            std::clamp<int64_t>(most_scores / std::max<int64_t>(of_block, 1), 1, score_units(args));
+            std::clamp<int64_t>(most_scores / std::max<int64_t>(of_block, 1), 1, score_choice_units(args));
         const auto scores = at::empty({num_blocks * of_block},
                                       query.options().dtype(sizeof(A) == sizeof(int64_t) ? at::kLong : at::kInt));
         launch_choose_by_scores(args,

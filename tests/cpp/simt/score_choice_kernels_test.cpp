@@ -110,11 +110,11 @@ struct Problem {
   std::vector<int32_t> on_cpu() {
     const auto args = arguments();
     const int64_t groups = shape.sizes.batch * (shape.has_weights ? 1 : shape.sizes.num_kv_heads);
-    AlignedBuffer<char> packs(static_cast<size_t>(groups * baseline::score_pack_bytes(args)));
-    AlignedBuffer<char> scratch(static_cast<size_t>(baseline::score_scratch_bytes(args)));
-    baseline::score_pack(args, 0, packs.data(), 0, groups * baseline::score_pack_units(args));
+    AlignedBuffer<char> packs(static_cast<size_t>(groups * baseline::score_choice_pack_bytes(args)));
+    AlignedBuffer<char> scratch(static_cast<size_t>(baseline::score_choice_scratch_bytes(args)));
+    baseline::score_choice_pack(args, 0, packs.data(), 0, groups * baseline::score_choice_pack_units(args));
     baseline::choose_by_scores(args, indices.data(), 0, packs.data(), scratch.data(), 0,
-                               groups * baseline::score_units(args));
+                               groups * baseline::score_choice_units(args));
     return indices;
   }
 
@@ -137,7 +137,7 @@ TEMPLATE_TEST_CASE("choose_by_scores", "", KERNEL_TYPES) {
     const auto expected = problem.on_cpu();
     const auto args = problem.arguments();
     // Blocks that have a unit each, and such that go on to others.
-    for (const int64_t num_blocks : {score_units(args), int64_t{2}}) {
+    for (const int64_t num_blocks : {score_choice_units(args), int64_t{2}}) {
       CAPTURE(num_blocks);
       REQUIRE(simt::same_in_every_order([&] { return problem.on_cuda(num_blocks); }) == expected);
     }
