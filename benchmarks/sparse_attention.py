@@ -83,7 +83,7 @@ def rows(options: Options) -> Iterator[Row]:
             yield chosen_row(longest, share, dtype, FORWARD, options)
         yield chosen_row(longest, 8, dtype, FORWARD_BACKWARD, options)
         for tokens in (lengths[-1],) if options.quick else (2048, lengths[-1]):
-            yield scores_row(Shape(tokens), 8, dtype, options)
+            yield score_choice_row(Shape(tokens), 8, dtype, options)
         yield indexer_row(Shape(512 if options.quick else 2048, 64, 128, key_heads=1), 8, dtype, options)
     yield choice_row(Shape(512 if options.quick else 2048), 8, options)
 
@@ -255,7 +255,7 @@ def choice_row(shape: Shape, share: int, options: Options) -> Row:
     return Row("choice by codes", name, torch.float32, FORWARD, contenders, {**shape.parameters, "share": share})
 
 
-def scores_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:
+def score_choice_row(shape: Shape, share: int, dtype: torch.dtype, options: Options) -> Row:
     """A list for each head, by the products of attention."""
     k = shape.tokens // share
 
