@@ -4,8 +4,8 @@
 // the same name as in Python. All of them go through torch's dispatcher, so gradients, autocast and
 // tracing work as they do from Python.
 
-#include "span_attention/span_attention.h"
 #include "routed_ffn/routed_ffn.h"
+#include "span_attention/span_attention.h"
 #include "sparse_attention/sparse_attention.h"
 #include "stf/stf.h"
 #include "tokens/tokens.h"

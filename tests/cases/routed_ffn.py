@@ -41,9 +41,7 @@ def route_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 def route_invalid(device: str) -> Iterator[Invalid]:
     index = choices(6, 2, 3, device)
     yield Invalid("rank", {"index": index[0], "num_blocks": 3}, "expected index of shape [T, k], got [2]")
-    yield Invalid(
-        "dtype", {"index": index.float(), "num_blocks": 3}, "expected index of dtype Long or Int, got Float"
-    )
+    yield Invalid("dtype", {"index": index.float(), "num_blocks": 3}, "expected index of dtype Long or Int, got Float")
     yield Invalid("G0", {"index": index, "num_blocks": 0}, "expected num_blocks in 1..1048576, got 0")
     many = torch.empty(1, dtype=torch.int32, device=device).expand(2**30, 2)
     bound = "the largest 32-bit integer = 2147483647, got 2147483648"

@@ -353,7 +353,7 @@ void choose_by_scores(const ScoreChoice<T>& args, int32_t* indices, int64_t firs
   }
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                                      \
+#define TORCHOPS_INSTANTIATE(T)                                                             \
   template int64_t score_choice_pack_bytes(const ScoreChoice<T>&);                          \
   template int64_t score_choice_pack_units(const ScoreChoice<T>&);                          \
   template void score_choice_pack(const ScoreChoice<T>&, int64_t, void*, int64_t, int64_t); \

@@ -23,8 +23,8 @@ TEST_CASE("route sorts entries by block and keeps their order") {
     }
     const auto both = simt::same_in_every_order([&] {
       std::vector<int32_t> result(static_cast<size_t>(num_entries + num_blocks + 1), -7);
-      Entries entries{nullptr, index.data(), num_entries, num_blocks, nullptr, result.data(),
-                      result.data() + num_entries};
+      Entries entries{
+          nullptr, index.data(), num_entries, num_blocks, nullptr, result.data(), result.data() + num_entries};
       std::vector<int32_t> counts(static_cast<size_t>(entries.num_pieces() * (num_blocks + 1)), 77);
       entries.counts = counts.data();
       const int64_t blocks = (entries.num_pieces() + pieces_of_block - 1) / pieces_of_block;
@@ -45,8 +45,8 @@ TEST_CASE("route sorts entries by block and keeps their order") {
     std::stable_sort(expected.begin(), expected.end(),
                      [&](int32_t one, int32_t other) { return block_of(one) < block_of(other); });
     for (int64_t block = 0; block <= num_blocks; ++block) {
-      expected.push_back(static_cast<int32_t>(std::count_if(
-          expected.begin(), expected.begin() + num_entries, [&](int32_t entry) { return block_of(entry) < block; })));
+      expected.push_back(static_cast<int32_t>(std::count_if(expected.begin(), expected.begin() + num_entries,
+                                                            [&](int32_t entry) { return block_of(entry) < block; })));
     }
     CHECK(both == expected);
   }
