@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -69,6 +70,10 @@ class Panel:
     x_ticks: Sequence[float] | None = None
 
 
+# Ten strong ones, and their light companions where there are more series.
+COLORS = [*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2]]
+
+
 def plot(title: str, panels: Sequence[Panel], path: Path) -> None:
     """Draws panels side by side into an image file."""
     figure = Figure(figsize=(5.2 * len(panels), 5.2))
@@ -82,7 +87,7 @@ def plot(title: str, panels: Sequence[Panel], path: Path) -> None:
             points = [point for point in panel.points if point.series == series]
             if not points:
                 continue
-            color = f"C{index}"
+            color = COLORS[index % len(COLORS)]
             (lines[series],) = axis.plot(
                 [point.x for point in points], [point.y for point in points], "o-", color=color
             )
