@@ -32,7 +32,10 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from torchops.integrations import _attention_files, transformers_sparse_attention  # noqa: E402
 from torchops.integrations.transformers import apply_span_attention  # noqa: E402
-from torchops.integrations.transformers_sparse_attention import apply_sparse_attention  # noqa: E402
+from torchops.integrations.transformers_sparse_attention import (  # noqa: E402
+    apply_sparse_attention,
+    remove_sparse_attention,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,6 +158,21 @@ def test_the_way_back() -> None:
     converted = sparse(model, 2)
     converted.set_attn_implementation("sdpa")
     torch.testing.assert_close(converted(tokens()).logits, model(tokens()).logits, **TOLERANCE)
+
+
+def test_removed_for_good(tmp_path: Path) -> None:
+    model = dense("Llama").float()
+    converted = sparse(model, 2, full_layers=[0])
+    assert remove_sparse_attention(converted) is converted
+    assert converted.state_dict().keys() == model.state_dict().keys()
+    assert not {"pq_attention", "attn_implementation", "quantization_config"} & converted.config.to_dict().keys()
+    converted.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for one in (converted, loaded):
+        torch.testing.assert_close(one(tokens()).logits, model(tokens()).logits, **TOLERANCE)
+    with pytest.raises(ValueError, match="expected a model with it, LlamaForCausalLM has none to remove"):
+        remove_sparse_attention(converted)
+    assert attentions(apply_sparse_attention(converted, 3, **SMALL))[0].keep == 3
 
 
 def test_compile_and_export() -> None:

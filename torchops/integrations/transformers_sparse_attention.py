@@ -23,7 +23,7 @@ from ._attention_layers import takes_implementations
 from ._mask_functions import Span
 from .transformers import span_attention_forward
 
-__all__ = ["apply_sparse_attention"]
+__all__ = ["apply_sparse_attention", "remove_sparse_attention"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -55,7 +55,8 @@ def apply_sparse_attention(
     arguments in the config.
 
     Args:
-        model: changed in place. ``model.set_attn_implementation("eager")`` is the way back to its own attention.
+        model: changed in place. ``model.set_attn_implementation("eager")`` is the way back to its own attention for a
+            while, and :func:`remove_sparse_attention` for good.
         keep: how many keys each query attends to: a number, or a share of all keys in (0, 1]. With a share ``generate``
             attends to more keys as its cache grows, and to the share of the maximal length in a static one. None for
             what the config says.
@@ -110,6 +111,35 @@ def apply_sparse_attention(
     return model
 
 
+def remove_sparse_attention(model: Model) -> Model:
+    """Takes the codebooks out of a model, and lets it attend to all keys again.
+
+    Args:
+        model: one that :func:`apply_sparse_attention` has converted; changed in place.
+
+    Returns:
+        model, with torch's own attention ("sdpa") where it supports that, else "eager".
+
+    Raises:
+        ValueError: it has no sparse attention.
+
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> from torchops.integrations.transformers_sparse_attention import *
+    >>> size = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=10)
+    >>> model = apply_sparse_attention(LlamaModel(LlamaConfig(**size)), keep=8)
+    >>> remove_sparse_attention(model).config._attn_implementation
+    'sdpa'
+    """
+    layers = [layer for layer in model.modules() if hasattr(layer, "pq_attention")]
+    if not layers:
+        raise ValueError(f"{IMPLEMENTATION}: expected a model with it, {type(model).__name__} has none to remove")
+    for layer in layers:
+        del layer.pq_attention
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    keep_arguments(model)
+    return model
+
+
 def made_for(
     model: nn.Module, config: Any, keep: Union[int, float], full_layers: List[int], subspace: int, **options: int
 ) -> List[Tuple[nn.Module, Optional[PQAttention]]]:
@@ -118,7 +148,10 @@ def made_for(
     if not layers:
         raise TypeError(f"{IMPLEMENTATION}: expected layers that attend to all keys, {type(model).__name__} has none")
     if any(hasattr(layer, "pq_attention") for layer in layers):
-        raise ValueError(f"{IMPLEMENTATION}: expected a model without it, {type(model).__name__} has it already")
+        raise ValueError(
+            f"{IMPLEMENTATION}: expected a model without it, {type(model).__name__} has it already; "
+            "remove_sparse_attention(model) takes it out"
+        )
     for number in full_layers:
         if not -len(layers) <= number < len(layers):
             raise ValueError(

@@ -30,7 +30,8 @@ class PQAttention(nn.Module):
     Queries and keys are cut into parts of ``subspace`` features, and each part is replaced by the nearest of the
     ``num_codewords`` codewords of its codebook. The ``keep`` keys that agree with a query in most parts are
     attended to. Codebooks are shared by queries, keys and heads. They start as random numbers and are worth little
-    before :func:`calibrate_codebooks`; in training, ``quantization_loss`` is what they learn by.
+    before :func:`calibrate_codebooks`; in training, ``quantization_loss`` is what they learn by. Nothing else has a
+    gradient to them: who does not add it to the loss freezes them (``codebooks.requires_grad_(False)``).
 
     Args:
         head_dim: D, a multiple of subspace.
