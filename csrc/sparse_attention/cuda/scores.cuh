@@ -13,6 +13,7 @@ template <typename T>
 struct QueryColumns {
   const Attention<T>& inputs;
   int64_t batch, head, query;
+  int64_t list_head, list;
   Sequence sequence;
 
   __device__ QueryColumns(const Attention<T>& inputs, int64_t row)
@@ -20,6 +21,8 @@ struct QueryColumns {
         batch(row / inputs.sizes.num_queries / inputs.sizes.num_heads),
         head(row / inputs.sizes.num_queries % inputs.sizes.num_heads),
         query(row % inputs.sizes.num_queries),
+        list_head(inputs.list_head(head)),
+        list(query / inputs.rule.query_block),
         sequence(inputs.sequence(batch)) {}
 
   __device__ RowsOfHead<T> keys() const {
@@ -32,8 +35,9 @@ struct QueryColumns {
       return -1;
     }
     const Lists& lists = inputs.lists;
-    const int64_t place = column / inputs.rule.block_size, offset = column % inputs.rule.block_size;
-    const int64_t list_head = inputs.list_head(head), list = query / inputs.rule.query_block;
+    // Both are at most 2^30, and a division of 64 bits is a call that registers have to be saved for.
+    const int number = static_cast<int>(column), block_size = static_cast<int>(inputs.rule.block_size);
+    const int place = number / block_size, offset = number % block_size;
     const int64_t entry = lists.wide.data == nullptr ? int64_t{lists.narrow.row(batch, list_head, list)[place]}
                                                      : lists.wide.row(batch, list_head, list)[place];
     if (listed_keys(inputs.rule, sequence, entry).empty()) {
