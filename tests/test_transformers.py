@@ -25,9 +25,11 @@ from transformers_models import (  # isort: skip  # it says why where transforme
     TOKENS,
     TOLERANCE,
     VOCABULARY,
+    call_counter,
     generate,
     in_one_pass,
     make,
+    padding_mask,
     tokens,
     transformers,
 )
@@ -51,28 +53,14 @@ def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     return model, apply_span_attention(copy.deepcopy(model))
 
 
-def call_counter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The keyword arguments of every call of the operator."""
-    calls: list[dict[str, Any]] = []
-    operator = torchops.span_attention
-
-    def counted(*args: Tensor, **options: Any) -> Tensor:
-        calls.append(options)
-        return operator(*args, **options)
-
-    monkeypatch.setattr("torchops.integrations.transformers.span_attention", counted)
-    return calls
-
-
 # ---- decoders ---------------------------------------------------------------------------------------
 
 
 @EVERY_DECODER
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_decoders_and_their_gradients(name: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = call_counter(monkeypatch)
-    attention_mask = PADDINGS[padding]
-    real = torch.ones(2, TOKENS, dtype=torch.bool) if attention_mask is None else attention_mask
+    calls = call_counter(monkeypatch, "transformers", torchops.span_attention)
+    attention_mask, real = PADDINGS[padding], padding_mask(padding)
     results = []
     for model in pair(name):
         logits = model(tokens(), attention_mask=attention_mask).logits[real]

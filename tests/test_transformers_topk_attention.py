@@ -12,6 +12,7 @@ import torchops
 from transformers_models import (  # isort: skip  # it says why where transformers is not there
     PADDINGS,
     TOLERANCE,
+    call_counter,
     generate,
     make,
     padding_mask,
@@ -84,23 +85,10 @@ def pair(name: str, padding: str = "none") -> tuple[Any, Any]:
     return model, apply_topk_attention(copy.deepcopy(model))
 
 
-def call_counter(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The keyword arguments of every call of the operator."""
-    calls: list[dict[str, Any]] = []
-    operator = torchops.topk_attention
-
-    def counted(*args: torch.Tensor, **options: Any) -> torch.Tensor:
-        calls.append(options)
-        return operator(*args, **options)
-
-    monkeypatch.setattr("torchops.integrations.transformers_topk_attention.topk_attention", counted)
-    return calls
-
-
 @EACH_MODEL
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_outputs_and_gradients(name: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = call_counter(monkeypatch)
+    calls = call_counter(monkeypatch, "transformers_topk_attention", torchops.topk_attention)
     mask, real = PADDINGS[padding], padding_mask(padding)
     results = []
     for model in pair(name, padding):

@@ -1,5 +1,6 @@
 """Tiny random models of transformers, and what they are given."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -102,3 +103,15 @@ def in_one_pass(model: Any, sequences: Tensor, padding: str) -> Tensor:
     seen = torch.cat([prompt, prompt.new_ones(2, 12)], dim=1)
     position_ids = (seen.cumsum(-1) - 1).clamp(min=0)
     return model(sequences, attention_mask=seen, position_ids=position_ids).logits[:, TOKENS - 1 : -1].float()
+
+
+def call_counter(monkeypatch: pytest.MonkeyPatch, integration: str, operator: Callable[..., Tensor]) -> list[Any]:
+    """The keyword arguments of every call that an integration makes of an operator."""
+    calls: list[dict[str, Any]] = []
+
+    def counted(*args: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        return operator(*args, **options)
+
+    monkeypatch.setattr(f"torchops.integrations.{integration}.{operator.__name__}", counted)
+    return calls

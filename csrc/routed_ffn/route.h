@@ -19,7 +19,7 @@ inline std::tuple<at::Tensor, at::Tensor> empty_route(const at::Tensor& index, c
   return {at::empty_symint({index.sym_numel()}, options), at::empty_symint({num_blocks + 1}, options)};
 }
 
-// Checks, allocates, and calls sort(entries, counts of each piece).
+// Checks, allocates, and calls sort(entries).
 template <typename Sort>
 std::tuple<at::Tensor, at::Tensor> route_by(const at::Tensor& index, int64_t num_blocks, const Sort& sort) {
   check_route(index, num_blocks);

@@ -28,10 +28,12 @@ def converted(config: Any) -> Dict[str, Any]:
     return {name: getattr(config, name) for name in IMPLEMENTATIONS if getattr(config, name, None) is not None}
 
 
-def remember(config: Any) -> None:
-    """In the file of a config with arguments this names what loads it, and loading takes it out."""
+def remember(config: Any, *others: Any) -> None:
+    """In the file of a config with arguments this names what loads it, and loading takes it out. Others are configs of
+    the whole that this one is a part of."""
     for name in converted(config):
-        config.attn_implementation = IMPLEMENTATIONS[name]
+        for part in (config, *others):
+            part.attn_implementation = IMPLEMENTATIONS[name]
 
 
 def keep(model: Any, **arguments: Any) -> None:
@@ -43,7 +45,7 @@ def keep(model: Any, **arguments: Any) -> None:
             vars(part).pop(name, None)
     for name, value in arguments.items():
         setattr(config, name, value)
-        whole.attn_implementation = config.attn_implementation = IMPLEMENTATIONS[name]
+    remember(config, whole)
     if ours and arguments:
         whole.quantization_config = ConvertedAttention()
         model.hf_quantizer = ConvertedAttentionQuantizer(whole.quantization_config)
@@ -66,7 +68,7 @@ class ConvertedAttentionQuantizer(HfQuantizer):
             if name not in prepare:
                 raise ImportError(f"{IMPLEMENTATIONS[name]}: import {MODULES[name]} to load this model")
             prepare[name](model)
-            model.config.attn_implementation = config.attn_implementation = IMPLEMENTATIONS[name]
+        remember(config, model.config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

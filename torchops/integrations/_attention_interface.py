@@ -78,6 +78,10 @@ def check_model(model: PreTrainedModel, implementation: str) -> None:
             raise ValueError(f"{implementation}: no {NOT_OFFERED['output_attentions']}")
 
 
+def has_cross_attention(config: Any) -> bool:
+    return bool(config.is_encoder_decoder or getattr(config, "add_cross_attention", False))
+
+
 def not_offered(part: nn.Module) -> Optional[str]:
     """What the sizes and options of an attention layer ask for that the operator refuses."""
     if not takes_implementations(type(part)):

@@ -22,6 +22,11 @@ class Span(NamedTuple):
     right: int = -1
     is_causal: bool = False
 
+    @property
+    def is_full(self) -> bool:
+        """All keys, or all but those behind a query."""
+        return self == Span(is_causal=self.is_causal)
+
 
 class Read(NamedTuple):
     span: Span

@@ -9,6 +9,7 @@ from ._attention_files import keep, prepare
 from ._attention_interface import (
     PreTrainedModel,
     check_model,
+    has_cross_attention,
     refuse,
     register,
     span_mask,
@@ -117,7 +118,7 @@ RESTORE = "from_pretrained(..., attn_implementation=register_span_attention())"
 def checked_spans(
     model: nn.Module, config: Any, spans: List[Optional[Dict[str, Any]]]
 ) -> List[Optional[Dict[str, Any]]]:
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+    if has_cross_attention(config):
         raise TypeError("span_attention: spans of one's own are for models without cross-attention")
     if len(spans) != config.num_hidden_layers:
         raise ValueError(
@@ -193,7 +194,7 @@ def own_span(module: nn.Module, span: Span) -> Span:
     own = spans[layer]
     if own is None:
         return span
-    if span != Span(is_causal=span.is_causal):
+    if not span.is_full:
         refuse(module, f"span of one's own for layer {layer}, which sees {span} already: give None for it")
     if own.get("is_causal", span.is_causal) != span.is_causal:
         refuse(module, f"is_causal={own['is_causal']} for layer {layer} of a model with is_causal={span.is_causal}")

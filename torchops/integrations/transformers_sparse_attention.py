@@ -14,13 +14,13 @@ from ._attention_files import prepare
 from ._attention_interface import (
     PreTrainedModel,
     check_model,
+    has_cross_attention,
     refuse,
     register,
     span_mask,
     visible_keys,
 )
 from ._attention_layers import takes_implementations
-from ._mask_functions import Span
 from .transformers import span_attention_forward
 
 __all__ = ["apply_sparse_attention", "remove_sparse_attention"]
@@ -88,7 +88,7 @@ def apply_sparse_attention(
     """
     check_model(model, IMPLEMENTATION)
     config: Any = model.config.get_text_config()
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+    if has_cross_attention(config):
         raise TypeError(f"{IMPLEMENTATION}: expected a model without cross-attention, got {type(model).__name__}")
     arguments: Any = getattr(config, "pq_attention", None)
     if keep is None and arguments is None:
@@ -225,7 +225,7 @@ def sparse_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, s_aux, **kwargs
         )
     visible = visible_keys(module, query, key, attention_mask, dropout, is_causal, kwargs)
-    if visible.span != Span(is_causal=visible.span.is_causal):
+    if not visible.span.is_full:
         refuse(module, f"chosen keys in a layer that sees {visible.span}")
     output = attend(
         query,

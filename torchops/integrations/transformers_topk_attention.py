@@ -19,7 +19,6 @@ from ._attention_interface import (
     visible_keys,
 )
 from ._attention_layers import passes
-from ._mask_functions import Span
 from .transformers import span_attention_forward
 
 __all__ = ["apply_topk_attention"]
@@ -100,7 +99,7 @@ def topk_attention_forward(
         output = topk_attention(query, key, value, lists[:, None], scale=scaling, sink=s_aux)
     elif block_indices is not None:
         visible = visible_keys(module, query, key, attention_mask, dropout, is_causal, kwargs)
-        if visible.span != Span(is_causal=visible.span.is_causal):
+        if not visible.span.is_full:
             refuse(module, f"chosen blocks in a layer that sees {visible.span}")
         # These models count blocks from the first slot of the cache, padding or not.
         query_start = visible.query_start

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.sparse_attention import pq_encode, pq_loss
+from ._calibration import observed
 from .sparse_attention import PQAttention
 
 __all__ = ["calibrate_codebooks"]
@@ -71,22 +72,15 @@ def seen(
         both = torch.cat([part.detach().flatten(0, 2) for part in query_and_key])
         vectors[module].append(evenly_spaced(both, rows).to(torch.promote_types(both.dtype, torch.float32)))
 
-    were_training = [module for module in model.modules() if module.training]
     keep = {module: (module.keep_share, module.keep_count) for module in modules}
-    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in modules]
     try:
-        model.eval()
         for module in modules:
             module.keep_share, module.keep_count = 1.0, -1
-        with torch.no_grad():
+        with observed(model, modules, look):
             calibration(model)
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, (share, count) in keep.items():
             module.keep_share, module.keep_count = share, count
-        for trained in were_training:
-            trained.training = True
     return vectors
 
 

@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ._calibration import observed
 from .stf import gram_matrix
 
 __all__: List[str] = []  # for factorize_ alone
@@ -67,15 +68,6 @@ def input_statistics(
     def add(layer: nn.Module, inputs: Tuple[Tensor, ...], named: Dict[str, Tensor]) -> None:
         statistics[layer].add(inputs[0] if inputs else next(iter(named.values())))
 
-    were_training: List[nn.Module] = [module for module in model.modules() if module.training]
-    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in statistics]
-    try:
-        model.eval()
-        with torch.no_grad():
-            calibration(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in were_training:
-            module.training = True
+    with observed(model, statistics, add):
+        calibration(model)
     return statistics
