@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <sstream>
-#include <string_view>
 
 namespace torchops {
 
@@ -61,6 +60,24 @@ void Checks::same_dtype(const char* name, const at::Tensor& tensor, const char* 
 
 void Checks::given(const char* name, const std::optional<at::Tensor>& tensor, const char* reason) const {
   TORCH_CHECK_VALUE(tensor.has_value(), op_, ": expected ", name, " to be a tensor because ", reason, ", got None");
+}
+
+void Checks::absent(const char* name, bool is_given, const char* reason) const {
+  TORCH_CHECK_VALUE(!is_given, op_, ": expected no ", name, " because ", reason, ", got one");
+}
+
+void Checks::absent(const char* name, const std::optional<at::Tensor>& tensor, const char* reason) const {
+  absent(name, tensor.has_value(), reason);
+}
+
+void Checks::one_of(const char* name, std::string_view value, const std::vector<std::string_view>& allowed) const {
+  if (std::find(allowed.begin(), allowed.end(), value) == allowed.end()) {
+    std::ostringstream list;
+    for (size_t i = 0; i < allowed.size(); ++i) {
+      list << (i == 0 ? "" : i + 1 == allowed.size() ? " or " : ", ") << allowed[i];
+    }
+    TORCH_CHECK_VALUE(false, op_, ": expected ", name, " to be ", list.str(), ", got ", value);
+  }
 }
 
 void Checks::sizes(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected) const {

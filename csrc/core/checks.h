@@ -6,6 +6,8 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
+#include <vector>
 
 namespace torchops {
 
@@ -29,6 +31,10 @@ class Checks {
   void same_dtype(const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) const;
   // An optional tensor that is needed because of `reason`.
   void given(const char* name, const std::optional<at::Tensor>& tensor, const char* reason) const;
+  // An optional argument that means nothing because of `reason`.
+  void absent(const char* name, bool is_given, const char* reason) const;
+  void absent(const char* name, const std::optional<at::Tensor>& tensor, const char* reason) const;
+  void one_of(const char* name, std::string_view value, const std::vector<std::string_view>& allowed) const;
   // Sizes that have no names of their own.
   void sizes(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef expected) const;
   // uint8 or int16.

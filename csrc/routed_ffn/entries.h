@@ -30,4 +30,13 @@ struct Entries {
   }
 };
 
+// Of rows in the order of their blocks: tokens[i] = order[i] / num_slots, places[order[i]] = i.
+struct Placing {
+  const int32_t* order;  // [num_rows]
+  int64_t num_rows;
+  int64_t num_slots;
+  int32_t* tokens;  // [num_rows]
+  int32_t* places;  // [num_rows]
+};
+
 }  // namespace torchops::kernels::routed_ffn
