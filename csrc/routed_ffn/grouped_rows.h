@@ -158,12 +158,20 @@ class GroupedRows {
     return matrices.stride(1) == 1 || matrices.stride(2) == 1 ? matrices : matrices.contiguous();
   }
 
+  // Rows of one number that lie side by side could be one row, which is not what is gathered.
+  OperandRows without_single_column(const OperandRows& operand) const {
+    return operand.are_tokens && operand.rows.size(1) == 1
+               ? OperandRows{of_tokens(operand.rows), false}
+               : OperandRows{with_contiguous_rows(operand.rows), operand.are_tokens};
+  }
+
   void accumulate(const OperandRows& left, const OperandRows& right, const at::Tensor& output) const {
     for_dtype(output.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
-      const auto l = with_contiguous_rows(left.rows), r = with_contiguous_rows(right.rows);
+      const auto [l, gathers_left] = without_single_column(left);
+      const auto r = with_contiguous_rows(right.rows);
       Device::run(kernels::routed_ffn::GroupedGradient<T>{
-          groups(), output.size(1), output.size(2), sorted_rows<T>(l, left.are_tokens),
+          groups(), output.size(1), output.size(2), sorted_rows<T>(l, gathers_left),
           sorted_rows<T>(r, right.are_tokens), static_cast<T*>(output.mutable_data_ptr()), output.stride(0),
           output.stride(1)});
     });

@@ -1,8 +1,6 @@
 #include "core/cpu/dense_product.h"
 
-#include "core/cpu/aligned_buffer.h"
-#include "core/cpu/dense_product_kernel.h"
-#include "core/parallel.h"
+#include "core/cpu/product_list.h"
 #include "core/tensors.h"
 
 namespace torchops {
@@ -22,13 +20,6 @@ at::Tensor with_a_unit_stride(const at::Tensor& tensor) {
 
 void dense_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& output,
                    const std::optional<at::Tensor>& bias) {
-  if (output.numel() == 0) {
-    return;
-  }
-  if (left.size(2) == 0) {
-    bias ? output.copy_(bias->unsqueeze(1)) : output.zero_();
-    return;
-  }
   // A single column lies along the depth, whatever its strides say.
   const bool one_column = right.size(2) == 1;
   const auto l = with_a_unit_stride(left);
@@ -51,13 +42,9 @@ void dense_product(const at::Tensor& left, const at::Tensor& right, const at::Te
       args.right.row_stride = 1;
       args.right.column_stride = 0;
     }
-    const auto units = TORCHOPS_KERNEL(core, dense_product_units<T>)(args);
-    const auto scratch_bytes = TORCHOPS_KERNEL(core, dense_product_scratch_bytes<T>)(args);
-    const auto cost = output.numel() * args.depth / 2 / units;
-    parallel_units(units, cost, [&](int64_t begin, int64_t end) {
-      AlignedBuffer<char> scratch(static_cast<size_t>(scratch_bytes));
-      TORCHOPS_KERNEL(core, dense_product<T>)(args, scratch.data(), begin, end);
-    });
+    ProductList<T> products;
+    products.add(args);
+    products.run();
   });
 }
 

@@ -58,17 +58,14 @@ struct TileProduct {
   void multiply(int64_t batch, int64_t tile, int64_t first_panel, int64_t panels) {
     const int64_t first_row = tile * row_tiles.size;
     const int64_t rows = smaller(row_tiles.size, args.num_rows - first_row);
-    const T* const from_left = args.left.data + batch * args.left.batch_stride + first_row * args.left.row_stride;
-    const T* const from_right = args.right.data + batch * args.right.batch_stride;
     for (int64_t block = 0; block < depth_blocks.count; ++block) {
       const int64_t d = block * depth_blocks.size;
       const int64_t depth = smaller(depth_blocks.size, args.depth - d);
-      left.pack(from_left + d * args.left.column_stride, args.left.row_stride, args.left.column_stride, rows, depth);
+      left.pack(lines_of(args.left, batch, first_row, d), lines_are_rows(args.left), rows, depth);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t column = (first_panel + p) * panel;
         const int64_t columns = smaller(panel, args.num_columns - column);
-        pack_panel(from_right + d * args.right.row_stride + column * args.right.column_stride, args.right.row_stride,
-                   args.right.column_stride, depth, columns, right);
+        pack_panel(lines_of(args.right, batch, d, column), lines_are_rows(args.right), depth, columns, right);
         with_vectors(divide_up(columns, lanes<T>), [&](auto vectors) {
           multiply_panel<decltype(vectors)::value>(batch, block, first_row, rows, column, columns,
                                                    sums + p * row_tiles.size * panel);
@@ -116,15 +113,15 @@ struct TileProduct {
 // The left operand of a batch, [rows][stride], zeros behind the depth.
 template <typename T, typename E>
 void pack_left_rows(const DenseProduct<T>& args, int64_t batch, int64_t stride, E* packed) {
-  const T* const from = args.left.data + batch * args.left.batch_stride;
-  if (args.left.column_stride == 1) {
-    pack_rows(from, args.left.row_stride, args.num_rows, args.depth, args.num_rows, stride, packed);
+  const auto from = lines_of(args.left, batch, 0, 0);
+  if (lines_are_rows(args.left)) {
+    pack_rows(from, args.num_rows, args.depth, args.num_rows, stride, packed);
     return;
   }
   __builtin_memset(packed, 0, static_cast<size_t>(args.num_rows * stride) * sizeof(E));
-  for (int64_t row = 0; row < args.num_rows; ++row) {
-    for (int64_t d = 0; d < args.depth; ++d) {
-      const T* const number = from + row * args.left.row_stride + d * args.left.column_stride;
+  for (int64_t d = 0; d < args.depth; ++d) {
+    for (int64_t row = 0; row < args.num_rows; ++row) {
+      const T* const number = from[d] + row;
       if constexpr (is_pair<E>) {
         E& pair = packed[row * stride + d / 2];
         (d % 2 == 0 ? pair.first : pair.second) = number->bits;
@@ -167,7 +164,7 @@ struct DotProduct {
         packed_batch = batch;
       }
       const int64_t columns = smaller(unit_columns, args.num_columns - column);
-      const T* const right = args.right.data + batch * args.right.batch_stride + column * args.right.column_stride;
+      const auto right = lines_of(args.right, batch, 0, column);
       int64_t row = 0;
       for (; row + 4 <= args.num_rows; row += 4) {
         multiply_rows<4, most_sums / 4>(row, right, columns);
@@ -190,7 +187,7 @@ struct DotProduct {
   }
 
   template <int rows, int at_once>
-  void multiply_rows(int64_t row, const T* right, int64_t columns) {
+  void multiply_rows(int64_t row, const Lines<T>& right, int64_t columns) {
     int64_t column = 0;
     for (; column + at_once <= columns; column += at_once) {
       multiply<rows, at_once>(row, column, right);
@@ -201,14 +198,18 @@ struct DotProduct {
   }
 
   template <int rows, int columns>
-  inline __attribute__((always_inline)) void multiply(int64_t first_row, int64_t first_column, const T* right) {
+  inline __attribute__((always_inline)) void multiply(int64_t first_row, int64_t first_column,
+                                                      const Lines<T>& right) {
     vec<A> sum[rows][columns] = {};
     const E* const a = left + first_row * stride;
-    const T* const b = right + first_column * args.right.column_stride;
+    const T* b[columns];
+    for (int c = 0; c < columns; ++c) {
+      b[c] = right[first_column + c];
+    }
     const auto add = [&](int64_t d, int64_t used) {
       typename element<E>::vector column[columns];
       for (int c = 0; c < columns; ++c) {
-        column[c] = load_elements<E>(b + c * args.right.column_stride + d, used);
+        column[c] = load_elements<E>(b[c] + d, used);
       }
       for (int r = 0; r < rows; ++r) {
         typename element<E>::vector row;
@@ -270,8 +271,7 @@ struct RowSums {
       const int64_t batch = begin / units_of_batch(), first = begin % units_of_batch();
       const int64_t units = smaller(smaller(most_columns / unit_columns, units_of_batch() - first), end - begin);
       if (batch != packed_batch) {
-        left.pack(args.left.data + batch * args.left.batch_stride, args.left.row_stride, args.left.column_stride,
-                  args.num_rows, args.depth);
+        left.pack(lines_of(args.left, batch, 0, 0), lines_are_rows(args.left), args.num_rows, args.depth);
         packed_batch = batch;
       }
       const int64_t column = first * unit_columns;
@@ -282,7 +282,7 @@ struct RowSums {
 
   void multiply(int64_t batch, int64_t column, int64_t columns) {
     __builtin_memset(sums, 0, static_cast<size_t>(args.num_rows * most_columns) * sizeof(A));
-    const T* const right = args.right.data + batch * args.right.batch_stride + column;
+    const auto right = lines_of(args.right, batch, 0, column);
     const int64_t depth = depth_of<E>(args.depth);
     const auto add_all = [&](auto left_step) {
       constexpr int step_of_left = decltype(left_step)::value;
@@ -305,8 +305,13 @@ struct RowSums {
   }
 
   template <int64_t count, int left_step>
-  void add(int64_t d, const T* right, int64_t columns) {
-    const T* const from = right + d * element<E>::depth * args.right.row_stride;
+  void add(int64_t d, const Lines<T>& right, int64_t columns) {
+    // The last element may be half one.
+    const T* from[count * element<E>::depth];
+    for (int64_t i = 0; i < count * element<E>::depth; ++i) {
+      const int64_t row = d * element<E>::depth + i;
+      from[i] = row < args.depth ? right[row] : nullptr;
+    }
     int64_t column = 0;
     for (; column + step <= columns; column += step) {
       add_columns<count, left_step>(d, column, from, step);
@@ -317,12 +322,12 @@ struct RowSums {
   }
 
   template <int64_t count, int left_step>
-  inline __attribute__((always_inline)) void add_columns(int64_t d, int64_t column, const T* from, int64_t used) {
+  inline __attribute__((always_inline)) void add_columns(int64_t d, int64_t column, const T* const* from,
+                                                         int64_t used) {
     typename element<E>::vector right[count][vectors];
     for (int64_t i = 0; i < count; ++i) {
-      const T* const row = from + i * element<E>::depth * args.right.row_stride + column;
-      load_across<E>(row, (d + i) * element<E>::depth + 1 < args.depth ? row + args.right.row_stride : nullptr, used,
-                     right[i]);
+      const T* const next = from[(i + 1) * element<E>::depth - 1];
+      load_across<E>(from[i * element<E>::depth] + column, next == nullptr ? nullptr : next + column, used, right[i]);
     }
     const E* const first_left = left.data + d * left_step;
     const int64_t depth = left.depth;
@@ -348,7 +353,7 @@ inline __attribute__((always_inline)) auto with_product(const DenseProduct<T>& a
     TileProduct<T> product(args, &arena);
     return body(product, arena);
   }
-  if (args.right.column_stride != 1) {
+  if (!lines_are_rows(args.right)) {
     DotProduct<T> product(args, &arena);
     return body(product, arena);
   }

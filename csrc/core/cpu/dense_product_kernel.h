@@ -9,16 +9,20 @@
 
 namespace torchops::kernels::core {
 
-// [batches, rows, columns]; strides are counted in elements, and that of the rows or that of the columns is 1.
+// [batches, rows, columns]; strides are counted in elements, and that of the rows or that of the columns is 1. The
+// others, the rows or columns that do not lie side by side, are lines. Where an index says which, line i is the one at
+// lines[i], for all batches.
 template <typename T>
 struct Matrices {
   const T* data;
   int64_t batch_stride;
   int64_t row_stride;
   int64_t column_stride;
+  const int32_t* lines = nullptr;
 };
 
-// output[b, m, n] = bias[b, n] + sum over d of left[b, m, d] * right[b, d, n].
+// output[b, m, n] = bias[b, n] + sum over d of left[b, m, d] * right[b, d, n], or as much more than output has where it
+// adds. Sums are rounded to `output`, or go unrounded to `wide_output`, with the same strides.
 template <typename T>
 struct DenseProduct {
   int64_t num_batches;
@@ -29,9 +33,11 @@ struct DenseProduct {
   Matrices<T> right;
   const T* bias;  // or null
   int64_t bias_batch_stride;
-  T* output;
+  T* output;  // or null
   int64_t output_batch_stride;
   int64_t output_row_stride;
+  accumulate_t<T>* wide_output = nullptr;
+  bool adds = false;
 };
 
 // Units are blocks of the output.

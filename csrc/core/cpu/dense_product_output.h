@@ -19,19 +19,29 @@ struct Pieces {
   }
 };
 
-// Rounds `count` sums, plus the bias, to the output from [row, column] on.
+// Writes `count` sums, plus the bias, to the output from [row, column] on.
 template <typename T>
 inline __attribute__((always_inline)) void finish(const DenseProduct<T>& args, int64_t batch, int64_t row,
                                                   int64_t column, const accumulate_t<T>* sums, int64_t count) {
-  T* const to = args.output + batch * args.output_batch_stride + row * args.output_row_stride + column;
+  const int64_t place = batch * args.output_batch_stride + row * args.output_row_stride + column;
   const T* const bias = args.bias == nullptr ? nullptr : args.bias + batch * args.bias_batch_stride + column;
-  for_each_vector<T>(count, [&](int64_t first, int used) {
-    auto sum = load(sums + first);
-    if (bias != nullptr) {
-      sum += load_piece(bias + first, used);
-    }
-    store_piece(to + first, sum, used);
-  });
+  const auto write = [&](auto* to) {
+    for_each_vector<T>(count, [&](int64_t first, int used) {
+      auto sum = load(sums + first);
+      if (bias != nullptr) {
+        sum += load_piece(bias + first, used);
+      }
+      if (args.adds) {
+        sum += load_piece(to + first, used);
+      }
+      store_piece(to + first, sum, used);
+    });
+  };
+  if (args.wide_output != nullptr) {
+    write(args.wide_output + place);
+  } else {
+    write(args.output + place);
+  }
 }
 
 #if defined(__AVX512BF16__)
@@ -40,7 +50,7 @@ inline __attribute__((always_inline)) void finish(const DenseProduct<T>& args, i
 inline __attribute__((always_inline)) void finish_on_tiles(const DenseProduct<bfloat16>& args, int64_t batch,
                                                            int64_t row, int64_t column, const float* sums,
                                                            int64_t count) {
-  if (count != 2 * lanes<float> || args.bias != nullptr) {
+  if (count != 2 * lanes<float> || args.bias != nullptr || args.adds || args.output == nullptr) {
     return finish(args, batch, row, column, sums, count);
   }
   bfloat16* const to = args.output + batch * args.output_batch_stride + row * args.output_row_stride + column;

@@ -1,10 +1,26 @@
 #pragma once
 
+#include "core/cpu/dense_product_kernel.h"
 #include "core/cpu/elements.h"
+#include "core/cpu/lines.h"
 
 // Blocks of matrices as operands of matrix products, padded with zeros.
 
 namespace torchops::kernels::core::TORCHOPS_LEVEL {
+
+template <typename T>
+bool lines_are_rows(const Matrices<T>& matrices) {
+  return matrices.column_stride == 1;
+}
+
+// The block of a matrix that begins at [row, column].
+template <typename T>
+Lines<T> lines_of(const Matrices<T>& matrices, int64_t batch, int64_t row, int64_t column) {
+  const bool are_rows = lines_are_rows(matrices);
+  const Lines<T> lines{matrices.data + batch * matrices.batch_stride,
+                       are_rows ? matrices.row_stride : matrices.column_stride, matrices.lines};
+  return are_rows ? lines.from(row, column) : lines.from(column, row);
+}
 
 // Rows and vectors of columns of the sums that stay in registers: with 32 of these 8 x 3, of which each number that is
 // read serves more products than of 4 x 4. Pairs come from two vectors at a time, which three are not.
@@ -50,14 +66,13 @@ inline void interleave(vuint first, vuint second, vuint (&pairs)[2]) {
 
 // `count` rows of `size` numbers along the depth -> [padded_count][stride], zeros behind.
 template <typename E, typename T>
-void pack_rows(const T* from, int64_t row_stride, int64_t count, int64_t size, int64_t padded_count, int64_t stride,
-               E* packed) {
+void pack_rows(Lines<T> from, int64_t count, int64_t size, int64_t padded_count, int64_t stride, E* packed) {
   for (int64_t row = 0; row < padded_count; ++row, packed += stride) {
     int64_t d = 0;
     if (row < count) {
+      const T* const line = from[row];
       for (; d * element<E>::depth < size; d += lane_count<E>) {
-        const auto elements =
-            load_elements<E>(from + row * row_stride + d * element<E>::depth, size - d * element<E>::depth);
+        const auto elements = load_elements<E>(line + d * element<E>::depth, size - d * element<E>::depth);
         const int64_t left = stride - d;
         __builtin_memcpy(packed + d, &elements, static_cast<size_t>(smaller(left, lane_count<E>)) * sizeof(E));
       }
@@ -86,7 +101,7 @@ inline constexpr int64_t columns_across = lane_count<E> * element<E>::depth;
 // Rows one below the other along the depth, [size, count] -> [groups][depth_of(size)][group], with zeros behind the
 // columns. A group is a multiple of columns_across.
 template <int64_t group, typename E, typename T>
-void pack_across(const T* from, int64_t row_stride, int64_t size, int64_t count, E* packed) {
+void pack_across(Lines<T> from, int64_t size, int64_t count, E* packed) {
   const int64_t depth = depth_of<E>(size);
   // A few rows at a time: then whole lines are written, and few pages are read by turns.
   constexpr int64_t rows_at_once = 8;
@@ -95,9 +110,9 @@ void pack_across(const T* from, int64_t row_stride, int64_t size, int64_t count,
     for (int64_t column = 0; column < count; column += columns_across<E>) {
       E* const to = packed + column / group * group * depth + column % group;
       for (int64_t d = first; d < end; ++d) {
-        const T* const row = from + d * element<E>::depth * row_stride + column;
+        const int64_t row = d * element<E>::depth;
         typename element<E>::vector elements[element<E>::depth];
-        load_across<E>(row, d * element<E>::depth + 1 < size ? row + row_stride : nullptr, count - column, elements);
+        load_across<E>(from[row] + column, row + 1 < size ? from[row + 1] + column : nullptr, count - column, elements);
         __builtin_memcpy(to + d * group, elements, sizeof(elements));
       }
     }
@@ -121,25 +136,26 @@ struct LeftBlock {
                      : Operand<E>{data + row * depth, depth, 1};
   }
 
+  // Of `count` rows of `size` numbers, which are lines, or lie across them.
   template <typename T>
-  void pack(const T* from, int64_t row_stride, int64_t depth_stride, int64_t count, int64_t size) {
+  void pack(Lines<T> from, bool lines_are_rows, int64_t count, int64_t size) {
     depth = depth_of<E>(size);
-    in_groups = depth_stride != 1;
+    in_groups = !lines_are_rows;
     if (in_groups) {
-      pack_across<group>(from, depth_stride, size, count, data);
+      pack_across<group>(from, size, count, data);
     } else {
-      pack_rows(from, row_stride, count, size, round_up(count, strip_rows<E>), depth, data);
+      pack_rows(from, count, size, round_up(count, strip_rows<E>), depth, data);
     }
   }
 };
 
-// A block of the right operand, [size, count] -> [depth_of(size)][strip_columns].
+// A block of the right operand, [size, count], whose rows or columns are lines -> [depth_of(size)][strip_columns].
 template <typename E, typename T>
-void pack_panel(const T* from, int64_t depth_stride, int64_t column_stride, int64_t size, int64_t count, E* packed) {
+void pack_panel(Lines<T> from, bool lines_are_rows, int64_t size, int64_t count, E* packed) {
   constexpr int64_t panel = strip_columns<E>;
   constexpr int64_t side = lane_count<E>;
-  if (column_stride == 1) {
-    pack_across<panel>(from, depth_stride, size, count, packed);
+  if (lines_are_rows) {
+    pack_across<panel>(from, size, count, packed);
     return;
   }
   const int64_t depth = depth_of<E>(size);
@@ -149,7 +165,7 @@ void pack_panel(const T* from, int64_t depth_stride, int64_t column_stride, int6
       typename element<E>::vector square[side];
       for (int64_t row = 0; row < side; ++row) {
         square[row] = column + row < count
-                          ? load_elements<E>(from + (column + row) * column_stride + first * element<E>::depth, used)
+                          ? load_elements<E>(from[column + row] + first * element<E>::depth, used)
                           : typename element<E>::vector{};
       }
       transpose(square);

@@ -28,7 +28,7 @@ struct TileProduct {
         depth_tiles(divide_up(product.depth, tile_depth)),
         row_tiles(product.num_rows, rows_to_keep_packed(depth_tiles), block_side),
         num_panels(divide_up(product.num_columns, block_side)),
-        panel(arena, depth_tiles, product.right.column_stride != 1) {
+        panel(arena, depth_tiles, !lines_are_rows(product.right)) {
     left = arena->take<bfloat16>(row_tiles.size * depth_tiles * tile_depth);
     right = arena->take<bfloat16>(block_side * depth_tiles * tile_depth);
   }
@@ -57,47 +57,43 @@ struct TileProduct {
 
  private:
   void pack_left(int64_t batch, int64_t first_row, int64_t rows) {
-    const Matrices<bfloat16>& matrix = args.left;
-    const bfloat16* const from = matrix.data + batch * matrix.batch_stride + first_row * matrix.row_stride;
+    const auto from = lines_of(args.left, batch, first_row, 0);
     const int64_t padded_rows = round_up(rows, block_side);
-    if (matrix.column_stride == 1) {
-      panel.is_transposed
-          ? pack_count_along<true>(from, matrix.row_stride, rows, padded_rows, args.depth, panel.step(), left)
-          : pack_count_along<false>(from, matrix.row_stride, rows, padded_rows, args.depth, panel.step(), left);
+    if (lines_are_rows(args.left)) {
+      panel.is_transposed ? pack_count_along<true>(from, rows, padded_rows, args.depth, panel.step(), left)
+                          : pack_count_along<false>(from, rows, padded_rows, args.depth, panel.step(), left);
     } else {
-      panel.is_transposed ? pack_across<true>(from, matrix.column_stride, rows, padded_rows, left)
-                          : pack_across<false>(from, matrix.column_stride, rows, padded_rows, left);
+      panel.is_transposed ? pack_across<true>(from, rows, padded_rows, left)
+                          : pack_across<false>(from, rows, padded_rows, left);
     }
   }
 
   RightTiles columns_as_right(int64_t batch, int64_t column, int64_t columns) {
     if (!panel.is_transposed) {
-      pack_across<true>(args.right.data + batch * args.right.batch_stride + column, args.right.row_stride, columns,
-                        block_side, right);
+      pack_across<true>(lines_of(args.right, batch, 0, column), columns, block_side, right);
     }
     return panel.packed_right(right);
   }
 
   LeftTiles columns_as_left(int64_t batch, int64_t column, int64_t columns) {
-    const int64_t stride = args.right.column_stride;
-    const bfloat16* const from = args.right.data + batch * args.right.batch_stride + column * stride;
-    if (panel.is_transposed && args.num_rows <= rows_to_read_in_place && columns == block_side &&
-        args.depth % tile_depth == 0) {
-      return {from, 2 * stride, tile_side * stride, tile_depth};
-    }
     if (panel.is_transposed) {
-      pack_count_along<false>(from, stride, columns, block_side, args.depth, panel.step(), right);
+      const auto from = lines_of(args.right, batch, 0, column);
+      if (from.index == nullptr && args.num_rows <= rows_to_read_in_place && columns == block_side &&
+          args.depth % tile_depth == 0) {
+        return {from.data, 2 * from.stride, tile_side * from.stride, tile_depth};
+      }
+      pack_count_along<false>(from, columns, block_side, args.depth, panel.step(), right);
     }
     return panel.packed_left(right);
   }
 
   // `count` rows or columns, the depth across them, padded with zeros into [padded_count / 16][depth_tiles] tiles.
   template <bool as_right>
-  void pack_across(const bfloat16* from, int64_t stride, int64_t count, int64_t padded_count, bfloat16* packed) const {
+  void pack_across(Lines<bfloat16> from, int64_t count, int64_t padded_count, bfloat16* packed) const {
     for (int64_t first = 0; first < padded_count; first += tile_side) {
       for (int64_t d = 0; d < depth_tiles; ++d, packed += tile_numbers) {
         const int64_t depth = first < count ? args.depth - d * tile_depth : 0;
-        pack_tile_across<as_right>(from + d * tile_depth * stride + first, stride, {0, depth}, count - first, packed);
+        pack_tile_across<as_right>(from.from(d * tile_depth, first), {0, depth}, count - first, packed);
       }
     }
   }

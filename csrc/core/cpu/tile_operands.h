@@ -1,6 +1,7 @@
 #pragma once
 
 #include "core/cpu/elements.h"
+#include "core/cpu/lines.h"
 #include "core/cpu/tile.h"
 
 // Operands of products of tiles, and the products of blocks of 32 rows and 32 columns.
@@ -23,21 +24,21 @@ struct ReadableRows {
 };
 
 // 16 rows of memory that lie along the depth, `size` numbers of which are left -> a row of pairs of each.
-inline __attribute__((always_inline)) void load_along(const bfloat16* from, int64_t row_stride, ReadableRows rows,
-                                                      int64_t size, vuint (&square)[tile_side]) {
+inline __attribute__((always_inline)) void load_along(Lines<bfloat16> from, ReadableRows rows, int64_t size,
+                                                      vuint (&square)[tile_side]) {
   for (int64_t row = 0; row < tile_side; ++row) {
     square[row] =
-        rows.begin <= row && row < rows.end ? load_elements<bfloat16_pair>(from + row * row_stride, size) : vuint{};
+        rows.begin <= row && row < rows.end ? load_elements<bfloat16_pair>(from[row], size) : vuint{};
   }
 }
 
 // 32 rows of memory, the depth, of `size` columns -> the pairs of two rows each.
-inline __attribute__((always_inline)) void load_across(const bfloat16* from, int64_t row_stride, ReadableRows rows,
-                                                       int64_t size, vuint (&square)[tile_side]) {
+inline __attribute__((always_inline)) void load_across(Lines<bfloat16> from, ReadableRows rows, int64_t size,
+                                                       vuint (&square)[tile_side]) {
   if (rows.begin <= 0 && rows.end >= tile_depth && size >= tile_side) {
     const auto words = [&](int64_t row) {
       vhalfwords bits;
-      __builtin_memcpy(&bits, from + row * row_stride, sizeof(bits));
+      __builtin_memcpy(&bits, from[row], sizeof(bits));
       return widen_words(bits);
     };
     for (int64_t pair = 0; pair < tile_side; ++pair) {
@@ -48,7 +49,7 @@ inline __attribute__((always_inline)) void load_across(const bfloat16* from, int
   const auto words = [&](int64_t row) {
     vhalfwords bits = {};
     if (rows.begin <= row && row < rows.end) {
-      __builtin_memcpy(&bits, from + row * row_stride,
+      __builtin_memcpy(&bits, from[row],
                        static_cast<size_t>(size < tile_side ? size : tile_side) * sizeof(bfloat16));
     }
     return widen_words(bits);
@@ -60,20 +61,18 @@ inline __attribute__((always_inline)) void load_across(const bfloat16* from, int
 
 // What is not readable, and what lies behind `size`, becomes zeros.
 template <bool as_right>
-inline void pack_tile_along(const bfloat16* from, int64_t row_stride, ReadableRows rows, int64_t size,
-                            bfloat16* packed) {
+inline void pack_tile_along(Lines<bfloat16> from, ReadableRows rows, int64_t size, bfloat16* packed) {
   vuint square[tile_side];
-  load_along(from, row_stride, rows, size, square);
+  load_along(from, rows, size, square);
   if constexpr (as_right) {
     transpose(square);
   }
   __builtin_memcpy(packed, square, sizeof(square));
 }
 template <bool as_right>
-inline void pack_tile_across(const bfloat16* from, int64_t row_stride, ReadableRows rows, int64_t size,
-                             bfloat16* packed) {
+inline void pack_tile_across(Lines<bfloat16> from, ReadableRows rows, int64_t size, bfloat16* packed) {
   vuint square[tile_side];
-  load_across(from, row_stride, rows, size, square);
+  load_across(from, rows, size, square);
   if constexpr (!as_right) {
     transpose(square);
   }
@@ -142,11 +141,11 @@ constexpr int64_t rows_to_keep_packed(int64_t depth_tiles) {
 // `count` rows or columns, the depth along them, padded with zeros into [padded_count / 16][tiles] tiles from `packed`
 // on, `row_step` numbers between those of 16 rows.
 template <bool as_right>
-void pack_count_along(const bfloat16* from, int64_t stride, int64_t count, int64_t padded_count, int64_t depth,
-                      int64_t row_step, bfloat16* packed) {
+void pack_count_along(Lines<bfloat16> from, int64_t count, int64_t padded_count, int64_t depth, int64_t row_step,
+                      bfloat16* packed) {
   for (int64_t first = 0; first < padded_count; first += tile_side, packed += row_step) {
     for (int64_t d = 0; d < depth; d += tile_depth) {
-      pack_tile_along<as_right>(from + first * stride + d, stride, {0, count - first}, depth - d,
+      pack_tile_along<as_right>(from.from(first, d), {0, count - first}, depth - d,
                                 packed + d / tile_depth * tile_numbers);
     }
   }

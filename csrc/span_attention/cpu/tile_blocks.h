@@ -32,7 +32,7 @@ void pack_rows_along(const bfloat16* rows, int64_t row_stride, ReadableRows used
                      bfloat16* packed) {
   for (int64_t row = 0; row < count; row += tile_side) {
     for (int64_t d = 0; d < size; d += tile_depth, packed += tile_numbers) {
-      pack_tile_along<as_right>(rows + row * row_stride + d, row_stride, from_row(used, row), size - d, packed);
+      pack_tile_along<as_right>({rows + row * row_stride + d, row_stride}, from_row(used, row), size - d, packed);
     }
   }
 }
@@ -45,7 +45,7 @@ void pack_rows_across(const bfloat16* rows, int64_t row_stride, ReadableRows use
   for (int64_t row = 0; row < count; row += tile_depth) {
     for (int64_t d = 0; d < block_columns(size); d += tile_side, packed += tile_numbers) {
       const ReadableRows none{0, 0};
-      pack_tile_across<as_right>(rows + row * row_stride + d, row_stride, d < size ? from_row(used, row) : none,
+      pack_tile_across<as_right>({rows + row * row_stride + d, row_stride}, d < size ? from_row(used, row) : none,
                                  size - d, packed);
     }
   }

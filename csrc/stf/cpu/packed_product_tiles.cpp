@@ -109,11 +109,11 @@ struct Product {
     const int64_t padded = round_up(count, block_side), step = panel.step();
     const bfloat16* const from = args.tokens + first * args.token_stride;
     if (args.to_atoms) {
-      pack_count_along<true>(from, args.token_stride, count, padded, args.factor.num_rows, step, tokens);
+      pack_count_along<true>({from, args.token_stride}, count, padded, args.factor.num_rows, step, tokens);
       return;
     }
     for (int64_t block = 0; block < args.factor.num_blocks; ++block) {
-      pack_count_along<false>(from + block * args.block_stride, args.token_stride, count, padded,
+      pack_count_along<false>({from + block * args.block_stride, args.token_stride}, count, padded,
                               args.factor.basis_size, step, tokens + block * tiles_of_block * tile_numbers);
     }
   }
