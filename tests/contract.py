@@ -80,6 +80,10 @@ class OpCase:
     summed_by_torch: Sequence[str] = ()
     # The tensor arguments whose first dimension is not the batch.
     unbatched: Sequence[str] = ()
+    # The tensor arguments that are read as they lie, in an order of sums that depends on which dimension is contiguous.
+    bits_follow_layout: Sequence[str] = ()
+    # The tensor arguments whose rows depend on each other: many times the first one is not valid.
+    not_expanded: Sequence[str] = ()
     # The smallest batch of an exported program: torch.export tells sizes that become 1 from others.
     least_batch: int = 1
     # device -> (inputs under autocast, inputs that give the same without it); None where it changes nothing.
@@ -139,8 +143,9 @@ def require_grad(inputs: Inputs, names: Sequence[str]) -> Inputs:
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """All non-empty selections."""
-    return list(chain.from_iterable(combinations(names, size) for size in range(1, len(names) + 1)))
+    """All non-empty selections; of many names, those of one or two, and those that leave out one at most."""
+    sizes = range(1, len(names) + 1) if len(names) <= 5 else (1, 2, len(names) - 1, len(names))
+    return list(chain.from_iterable(combinations(names, size) for size in sizes))
 
 
 def given(inputs: Inputs, names: Sequence[str]) -> list[str]:

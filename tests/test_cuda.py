@@ -67,13 +67,6 @@ def other_rows(case: OpCase, inputs: Inputs) -> Inputs:
     return map_batch(case, inputs, lambda t: t.flip(0))
 
 
-def backward_tolerance(case: OpCase, dtype: torch.dtype) -> float:
-    """What gradients are allowed, for the operator that computes them."""
-    return max(
-        (other.gradient_tolerance.get(dtype, 0) for other in cases.ALL if other.backward == case.name), default=0
-    )
-
-
 def differ(first: list[Tensor], second: list[Tensor]) -> bool:
     return any(not torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
@@ -140,7 +133,7 @@ def test_another_device_than_the_current_one(case: OpCase) -> None:
     assert torch.cuda.current_device() == 0
     for one, other in zip(actual, Step(case, inputs)(), strict=True):
         exact = other.double() if other.is_floating_point() else other
-        tolerance = max(case.gradient_tolerance.get(torch.float32, 0), backward_tolerance(case, torch.float32))
+        tolerance = max(case.gradient_tolerance.get(torch.float32, 0), cases.backward_tolerance(case, torch.float32))
         assert_close(one.to("cuda:0"), exact, torch.float32, "on the second device", tolerance)
 
 
@@ -154,7 +147,7 @@ def test_agrees_with_the_cpu(case: OpCase, dtype: torch.dtype) -> None:
     for sample in case.samples(dtype, "cpu"):
         actual = outputs_of(case.op(**map_tensors(sample.inputs, lambda t: t.cuda())))
         expected = outputs_of(case.op(**sample.inputs))
-        tolerance = max(case.output_tolerance.get(dtype, 0), backward_tolerance(case, dtype))
+        tolerance = max(case.output_tolerance.get(dtype, 0), cases.backward_tolerance(case, dtype))
         for index, (one, other) in enumerate(zip(case.compared(actual), case.compared(expected), strict=True)):
             exact = other.double() if other.is_floating_point() else other
             assert_close(one.cpu(), exact, dtype, f"{sample.id}, output {index}", tolerance)

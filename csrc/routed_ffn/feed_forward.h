@@ -28,6 +28,32 @@ inline at::Tensor as_token_rows(const at::Tensor& tensor) {
   return tensor.reshape({count, tensor.size(-1)}).contiguous();
 }
 
+// Weights that can be read as they lie.
+class ReadableWeights {
+ public:
+  explicit ReadableWeights(const FeedForwardWeights& given)
+      : w1_(with_a_unit_stride(given.w1)),
+        w2_(with_a_unit_stride(given.w2)),
+        w_gate_(readable(given.w_gate)),
+        lora_a1_(readable(given.lora_a1)),
+        lora_b1_(readable(given.lora_b1)),
+        lora_a2_(readable(given.lora_a2)),
+        lora_b2_(readable(given.lora_b2)),
+        weights_{w1_, w2_, given.b1, given.b2, w_gate_, lora_a1_, lora_b1_, lora_a2_, lora_b2_} {}
+  ReadableWeights(const ReadableWeights&) = delete;
+
+  const FeedForwardWeights* operator->() const { return &weights_; }
+
+ private:
+  at::Tensor w1_, w2_;
+  std::optional<at::Tensor> w_gate_, lora_a1_, lora_b1_, lora_a2_, lora_b2_;
+  FeedForwardWeights weights_;
+
+  static std::optional<at::Tensor> readable(const std::optional<at::Tensor>& weight) {
+    return weight ? std::optional(with_a_unit_stride(*weight)) : std::nullopt;
+  }
+};
+
 template <typename Device>
 class FeedForward {
  public:
@@ -46,23 +72,23 @@ class FeedForward {
   }
 
   int64_t num_rows() const { return rows_.num_rows(); }
-  int64_t preactivation_size() const { return weights_.w1.size(1) + (weights_.w_gate ? weights_.w_gate->size(1) : 0); }
+  int64_t preactivation_size() const { return weights_->w1.size(1) + (weights_->w_gate ? weights_->w_gate->size(1) : 0); }
 
   // tokens [T, d] -> [M, preactivations], sums that are not rounded where more is added to them
   at::Tensor first_layer(const at::Tensor& tokens) const {
     const auto x = entering(tokens);
-    const auto is_wide = weights_.lora_a1.has_value() || scales_first_layer();
+    const auto is_wide = weights_->lora_a1.has_value() || scales_first_layer();
     const auto sums = at::empty({num_rows(), preactivation_size()}, options(is_wide ? wide_ : dtype_));
     for_each_first_weight([&](const at::Tensor& weight, int64_t first) {
       const auto size = weight.size(1);
-      const auto bias = weights_.b1 ? std::optional(weights_.b1->narrow(1, first, size)) : std::nullopt;
+      const auto bias = weights_->b1 ? std::optional(weights_->b1->narrow(1, first, size)) : std::nullopt;
       rows_.multiply(x, weight.transpose(1, 2), bias, sums.narrow(1, first, size));
     });
     if (scales_first_layer()) {
       sums.mul_(*sorted_gate_);
     }
-    if (weights_.lora_a1) {
-      rows_.multiply(low_rank(x, *weights_.lora_a1), weights_.lora_b1->transpose(1, 2), std::nullopt, sums,
+    if (weights_->lora_a1) {
+      rows_.multiply(low_rank(x, *weights_->lora_a1), weights_->lora_b1->transpose(1, 2), std::nullopt, sums,
                      /*adds=*/true);
     }
     return sums;
@@ -76,7 +102,7 @@ class FeedForward {
   Activated activate(const at::Tensor& sums, bool keep) const {
     const bool is_wide = sums.scalar_type() != dtype_;
     const auto preactivation = is_wide ? at::empty(sums.sizes(), options(dtype_)) : sums;
-    const auto size = weights_.w2.size(2);
+    const auto size = weights_->w2.size(2);
     const auto hidden = keep ? at::empty({num_rows(), size}, options(dtype_)) : preactivation.narrow(1, 0, size);
     for_dtype(dtype_, [&](auto tag) {
       using T = typename decltype(tag)::type;
@@ -91,17 +117,17 @@ class FeedForward {
 
   // hidden [M, N] -> output [T, d]
   at::Tensor second_layer(const at::Tensor& hidden, int64_t num_tokens) const {
-    const bool has_block_bias = weights_.b2 && weights_.b2->dim() == 2;
-    const auto sums = at::empty({num_rows(), weights_.w2.size(1)}, options(wide_));
-    rows_.multiply({hidden, false}, weights_.w2.transpose(1, 2), has_block_bias ? weights_.b2 : std::nullopt, sums);
+    const bool has_block_bias = weights_->b2 && weights_->b2->dim() == 2;
+    const auto sums = at::empty({num_rows(), weights_->w2.size(1)}, options(wide_));
+    rows_.multiply({hidden, false}, weights_->w2.transpose(1, 2), has_block_bias ? weights_->b2 : std::nullopt, sums);
     if (scales_first_layer()) {
       sums.mul_(*sorted_gate_);
     }
-    if (weights_.lora_a2) {
-      rows_.multiply(low_rank({hidden, false}, *weights_.lora_a2), per_block(*weights_.lora_b2).transpose(1, 2),
+    if (weights_->lora_a2) {
+      rows_.multiply(low_rank({hidden, false}, *weights_->lora_a2), per_block(*weights_->lora_b2).transpose(1, 2),
                      std::nullopt, sums, /*adds=*/true);
     }
-    return slot_sums(sums, options_.gate_at == "output", weights_.b2 && !has_block_bias ? weights_.b2 : std::nullopt,
+    return slot_sums(sums, options_.gate_at == "output", weights_->b2 && !has_block_bias ? weights_->b2 : std::nullopt,
                      num_tokens);
   }
 
@@ -120,8 +146,8 @@ class FeedForward {
 
     // The second layer, down to the gradient of the preactivation.
     at::Tensor narrowed;  // lora_scale lora_b2^T dy
-    if (weights_.lora_a2) {
-      narrowed = rows_.product(dy, per_block(*weights_.lora_b2)).mul_(options_.lora_scale);
+    if (weights_->lora_a2) {
+      narrowed = rows_.product(dy, per_block(*weights_->lora_b2)).mul_(options_.lora_scale);
     }
     at::Tensor grad_z, hidden;
     const bool for_hidden = mask.w2() || mask.lora_a2() || mask.lora_b2();
@@ -130,24 +156,24 @@ class FeedForward {
                                                      for_gate && scales_output() ? dots : at::Tensor());
     }
     if (mask.w2()) {
-      of_w2 = rows_.weight_gradient(dy, {hidden, false}, weights_.w2);
+      of_w2 = rows_.weight_gradient(dy, {hidden, false}, weights_->w2);
     }
     if (mask.lora_a2() || mask.lora_b2()) {
       const OperandRows h{scales_first_layer() ? activate(preactivation, true).hidden : hidden, false};
       if (mask.lora_a2()) {
-        of_a2 = rows_.weight_gradient({narrowed, false}, h, *weights_.lora_a2);
+        of_a2 = rows_.weight_gradient({narrowed, false}, h, *weights_->lora_a2);
       }
       if (mask.lora_b2()) {
-        of_b2_factor = shared_or_not(*weights_.lora_b2)
-                           .weight_gradient(dy, low_rank(h, *weights_.lora_a2), *weights_.lora_b2);
+        of_b2_factor = shared_or_not(*weights_->lora_b2)
+                           .weight_gradient(dy, low_rank(h, *weights_->lora_a2), *weights_->lora_b2);
       }
     }
-    if (weights_.b2 && weights_.b2->dim() == 2) {
+    if (weights_->b2 && weights_->b2->dim() == 2) {
       if (mask.b2()) {
         of_b2 = rows_.sums(dy, at_output);
       }
       if (for_gate && scales_output()) {
-        add_bias_dots(dy, *weights_.b2, dots);
+        add_bias_dots(dy, *weights_->b2, dots);
       }
     } else if (mask.b2()) {
       of_b2 = grad.sum(0);
@@ -171,16 +197,16 @@ class FeedForward {
       of_b1 = rows_.sums({grad_z, false}, scales_first_layer() ? sorted_gate_ : std::nullopt);
     }
     at::Tensor first_narrowed;  // lora_scale lora_b1^T grad_z
-    if (weights_.lora_a1 && (for_x || mask.lora_a1())) {
-      first_narrowed = rows_.product({grad_z, false}, *weights_.lora_b1).mul_(options_.lora_scale);
+    if (weights_->lora_a1 && (for_x || mask.lora_a1())) {
+      first_narrowed = rows_.product({grad_z, false}, *weights_->lora_b1).mul_(options_.lora_scale);
     }
     if (mask.lora_a1()) {
-      of_a1 = shared_or_not(*weights_.lora_a1)
-                  .weight_gradient({first_narrowed, false}, entering(tokens), *weights_.lora_a1);
+      of_a1 = shared_or_not(*weights_->lora_a1)
+                  .weight_gradient({first_narrowed, false}, entering(tokens), *weights_->lora_a1);
     }
     if (mask.lora_b1()) {
-      of_b1_factor = rows_.weight_gradient({grad_z, false}, low_rank(entering(tokens), *weights_.lora_a1),
-                                           *weights_.lora_b1);
+      of_b1_factor = rows_.weight_gradient({grad_z, false}, low_rank(entering(tokens), *weights_->lora_a1),
+                                           *weights_->lora_b1);
     }
     if (for_x) {
       of_input = input_gradient(grad_z, first_narrowed, tokens, grad.size(0),
@@ -194,7 +220,7 @@ class FeedForward {
   }
 
  private:
-  const FeedForwardWeights& weights_;
+  ReadableWeights weights_;
   const FeedForwardOptions& options_;
   kernels::routed_ffn::Activation activation_;
   at::ScalarType dtype_;
@@ -208,7 +234,7 @@ class FeedForward {
     return {order, offsets, index.size(1)};
   }
 
-  at::TensorOptions options(at::ScalarType dtype) const { return weights_.w1.options().dtype(dtype); }
+  at::TensorOptions options(at::ScalarType dtype) const { return weights_->w1.options().dtype(dtype); }
   bool scales_first_layer() const { return gate_ && options_.gate_at == "both"; }
   bool scales_output() const { return gate_ && options_.gate_at != "input"; }
 
@@ -222,10 +248,10 @@ class FeedForward {
   // body(weight, its first column of the preactivation), w1's last
   template <typename Body>
   void for_each_first_weight(const Body& body) const {
-    if (weights_.w_gate) {
-      body(*weights_.w_gate, 0);
+    if (weights_->w_gate) {
+      body(*weights_->w_gate, 0);
     }
-    body(weights_.w1, preactivation_size() - weights_.w1.size(1));
+    body(weights_->w1, preactivation_size() - weights_->w1.size(1));
   }
 
   at::Tensor per_block(const at::Tensor& factor) const {
@@ -256,14 +282,14 @@ class FeedForward {
   std::tuple<at::Tensor, at::Tensor> activation_gradient(const OperandRows& dy, const at::Tensor& narrowed,
                                                          const at::Tensor& preactivation, bool for_first_layer,
                                                          bool for_hidden, const at::Tensor& dots) const {
-    const auto size = weights_.w2.size(2);
+    const auto size = weights_->w2.size(2);
     const bool is_wide = narrowed.defined() && !scales_first_layer();
     const auto to_hidden = at::empty({num_rows(), size}, options(is_wide ? wide_ : dtype_));
-    rows_.multiply(dy, weights_.w2, std::nullopt, to_hidden);
+    rows_.multiply(dy, weights_->w2, std::nullopt, to_hidden);
     at::Tensor plain;
     if (narrowed.defined()) {
       plain = is_wide ? to_hidden : at::empty({num_rows(), size}, options(wide_));
-      rows_.multiply({narrowed, false}, *weights_.lora_a2, std::nullopt, plain, /*adds=*/is_wide);
+      rows_.multiply({narrowed, false}, *weights_->lora_a2, std::nullopt, plain, /*adds=*/is_wide);
     }
     const auto grad_z = for_first_layer ? at::empty_like(preactivation) : at::Tensor();
     const auto hidden = !for_hidden                        ? at::Tensor()
@@ -286,7 +312,7 @@ class FeedForward {
 
   at::Tensor input_gradient(const at::Tensor& grad_z, const at::Tensor& narrowed, const at::Tensor& tokens,
                             int64_t num_tokens, const at::Tensor& dots) const {
-    const auto sums = at::empty({num_rows(), weights_.w1.size(2)}, options(wide_));
+    const auto sums = at::empty({num_rows(), weights_->w1.size(2)}, options(wide_));
     bool adds = false;
     for_each_first_weight([&](const at::Tensor& weight, int64_t first) {
       rows_.multiply({grad_z.narrow(1, first, weight.size(1)), false}, weight, std::nullopt, sums, adds);
@@ -295,14 +321,14 @@ class FeedForward {
     if (scales_first_layer()) {
       if (dots.defined()) {
         rows_.add_dots(sums, tokens, dots);
-        if (weights_.b1) {
-          add_bias_dots({grad_z, false}, *weights_.b1, dots);
+        if (weights_->b1) {
+          add_bias_dots({grad_z, false}, *weights_->b1, dots);
         }
       }
       sums.mul_(*sorted_gate_);
     }
     if (narrowed.defined()) {
-      rows_.multiply({narrowed, false}, per_block(*weights_.lora_a1), std::nullopt, sums, /*adds=*/true);
+      rows_.multiply({narrowed, false}, per_block(*weights_->lora_a1), std::nullopt, sums, /*adds=*/true);
     }
     if (dots.defined() && !scales_first_layer()) {
       rows_.add_dots(sums, tokens, dots);

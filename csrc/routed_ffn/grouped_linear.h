@@ -49,7 +49,7 @@ at::Tensor grouped_linear_on(const at::Tensor& input, const at::Tensor& weight, 
   check_grouped_linear(input, weight, order, offsets, bias, slots);
   const c10::DeviceGuard guard(input.device());
   return grouped_rows<Device>("grouped_linear", order, offsets, slots)
-      .product({input, slots.has_value()}, weight.transpose(1, 2), bias);
+      .product({input, slots.has_value()}, with_a_unit_stride(weight).transpose(1, 2), bias);
 }
 
 template <typename Device>

@@ -22,6 +22,11 @@
 
 namespace torchops {
 
+// [G, N, K], read as it lies where one of the last two dimensions is contiguous.
+inline at::Tensor with_a_unit_stride(const at::Tensor& matrices) {
+  return matrices.stride(1) == 1 || matrices.stride(2) == 1 ? matrices : matrices.contiguous();
+}
+
 // [M, K] as rows; the row of a token for each choice of it, or the sorted rows themselves.
 struct OperandRows {
   at::Tensor rows;
@@ -63,7 +68,7 @@ class GroupedRows {
   at::Tensor of_tokens(const at::Tensor& tokens) const { return tokens.index_select(0, tokens_); }
 
   // output [M, N] = bias + left right, of left's dtype or, for sums that are not rounded, of its accumulation dtype;
-  // right is [G, K, N] with any strides, bias [G, N].
+  // right is [G, K, N], with a unit stride or a copy's, bias [G, N].
   void multiply(const OperandRows& left, const at::Tensor& right, const std::optional<at::Tensor>& bias,
                 const at::Tensor& output, bool adds = false) const {
     for_dtype(left.rows.scalar_type(), [&](auto tag) {
@@ -152,10 +157,6 @@ class GroupedRows {
   kernels::routed_ffn::SortedRows<T> sorted_rows(const at::Tensor& rows, bool are_tokens) const {
     return {static_cast<const T*>(rows.const_data_ptr()), rows.stride(0),
             are_tokens ? tokens_.const_data_ptr<int32_t>() : nullptr};
-  }
-
-  static at::Tensor with_a_unit_stride(const at::Tensor& matrices) {
-    return matrices.stride(1) == 1 || matrices.stride(2) == 1 ? matrices : matrices.contiguous();
   }
 
   // Rows of one number that lie side by side could be one row, which is not what is gathered.

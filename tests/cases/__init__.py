@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 import pytest
+import torch
 from contract import FLOATS, OpCase
 
 ALL: list[OpCase] = [
@@ -19,3 +20,10 @@ KERNEL_OPS = pytest.mark.parametrize("case", [case for case in ALL if not case.d
 PUBLIC_OPS = pytest.mark.parametrize("case", PUBLIC, ids=str)
 DIFFERENTIABLE_OPS = pytest.mark.parametrize("case", [case for case in ALL if case.differentiable], ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def backward_tolerance(case: OpCase, dtype: torch.dtype) -> float:
+    """What gradients are allowed, for the operator that computes them."""
+    return max(
+        (other.gradient_tolerance.get(dtype, 0) for other in ALL if other.backward == case.name), default=0
+    )

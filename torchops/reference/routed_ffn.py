@@ -89,12 +89,11 @@ def routed_ffn(
     def low_rank(rows: Tensor, a: Optional[Tensor], b: Optional[Tensor], block: int) -> Tensor:
         if a is None or b is None:
             return rows.new_zeros(())
-        factors = (factor[min(block, factor.shape[0] - 1)] for factor in (a, b))
-        for factor in factors:
-            rows = rows @ factor.mT
+        for factor in (a, b):
+            rows = rows @ factor[min(block, factor.shape[0] - 1)].mT
         return lora_scale * rows
 
-    entries = index.reshape(tokens.shape[0], -1)
+    entries = index.reshape(tokens.shape[0], index.shape[-1])
     for slot in range(entries.shape[1]):
         for block in range(w1.shape[0]):
             chosen = (entries[:, slot] == block).nonzero().flatten()
