@@ -179,6 +179,78 @@ TEST_CASE("the dense product is the sum of products at every level, split among 
   }
 }
 
+TEST_CASE("lines that an index names give the bits of a copy of them, and sums go unrounded to a wide output") {
+  torch::manual_seed(0);
+  for (const auto dtype : float_dtypes) {
+    for (const auto& [batches, rows, columns, depth] :
+         {Shape{2, 3, 5, 7}, {3, 5, 42, 129}, {2, 48, 130, 70}, {1, 60, 70, 530}, {1, 530, 9, 40}}) {
+      for (const bool left_transposed : {false, true}) {
+        for (const bool right_transposed : {false, true}) {
+          torchops::for_dtype(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            using A = torchops::kernels::accumulate_t<T>;
+            const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+            // Every line of memory stands somewhere in a longer matrix, in an order without a rule.
+            const auto gathered = [](const at::Tensor& matrix, int64_t dim, at::Tensor& index) {
+              const auto count = matrix.size(dim);
+              index = at::randperm(3 * count, at::kLong).slice(0, 0, count);
+              auto sizes = matrix.sizes().vec();
+              sizes[static_cast<size_t>(dim)] = 3 * count;
+              return at::full(sizes, NAN, matrix.options()).index_copy_(dim, index, matrix);
+            };
+            const auto left = at::randn({batches, rows, depth}, dtype), right = at::randn({batches, depth, columns}, dtype);
+            at::Tensor left_index, right_index;
+            const auto l = spread(gathered(left, left_transposed ? 2 : 1, left_index), left_transposed);
+            const auto r = spread(gathered(right, right_transposed ? 2 : 1, right_index), right_transposed);
+            const auto left_lines = left_index.to(at::kInt), right_lines = right_index.to(at::kInt);
+            const auto l_copy = spread(left, left_transposed), r_copy = spread(right, right_transposed);
+            const auto start = at::randn({batches, rows, columns}, wide);
+            for (const auto& kernel : kernels_here<T>()) {
+              for (const bool adds : {false, true}) {
+                CAPTURE(dtype, batches, rows, columns, depth, left_transposed, right_transposed, kernel.level, adds);
+                auto expected = expected_product(left, right, std::nullopt);
+                if (adds) {
+                  expected.product += start;
+                  expected.magnitude += start.abs();
+                }
+                const auto product = [&](bool gathers) {
+                  const auto output = spread(adds ? start : at::full({batches, rows, columns}, NAN, wide), false, 7);
+                  DenseProduct<T> args{batches,
+                                       rows,
+                                       columns,
+                                       depth,
+                                       matrices<T>(gathers ? l : l_copy),
+                                       matrices<T>(gathers ? r : r_copy),
+                                       nullptr,
+                                       0,
+                                       nullptr,
+                                       output.stride(0),
+                                       output.stride(1),
+                                       static_cast<A*>(output.mutable_data_ptr()),
+                                       adds};
+                  if (gathers) {
+                    args.left.lines = left_lines.const_data_ptr<int32_t>();
+                    args.right.lines = right_lines.const_data_ptr<int32_t>();
+                  }
+                  run(kernel, args, 3);
+                  REQUIRE(gaps_are(7, output));
+                  return output;
+                };
+                const auto of_lines = product(true);
+                REQUIRE(torch::equal(of_lines, product(false)));
+                // Products of 16-bit numbers are exact in 32: nothing but the additions is rounded.
+                const auto error = (of_lines.to(at::kDouble) - expected.product).abs();
+                const double tolerance = dtype == at::kDouble ? 1e-14 : 2e-6;
+                REQUIRE((error <= tolerance * expected.magnitude + 1e-30).all().template item<bool>());
+              }
+            }
+          });
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("dense_product takes any strides, and the left ones do not change a bit") {
   torch::manual_seed(0);
   for (const auto dtype : float_dtypes) {
