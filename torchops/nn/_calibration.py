@@ -10,7 +10,9 @@ __all__: List[str] = []  # for what is fitted to a model's inputs
 
 
 @contextmanager
-def observed(model: nn.Module, modules: Iterable[nn.Module], look: Callable[..., None]) -> Iterator[None]:
+def observed(
+    model: nn.Module, modules: Iterable[nn.Module] = (), look: Callable[..., None] = lambda *_: None
+) -> Iterator[None]:
     """Evaluation mode without gradients, in which look(module, arguments, named arguments) comes before each pass of
     these modules. All is as before behind it."""
     were_training: List[Any] = [module for module in model.modules() if module.training]

@@ -149,7 +149,8 @@ def is_plain_linear(module: nn.Module) -> bool:
 def reason_to_leave(module: nn.Module, owners: Dict[int, Dict[nn.Module, str]]) -> Optional[str]:
     """Why it stays as it is."""
     if not is_plain_linear(module):
-        return f"a subclass of nn.Linear, {type(module).__name__}"
+        kind = "a subclass of" if isinstance(module, nn.Linear) else "no"
+        return f"{kind} nn.Linear, {type(module).__name__}"
     weight = module.weight
     assert isinstance(weight, Tensor)
     others = [other for owner, other in owners.get(key(weight), {}).items() if owner is not module]

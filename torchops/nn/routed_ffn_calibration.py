@@ -10,7 +10,7 @@ from ._calibration import evenly_spaced, spread_out
 
 __all__: List[str] = []  # for RoutedFFN.from_mlp alone
 
-MOST_ROWS = 16384  # tokens that the router is fitted to
+MOST_ROWS = 8192  # tokens that the router is fitted to
 PATTERN_ROWS = 2048  # tokens that say which units are active together
 ROUNDS = 20
 RIDGE = 1e-2
@@ -26,15 +26,18 @@ class DenseFFN(NamedTuple):
     alpha: float
 
     def hidden(self, rows: Tensor) -> Tensor:
-        """The hidden units [T, H] of rows [T, d], in at least float32."""
-
-        def linear(layer: nn.Linear) -> Tensor:
-            bias = None if layer.bias is None else layer.bias.to(rows.dtype)
-            return nn.functional.linear(rows, layer.weight.to(rows.dtype), bias)
-
+        """The hidden units [T, H] of rows [T, d], in the dtype of these."""
         if self.gate is None:
-            return activate(linear(self.first), self.activation, self.alpha)
-        return activate(linear(self.gate), self.activation, self.alpha) * linear(self.first)
+            return activate(apply(self.first, rows), self.activation, self.alpha)
+        return activate(apply(self.gate, rows), self.activation, self.alpha) * apply(self.first, rows)
+
+    def output(self, rows: Tensor) -> Tensor:
+        return apply(self.second, self.hidden(rows))
+
+
+def apply(layer: nn.Linear, rows: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(rows.dtype)
+    return nn.functional.linear(rows, layer.weight.to(rows.dtype), bias)
 
 
 class Calibrated(NamedTuple):
