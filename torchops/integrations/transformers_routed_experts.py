@@ -18,7 +18,7 @@ except ImportError as error:
         "torchops.integrations.transformers_routed_experts needs transformers 5.23 or newer: pip install transformers"
     ) from error
 
-from ..nn._activations import Gate, activation_of, gate_of
+from ..nn._activations import Activation, Gate, activation_of, gate_of
 from ..ops.routed_ffn import routed_ffn
 
 __all__ = ["apply_routed_experts"]
@@ -95,19 +95,19 @@ class Formula(NamedTuple):
 
 def formula(experts: Any) -> Formula:
     """It is found out once for each module."""
-    known = experts.__dict__.get("_torchops_formula")
+    known = vars(experts).get("_torchops_formula")
     if known is None:
-        known = Formula(None, "it has another gate than the operator")
         if experts.has_post_expert_norm:
             known = Formula(None, "it has a norm behind its experts")
-        elif experts.has_gate:
-            known = known._replace(gate=gate_of(experts._apply_gate))
         else:
-            activation = activation_of(experts.act_fn)
-            if activation is not None:
-                known = Formula(Gate(activation.name, "none", activation.alpha))
+            gate = gate_of(experts._apply_gate) if experts.has_gate else no_gate(activation_of(experts.act_fn))
+            known = Formula(gate, "" if gate else "it has another gate than the operator")
         experts._torchops_formula = known
     return known
+
+
+def no_gate(activation: Optional[Activation]) -> Optional[Gate]:
+    return None if activation is None else Gate(activation.name, "none", activation.alpha)
 
 
 def routed_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
