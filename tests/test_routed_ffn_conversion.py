@@ -257,12 +257,16 @@ def test_what_stays_dense_stands_in_the_report() -> None:
     tied = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     tied[0].weight = model[5].weight
     model.append(tied)
+    model.append(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)))
+    model.append(nn.Sequential(model[12][0], nn.GELU(), nn.Linear(32, 16)))
     assert convert(model).left == [
         ("5", "the first layer: its weight is that of 11.0, too"),
         ("8.0", "the first layer: a subclass of nn.Linear, Subclass"),
         ("9.0", "fewer hidden units (4) than features (16)"),
         ("10.fc1", "Squeeze holds more than that: norm"),
         ("11.0", "the first layer: its weight is that of 5, too"),
+        ("12.0", "the first layer: it stands in another module, too"),
+        ("13.0", "the first layer: it stands in another module, too"),
     ]
 
 
@@ -353,12 +357,15 @@ def test_sizes_and_settings_that_are_refused() -> None:
     refused(model, "0: RoutedFFN.from_mlp: .*finite", calibration=lambda model: model(input * torch.nan))
     refused(nn.DataParallel(model), "expected a model that is routed before it is wrapped, got DataParallel")
     model.order = [model[5]]
-    assert refused(model, "5: the first layer: the plain list order holds it, too") == ["5"]
+    assert refused(model, "5: the plain list order holds it, too") == ["5"]
 
 
 def test_gated_modules_that_are_refused() -> None:
     model, _ = made("Llama")
     refused(model.model.layers[0].mlp, "expected a model with feed-forward layers in it, got LlamaMLP with none")
+    model.order = [model.model.layers[0].mlp]
+    assert refused(model, "layers.0.mlp: the plain list order holds it, too") == ["model.layers.0.mlp"]
+    del model.order
     model.model.layers[0].mlp.drop = nn.Dropout(0.1)
     assert refused(model, "layers.0.mlp: its dropout would be lost: set p to 0") == ["model.layers.0.mlp"]
 

@@ -102,6 +102,18 @@ def test_straight_through_gates_are_ones_that_learn(score: str) -> None:
     torch.testing.assert_close(router.weight.grad, plain.weight.grad)
 
 
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_that_are_far_apart(score: str, straight_through: bool) -> None:
+    router = Router(1, 4, 3, score, straight_through=straight_through)
+    router.weight.data = torch.tensor([[-500.0], [0.0], [-1000.0], [500.0]])
+    index, gates = router(torch.tensor([[1.0], [-1.0]]))
+    assert index.tolist() == [[3, 1, 0], [2, 0, 1]] or score == "sigmoid"  # where 1 and 1 are equal
+    (gates.sum() + balance_loss(router)).backward()
+    assert gates.isfinite().all() and router.weight.grad.isfinite().all()
+    assert not straight_through or torch.equal(gates, torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_balance_loss_by_hand(score: str) -> None:
     router = Router(6, 5, 2, score).double()

@@ -1,6 +1,6 @@
 """Routed feed-forward layers (SPT): blocks of hidden units, of which a router chooses some for each token."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor, nn
@@ -120,15 +120,9 @@ class RoutedFFN(nn.Module):
             raise ValueError(f"RoutedFFN: expected router to choose among {num_blocks} blocks, got {router.num_blocks}")
         self.router = router
         if rank:
-            for parameter in self.base_parameters():
-                parameter.requires_grad_(False)
+            for name, parameter in self.named_parameters(recurse=False):
+                parameter.requires_grad_(name.startswith("lora"))
         self.reset_parameters()
-
-    def base_parameters(self) -> Tuple[Tensor, ...]:
-        """All but the router's and LoRA's."""
-        return tuple(
-            parameter for name, parameter in self.named_parameters(recurse=False) if not name.startswith("lora")
-        )
 
     def reset_parameters(self) -> None:
         """Draws what ``nn.Linear`` would; LoRA starts at zero. The router stays."""

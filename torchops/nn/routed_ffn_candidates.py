@@ -1,7 +1,7 @@
 """Which feed-forward layers of a model can be routed, and why others cannot."""
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -67,6 +67,9 @@ class FeedForward:
         parts = {"first": self.first, "second": self.second}
         return parts if self.gate is None else {"gate": self.gate, **parts}
 
+    def replaced(self) -> List[nn.Module]:
+        return [*self.parts().values(), self.places[0].get()]
+
     def sizes(self) -> Tuple[int, int]:
         """Of tokens, and of hidden units."""
         found = features(self.first)
@@ -107,13 +110,13 @@ def find_feed_forwards(model: nn.Module, skip: Sequence[str], num_blocks: int) -
 
     found, problems, kept = Candidates(), {}, []
     owners, adapted = owners_of(model), adapted_by_peft(model)
-    held = held_elsewhere(model, {part for layer in layers for part in layer.parts().values()})
+    held = held_elsewhere(model, {module for layer in layers for module in layer.replaced()})
     for layer, all_names in named:
         if any(matches(name, pattern) for name in all_names for pattern in skip):
             continue
         kept += all_names
         problem = None if layer.left else reason_to_refuse(layer, adapted, held, num_blocks)
-        reason = layer.left or reason_to_stay(layer, owners)
+        reason = layer.left or reason_to_stay(layer, owners, names)
         if problem:
             problems[all_names[0]] = problem
         elif reason:
@@ -145,7 +148,7 @@ def refusal(problems: Dict[str, str], kept: List[str]) -> ValueError:
 def feed_forwards(module: nn.Module, names: Dict[nn.Module, List[str]]) -> Iterator[FeedForward]:
     """Those that stand directly in a module."""
     children = [(name, child) for name, child in module._modules.items() if child is not None]
-    if isinstance(module, nn.Sequential):
+    if type(module).forward is nn.Sequential.forward:
         yield from in_a_row(module, children)
         return
     linear = [name for name, child in children if features(child)]
@@ -162,7 +165,7 @@ def feed_forwards(module: nn.Module, names: Dict[nn.Module, List[str]]) -> Itera
             yield found
 
 
-def in_a_row(module: nn.Sequential, children: List[Tuple[str, nn.Module]]) -> Iterator[FeedForward]:
+def in_a_row(module: nn.Module, children: List[Tuple[str, nn.Module]]) -> Iterator[FeedForward]:
     """Linear, activation, perhaps dropout, Linear."""
     active = [Place(module, name) for name, child in children if not isinstance(child, PASSIVE)]
     end = 0
@@ -200,10 +203,7 @@ def gated(module: nn.Module, linear: List[str], names: Dict[nn.Module, List[str]
     if len(activations) != 1 or not (fit(one, second) and fit(other, second)):
         return None
     ((name, known),) = activations.items()
-    places = [
-        Place(parent, attribute) for parent in names for attribute, child in parent._modules.items() if child is module
-    ]
-
+    places = places_of(module, names)
     if not places:
         return None  # the model itself
 
@@ -237,6 +237,10 @@ def in_two_modules(one: nn.Module, other: nn.Module) -> Optional[FeedForward]:
     return FeedForward([first], [Place(one, name), second], first.get(), second.get(), known, whole, left=left)
 
 
+def places_of(module: nn.Module, modules: Iterable[nn.Module]) -> List[Place]:
+    return [Place(parent, name) for parent in modules for name, child in parent._modules.items() if child is module]
+
+
 def features(module: Any) -> Optional[Tuple[int, int]]:
     """in and out of what is a linear layer, or looks like one."""
     if is_conv1d(module):
@@ -254,7 +258,11 @@ def fit(first: nn.Module, second: nn.Module) -> bool:
 
 def activations_in(module: nn.Module) -> Dict[str, Activation]:
     """The modules and functions directly in it that are known activations."""
-    candidates: Dict[str, Any] = {name: child for name, child in module._modules.items() if not features(child)}
+    candidates: Dict[str, Any] = {
+        name: child
+        for name, child in module._modules.items()
+        if child is not None and not features(child) and not child.state_dict()  # which a call may change
+    }
     candidates |= {name: value for name, value in vars(module).items() if name != "forward" and callable(value)}
     found = {name: activation_of(value) for name, value in candidates.items() if not isinstance(value, type)}
     return {name: known for name, known in found.items() if known is not None}
@@ -272,9 +280,13 @@ def what_else(module: nn.Module, parts: List[str]) -> Optional[str]:
 # ---- why they stay, or cannot be routed ---------------------------------------------------------
 
 
-def reason_to_stay(layer: FeedForward, owners: Dict[int, Dict[nn.Module, str]]) -> Optional[str]:
+def reason_to_stay(
+    layer: FeedForward, owners: Dict[int, Dict[nn.Module, str]], modules: Iterable[nn.Module]
+) -> Optional[str]:
     for part, module in layer.parts().items():
         reason = reason_to_leave(module, owners)
+        if len(places_of(module, modules)) > 1:
+            reason = "it stands in another module, too"
         if reason:
             return f"the {part} layer: {reason}"
     dim, hidden_dim = layer.sizes()
@@ -286,12 +298,13 @@ def reason_to_refuse(
 ) -> Optional[str]:
     if layer.problem:
         return layer.problem
+    for module in layer.replaced():
+        if module in held:
+            return f"{held[module]} holds it, too, where a module cannot be replaced"
     for part, module in layer.parts().items():
         problem = problem_of(module)
         if module in adapted:
             problem = f"peft adapts {adapted[module]}: route the model first, then adapt it"
-        elif module in held:
-            problem = f"{held[module]} holds it, too, where a module cannot be replaced"
         elif not problem and any(getattr(module, hooks) for hooks in HOOKS):
             problem = "it has hooks, which would see something else"
         if problem:

@@ -140,7 +140,7 @@ def inputs_of(
 
     def look(module: nn.Module, arguments: Tuple[Tensor, ...], named: Dict[str, Tensor]) -> None:
         input = arguments[0] if arguments else next(iter(named.values()))
-        seen[firsts[module]].append(evenly_spaced(input.detach().flatten(0, -2), MOST_ROWS))
+        seen[firsts[module]].append(evenly_spaced(input.detach().reshape(-1, input.shape[-1]), MOST_ROWS))
 
     with observed(model, firsts, look):
         calibration(model)

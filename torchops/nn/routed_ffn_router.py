@@ -108,29 +108,24 @@ class Router(nn.Module):
 
     def forward(self, input: Tensor) -> Tuple[Tensor, Tensor]:
         scores = self.scores(input)
-        probabilities = scores.softmax(-1)
         choice = scores
+        # Of a far lower score than another's nothing would be left but its logarithm.
+        logs = scores.log_softmax(-1)
         if self.score == "sigmoid":
-            choice = probabilities = scores.sigmoid()
+            logs, choice = nn.functional.logsigmoid(scores), scores.sigmoid()
             balance_bias = self.balance_bias
             if balance_bias is not None:
                 choice = choice + balance_bias
         # topk does not say which of equal ones it takes.
         index = torch.sort(choice.detach(), stable=True, dim=-1, descending=True)[1][..., : self.top_k]
-        if self.score == "softmax_topk":
-            gates = scores.gather(-1, index).softmax(-1)
-        else:
-            gates = probabilities.gather(-1, index)
-        if self.renormalize:
-            gates = gates / gates.sum(-1, keepdim=True)
-        if self.straight_through:
-            gates = gates / gates.detach()
+        log_gates = logs.gather(-1, index)
+        if self.renormalize or self.score == "softmax_topk":
+            log_gates = log_gates.log_softmax(-1)
+        gates = 1.0 + (log_gates - log_gates.detach()) if self.straight_through else log_gates.exp()
         self.balance_loss = None
         self.chosen = None
         if self.training:
-            if self.score == "sigmoid":
-                probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-            self.balance_loss = self.imbalance(probabilities, index)
+            self.balance_loss = self.imbalance(logs.softmax(-1), index)
             self.chosen = index
         return index, gates
 
