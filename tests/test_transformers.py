@@ -573,5 +573,5 @@ def test_what_to_install(installed: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_examples() -> None:
     module = importlib.import_module("torchops.integrations.transformers")
-    assert module.__all__ == ["apply_span_attention", "register_span_attention"]
+    assert module.__all__ == ["apply_routed_experts", "apply_span_attention", "register_span_attention"]
     assert doctest.testmod(module, extraglobs={"torch": torch, "torchops": torchops}).failed == 0

@@ -24,6 +24,4 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dty
 
 def backward_tolerance(case: OpCase, dtype: torch.dtype) -> float:
     """What gradients are allowed, for the operator that computes them."""
-    return max(
-        (other.gradient_tolerance.get(dtype, 0) for other in ALL if other.backward == case.name), default=0
-    )
+    return max((other.gradient_tolerance.get(dtype, 0) for other in ALL if other.backward == case.name), default=0)

@@ -19,7 +19,9 @@ ROUNDED_TWICE = {torch.float32: 5e-6, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 def lowered(wide: Inputs, *kept: str) -> tuple[Inputs, Inputs]:
     """All that is multiplied is brought to one dtype."""
     return wide, {
-        name: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() and name not in kept else value
+        name: value.bfloat16()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in kept
+        else value
         for name, value in wide.items()
     }
 
@@ -78,14 +80,14 @@ def grouped_linear_invalid(device: str) -> Iterator[Invalid]:
     yield Invalid("slots0", good | {"slots": 0}, "expected slots >= 1, got 0")
     yield Invalid("weight-rank", good | {"weight": weight[0]}, "expected weight of shape [G, N, K], got [5, 4]")
     yield Invalid("dtype", good | {"weight": weight.half()}, "expected weight of input's dtype Float, got Half")
-    yield Invalid("K", good | {"weight": weight[..., 1:]}, "expected input's last dimension to be weight's K = 3, got 4")
+    yield Invalid(
+        "K", good | {"weight": weight[..., 1:]}, "expected input's last dimension to be weight's K = 3, got 4"
+    )
     yield Invalid("order-dtype", good | {"order": order.long()}, "expected order of dtype Int, got Long")
     yield Invalid("order-rank", good | {"order": order[None]}, "expected order of shape [M], got [1, 12]")
     yield Invalid("G", good | {"offsets": offsets[1:]}, "expected offsets of shape [G + 1] = [4], got [3]")
     yield Invalid("offsets-dtype", good | {"offsets": offsets.long()}, "expected offsets of dtype Int, got Long")
-    yield Invalid(
-        "bias", good | {"bias": good["bias"][:, 1:]}, "expected bias of shape [G, N] = [3, 5], got [3, 4]"
-    )
+    yield Invalid("bias", good | {"bias": good["bias"][:, 1:]}, "expected bias of shape [G, N] = [3, 5], got [3, 4]")
     yield from invalid_grouping(good)
 
 
@@ -221,7 +223,9 @@ def layer_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
                 )
                 yield Sample(f"{gate_at}-{glu}-lora-{'shared' if shared else 'blocks'}", inputs)
         yield Sample(gate_at, layer(dtype, device, gate_at=gate_at, activation="gelu", bias="block"))
-        yield Sample(f"{gate_at}-no-gate", layer(dtype, device, gate_at=gate_at, activation="gelu", gated=False, rank=2))
+        yield Sample(
+            f"{gate_at}-no-gate", layer(dtype, device, gate_at=gate_at, activation="gelu", gated=False, rank=2)
+        )
     inputs = layer(dtype, device, activation="gelu", bias="block", rank=2)
     yield Sample("recompute", inputs | {"recompute": True})
     wide_gate = layer(dtype, device, activation="silu", glu="concat", gate_dtype=torch.float32)
@@ -266,19 +270,13 @@ def layer_invalid(device: str) -> Iterator[Invalid]:
     yield Invalid("w1-rank", plain | {"w1": w1[0]}, "expected w1 of shape [G, N1, d], got [7, 10]")
     yield Invalid("w1", plain | {"w1": w1[:, 1:]}, "expected w1 of shape [G, N1, d] = [3, 7, 10], got [3, 6, 10]")
     yield Invalid("w1-dtype", plain | {"w1": w1.half()}, "expected w1 of input's dtype Float, got Half")
-    yield Invalid(
-        "concat", plain | {"glu": "concat"}, "expected w1 of shape [G, N1, d] = [3, 14, 10], got [3, 7, 10]"
-    )
+    yield Invalid("concat", plain | {"glu": "concat"}, "expected w1 of shape [G, N1, d] = [3, 14, 10], got [3, 7, 10]")
     yield Invalid(
         "w2", plain | {"w2": plain["w2"][:, 1:]}, "expected w2 of shape [G, d, N] = [3, 10, 7], got [3, 9, 7]"
     )
-    yield Invalid(
-        "no-w_gate", full | {"w_gate": None}, "expected w_gate to be a tensor because glu is split, got None"
-    )
+    yield Invalid("no-w_gate", full | {"w_gate": None}, "expected w_gate to be a tensor because glu is split, got None")
     yield Invalid("w_gate", plain | {"w_gate": w1}, "expected no w_gate because glu is not split, got one")
-    yield Invalid(
-        "b1", full | {"b1": plain["b1"]}, "expected b1 of shape [G, preactivations] = [3, 14], got [3, 7]"
-    )
+    yield Invalid("b1", full | {"b1": plain["b1"]}, "expected b1 of shape [G, preactivations] = [3, 14], got [3, 7]")
     yield Invalid("b2", plain | {"b2": plain["b2"][1:]}, "expected b2 of shape [G, d] = [3, 10], got [2, 10]")
     yield Invalid("b2-once", full | {"b2": full["b2"][1:]}, "expected b2 of shape [d] = [10], got [9]")
     yield Invalid(

@@ -1,4 +1,7 @@
-"""Span attention in Hugging Face's transformers: the attention of their models, as they have it or mixed."""
+"""Span attention in Hugging Face's transformers: the attention of their models, as they have it or mixed.
+
+``apply_routed_experts`` is here, too; other integrations have modules of their own.
+"""
 
 from typing import Any, Dict, Iterable, List, Literal, Optional, Tuple, TypeVar, Union
 
@@ -17,8 +20,9 @@ from ._attention_interface import (
 )
 from ._attention_layers import takes_implementations
 from ._mask_functions import Span
+from .transformers_routed_experts import apply_routed_experts
 
-__all__ = ["apply_span_attention", "register_span_attention"]
+__all__ = ["apply_routed_experts", "apply_span_attention", "register_span_attention"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

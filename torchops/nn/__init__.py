@@ -1,5 +1,9 @@
 """Modules on top of the operators, one file per family. All of them can be scripted."""
 
+from .routed_ffn import *  # noqa: F403
+from .routed_ffn_conversion import *  # noqa: F403
+from .routed_ffn_report import *  # noqa: F403
+from .routed_ffn_router import *  # noqa: F403
 from .span_attention import *  # noqa: F403
 from .sparse_attention import *  # noqa: F403
 from .sparse_attention_calibration import *  # noqa: F403

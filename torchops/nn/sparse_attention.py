@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.sparse_attention import pq_attention, pq_encode, pq_loss
+from ._losses import sum_of_losses
 from ._self_attention import SelfAttention
 
 __all__ = ["PQAttention", "SparseAttention", "quantization_loss"]
@@ -256,18 +257,7 @@ def quantization_loss(model: nn.Module) -> Tensor:
     >>> output = model(torch.randn(1, 64, 32))
     >>> torchops.nn.quantization_loss(model).backward()
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, PQAttention)}
-    losses = {name: module.quantization_loss for name, module in modules.items()}
-    computed = {name: loss for name, loss in losses.items() if loss is not None}
-    if not computed:
-        raise ValueError(
-            f"quantization_loss: expected a model with PQAttention that has computed in training mode, got "
-            f"{len(losses)} such modules, none with a loss"
-        )
-    for name, loss in computed.items():
-        if not loss.requires_grad:
-            raise ValueError(
-                f"quantization_loss: expected losses with gradients, got one without for {name or 'the model'}: it "
-                "computed under torch.no_grad, or in a checkpoint with use_reentrant=True (False keeps gradients)"
-            )
-    return torch.stack([loss.to(next(iter(computed.values()))) for loss in computed.values()]).sum()
+    losses = {
+        name: module.quantization_loss for name, module in model.named_modules() if isinstance(module, PQAttention)
+    }
+    return sum_of_losses("quantization_loss", "PQAttention", losses)

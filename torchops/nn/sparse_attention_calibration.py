@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.sparse_attention import pq_encode, pq_loss
-from ._calibration import observed
+from ._calibration import evenly_spaced, observed, spread_out
 from .sparse_attention import PQAttention
 
 __all__ = ["calibrate_codebooks"]
@@ -84,13 +84,6 @@ def seen(
     return vectors
 
 
-def evenly_spaced(vectors: Tensor, rows: int) -> Tensor:
-    """At most so many of vectors [N, D]."""
-    if len(vectors) <= rows:
-        return vectors
-    return vectors[torch.arange(rows, device=vectors.device) * len(vectors) // rows]
-
-
 def clustered(vectors: Tensor, num_parts: int, num_codewords: int, subspace: int) -> Tensor:
     """Centres [M, E, D / M] of clusters of the parts of vectors [N, D]."""
     parts = vectors.unflatten(1, (num_parts, subspace)).transpose(0, 1)  # [M, N, D / M]
@@ -101,21 +94,3 @@ def clustered(vectors: Tensor, num_parts: int, num_codewords: int, subspace: int
         counts = members.sum(-1, keepdim=True)
         codebooks = torch.where(counts > 0, members @ parts / counts.clamp(min=1), codebooks)
     return codebooks
-
-
-def spread_out(parts: Tensor, num_codewords: int) -> Tensor:
-    """Of each part's vectors [M, N, D / M] some that are far from each other: the next one is drawn with chances that
-    grow with the square of the distance to those there are (k-means++)."""
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(chances: Tensor) -> Tensor:
-        places = torch.multinomial(chances.float().cpu(), 1, generator=generator).to(parts.device)  # [M, 1]
-        return parts.gather(1, places[..., None].expand(-1, -1, parts.shape[2]))
-
-    centres = drawn(torch.ones(parts.shape[:2]))
-    nearest = torch.full(parts.shape[:2], torch.inf, device=parts.device, dtype=parts.dtype)
-    while centres.shape[1] < num_codewords:
-        nearest = torch.minimum(nearest, (parts - centres[:, -1:]).square().sum(-1))
-        # Where all vectors are centres already, any will do.
-        centres = torch.cat([centres, drawn(torch.where(nearest.sum(1, keepdim=True) > 0, nearest, 1.0))], 1)
-    return centres

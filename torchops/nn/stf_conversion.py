@@ -1,28 +1,17 @@
 """Factors the linear layers of whole models."""
 
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 from torch import nn
 
+from ._conversion import HOOKS, as_linear, progress, show
 from .stf import STFLinear
 from .stf_calibration import InputStatistics, input_statistics
-from .stf_candidates import as_linear, find_candidates
+from .stf_candidates import find_candidates
 from .stf_report import FactorizationReport, FactorizedLayer
 
 __all__ = ["factorize_"]
-
-# They stay with the layer, in the same dictionaries, so that handles still remove them.
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def factorize_(
@@ -90,7 +79,7 @@ def factorize_(
             )
     factored: Dict[nn.Module, STFLinear] = {}
     rows = []
-    for layer, names in _progress(candidates.layers, verbose):
+    for layer, names in progress(candidates.layers, "Factoring", verbose):
         # Statistics of large layers take much memory: each lets go of its own.
         moments = statistics.pop(layer, None)
         try:
@@ -106,7 +95,7 @@ def factorize_(
             parent, _, attribute = name.rpartition(".")
             model.get_submodule(parent)._modules[attribute] = factored[layer]
     if verbose:
-        _print(report)
+        show(report)
     return report
 
 
@@ -163,26 +152,3 @@ def _compare(name: str, layer: nn.Module, factored: STFLinear, inputs: Optional[
         error=difference.norm().item(),
         **norms,
     )
-
-
-def _progress(layers: Dict[nn.Module, List[str]], verbose: bool) -> Iterator[Tuple[nn.Module, List[str]]]:
-    if not verbose:
-        yield from layers.items()
-        return
-    try:
-        from rich.progress import track
-    except ModuleNotFoundError:
-        for count, (layer, names) in enumerate(layers.items(), start=1):
-            print(f"Factoring layer {count} of {len(layers)}: {names[0]}")
-            yield layer, names
-    else:
-        yield from track(layers.items(), description="Factoring layers", total=len(layers))
-
-
-def _print(report: FactorizationReport) -> None:
-    try:
-        import rich
-    except ModuleNotFoundError:
-        print(report)
-    else:
-        rich.print(report)

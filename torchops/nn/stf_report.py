@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, List, Sequence, Tuple
+from typing import ClassVar, List, Sequence, Tuple
+
+from ._conversion import Table
 
 __all__ = ["FactorizationReport", "FactorizedLayer"]
 
@@ -33,7 +35,7 @@ class FactorizedLayer:
 
 
 @dataclass(frozen=True)
-class FactorizationReport:
+class FactorizationReport(Table):
     """What :func:`factorize_` did: a row for every layer, and one for all of them. Print it for a table.
 
     ``left`` are linear layers that stay dense without being named in skip, each by its name and the reason.
@@ -92,30 +94,3 @@ class FactorizationReport:
     def remarks(self) -> List[str]:
         """A line for every layer that stays dense."""
         return [f"left dense: {name} ({reason})" for name, reason in self.left]
-
-    def __str__(self) -> str:
-        rows = [list(self.COLUMNS), *self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(self.COLUMNS))]
-        lines = []
-        for row in rows:
-            text = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-            numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-            lines.append("  ".join(text + numbers))
-        lines += self.remarks()
-        return "\n".join(lines)
-
-    def __rich__(self) -> Any:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Group
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD)
-        for index, column in enumerate(self.COLUMNS):
-            table.add_column(column, justify="left" if index < 2 else "right")
-        *rows, total = self.rows()
-        for row in rows:
-            table.add_row(*row)
-        table.add_section()
-        table.add_row(*total, style="bold")
-        return Group(table, *(escape(line) for line in self.remarks()))

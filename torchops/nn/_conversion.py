@@ -1,0 +1,259 @@
+"""What conversions of whole models have alike: names of layers, and which linear layers can be converted."""
+
+import sys
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__: List[str] = []  # for factorize_ and route_ffn_
+
+Layer = TypeVar("Layer")
+
+HOOKS_ON_STATE_DICTS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+# Base classes of peft's layers and of the copies it trains beside a module.
+PEFT_LAYERS = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# They stay with the layer, in the same dictionaries, so that handles still remove them.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def check_wrappers(model: nn.Module, function: str, converted: str) -> None:
+    """Refuses what is made around a model that has its last parameters."""
+    for name, module in model.named_modules():
+        wrapper = next((base.__name__ for base in type(module).__mro__ if base.__name__ in WRAPPERS), None)
+        if wrapper:
+            at = f" at {name!r}" if name else ""
+            raise ValueError(
+                f"{function}: expected a model that is {converted} before it is wrapped, got {wrapper}{at}"
+            )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2 in transformers, whose weight is [in_features, out_features]."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and type(module) is library.Conv1D
+
+
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """The layer, or a linear layer on the same weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta").train(layer.training)
+    linear.weight = nn.Parameter(weight.detach().T, weight.requires_grad)
+    linear.bias = bias
+    return linear
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is that of the layer or of a module around it."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))
+
+
+def patterns_for(names: List[str], kept: List[str]) -> List[str]:
+    """Few patterns for skip that match these names and no others of those kept so far."""
+    patterns: List[str] = []
+    for name in names:
+        short = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        matched = [other for other in kept if matches(other, short)]
+        pattern = short if set(matched) <= set(names) else name
+        if pattern not in patterns:
+            patterns.append(pattern)
+    return patterns
+
+
+# ---- parameters and who holds them --------------------------------------------------------------
+
+
+def key(tensor: Tensor) -> int:
+    """The same for parameters that are one tensor or share its memory."""
+    if type(tensor) is nn.Parameter and tensor.device.type != "meta" and tensor.numel():
+        return tensor.data_ptr()
+    return id(tensor)
+
+
+def owners_of(model: nn.Module) -> Dict[int, Dict[nn.Module, str]]:
+    """The modules that hold each parameter, with their names."""
+    owners: Dict[int, Dict[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            is_layer = isinstance(module, (nn.Linear, nn.Embedding)) and attribute == "weight"
+            owners.setdefault(key(parameter), {})[module] = name if is_layer else f"{name}.{attribute}".lstrip(".")
+    return owners
+
+
+def adapted_by_peft(model: nn.Module) -> Dict[nn.Module, str]:
+    """The modules in layers that peft adapts, with the names of these."""
+    adapted: Dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        bases = [base for base in type(module).__mro__ if base.__module__.partition(".")[0] == "peft"]
+        if any(base.__name__ in PEFT_LAYERS for base in bases):
+            for inside in module.modules():
+                adapted.setdefault(inside, name)
+    return adapted
+
+
+def held_elsewhere(model: nn.Module, layers: Set[nn.Module]) -> Dict[nn.Module, str]:
+    """The layers that stand in plain lists and attributes of modules, and where."""
+    held: Dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            for inside in _modules_in(value, depth=3):
+                if inside in layers:
+                    place = f"{name}.{attribute}".lstrip(".")
+                    held.setdefault(inside, f"the plain {type(value).__name__} {place}")
+    return held
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, (list, tuple, set, frozenset)):
+        for inside in value:
+            yield from _modules_in(inside, depth - 1)
+    elif depth and isinstance(value, dict):
+        for inside in value.values():
+            yield from _modules_in(inside, depth - 1)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer and none of a subclass, which may compute something else."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def reason_to_leave(module: nn.Module, owners: Dict[int, Dict[nn.Module, str]]) -> Optional[str]:
+    """Why it stays as it is."""
+    if not is_plain_linear(module):
+        kind = "a subclass of" if isinstance(module, nn.Linear) else "no"
+        return f"{kind} nn.Linear, {type(module).__name__}"
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    others = [other for owner, other in owners.get(key(weight), {}).items() if owner is not module]
+    return f"its weight is that of {', '.join(others)}, too" if others else None
+
+
+def problem_of(module: nn.Module) -> Optional[str]:
+    """Why what takes its place would not be the same layer."""
+    if parametrize.is_parametrized(module):
+        return "torch.nn.utils.parametrize computes its weight: remove_parametrizations first"
+    if not is_plain_linear(module):
+        return None  # it stays
+    weight = module._parameters.get("weight")
+    if weight is None or "bias" not in module._parameters:
+        return (
+            "a hook computes its weight or bias, as spectral_norm, weight_norm and prune of torch.nn.utils do: remove"
+            " that first"
+        )
+    more = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if more:
+        return f"it holds more than weight and bias: {', '.join(sorted(more))}"
+    if "forward" in vars(module):
+        return "its forward was replaced, as accelerate's hooks do: remove them first, and add them after"
+    if any(getattr(module, hooks) for hooks in HOOKS_ON_STATE_DICTS):
+        return "it has hooks on its state dict, which would be another"
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        return "its weight has hooks"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device: load the weights first"
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, no plain tensor"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {str(weight.dtype).partition('.')[2]}"
+    if weight.dim() != 2:
+        return f"its weight has shape {list(weight.shape)}"
+    return None
+
+
+# ---- what is shown ------------------------------------------------------------------------------
+
+
+class Table:
+    """What the conversion of a model did, as text or, with rich, in colours."""
+
+    COLUMNS: ClassVar[Tuple[str, ...]]
+    TEXT_COLUMNS: ClassVar[int] = 2  # the first ones
+
+    def rows(self) -> List[List[str]]:
+        """The cells; the last row is the total."""
+        raise NotImplementedError
+
+    def remarks(self) -> List[str]:
+        """Lines below the table."""
+        return []
+
+    def __str__(self) -> str:
+        rows = [list(self.COLUMNS), *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(self.COLUMNS))]
+        text = self.TEXT_COLUMNS
+        lines = []
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row[:text], widths[:text], strict=True)]
+            numbers = [cell.rjust(width) for cell, width in zip(row[text:], widths[text:], strict=True)]
+            lines.append("  ".join(cells + numbers))
+        lines += self.remarks()
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(box=SIMPLE_HEAD)
+        for index, column in enumerate(self.COLUMNS):
+            table.add_column(column, justify="left" if index < self.TEXT_COLUMNS else "right")
+        *rows, total = self.rows()
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+        table.add_row(*total, style="bold")
+        return Group(table, *(escape(line) for line in self.remarks()))
+
+
+def progress(layers: Dict[Layer, List[str]], doing: str, verbose: bool) -> Iterator[Tuple[Layer, List[str]]]:
+    """The layers with their names, one after the other."""
+    if not verbose:
+        yield from layers.items()
+        return
+    try:
+        from rich.progress import track
+    except ModuleNotFoundError:
+        for count, (layer, names) in enumerate(layers.items(), start=1):
+            print(f"{doing} layer {count} of {len(layers)}: {names[0]}")
+            yield layer, names
+    else:
+        yield from track(layers.items(), description=f"{doing} layers", total=len(layers))
+
+
+def show(table: Table) -> None:
+    try:
+        import rich
+    except ModuleNotFoundError:
+        print(table)
+    else:
+        rich.print(table)

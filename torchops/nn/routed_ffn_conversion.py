@@ -1,0 +1,222 @@
+"""Routes the feed-forward layers of whole models."""
+
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ._calibration import evenly_spaced, observed
+from ._conversion import HOOKS, progress, show
+from .routed_ffn import RoutedFFN
+from .routed_ffn_calibration import MOST_ROWS, PATTERN_ROWS
+from .routed_ffn_candidates import Candidates, FeedForward, Place, find_feed_forwards, refusal
+from .routed_ffn_report import RoutedLayer, RoutingReport
+
+__all__ = ["route_ffn_"]
+
+# Relative to the largest output, of two ways to sum up the same products.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@torch.inference_mode(False)
+def route_ffn_(
+    model: nn.Module,
+    num_blocks: int = 4,
+    top_k: int = 2,
+    skip: Sequence[str] = (),
+    calibration: Optional[Callable[[nn.Module], Any]] = None,
+    lora_rank: int = 0,
+    verbose: bool = True,
+    *,
+    gate_at: str = "output",
+    lora_scale: float = 1.0,
+    recompute: bool = False,
+) -> RoutingReport:
+    """Replaces the feed-forward layers of a model by :class:`RoutedFFN` layers cut out of them (SPT).
+
+    Feed-forward layers are found by what they hold: two linear layers that lead there and back with one activation
+    between them, in an ``nn.Sequential``, in one module (GPT-2's with ``Conv1D``, timm's), or in two that follow each
+    other (BERT's); or three with a gate (Llama's). The activation is known by its values. Each routed layer has
+    computed on random tokens, with all of its blocks, what the model computed there before.
+
+    All or nothing: an error leaves the model as it was. Of a layer in its own module or two, the linear layers go, and
+    the module stays with its hooks, its dropout, and what it adds: the routed layer stands where the first linear layer
+    stood, and the identity in the places of the others, so that dropout of hidden units is dropout of outputs then.
+    One with a gate is replaced as a whole, and its hooks stay. Make optimizers afterwards, and add
+    :func:`balance_loss` to the loss.
+
+    A converted model is loaded into one that was converted with the same num_blocks and lora_rank.
+
+    Stay dense, and stand in the report as such: layers whose weight another module holds as well, subclasses of
+    ``nn.Linear`` and others' linear layers (quantized ones), layers with fewer hidden units than features, and modules
+    that hold something else beside a feed-forward layer.
+
+    Args:
+        model: changed in place.
+        num_blocks: G, into how many blocks each layer's hidden units are cut.
+        top_k: how many of them compute a token.
+        skip: names of layers or of modules around them to leave, as ``model.named_modules()`` has them, with * and ?
+            for anything. A layer with several names is left if one is named.
+        calibration: a function that lets the model it is given compute typical inputs, for example
+            ``lambda model: [model(batch) for batch in batches]``, some thousand tokens in all, to which blocks and
+            routers are fitted (:meth:`RoutedFFN.from_mlp`). It is called with the model in evaluation mode and without
+            gradients.
+        lora_rank: r, to freeze the layers and train LoRA factors beside them; 0 for none.
+        verbose: show progress and print the report. Both are nicer with rich installed.
+        gate_at, lora_scale, recompute: of :func:`torchops.routed_ffn`.
+
+    Returns:
+        sizes of every layer, and the errors of their outputs in the calibration.
+
+    Raises:
+        ValueError: a pattern of skip that no layer has, a top_k that cannot be, a layer that the calibration does not
+            come across, no layer at all, or layers that cannot be routed, with the skip that leaves them: whose hidden
+            units num_blocks does not divide; whose weight is computed (``torch.nn.utils``), NaN, on the meta device,
+            quantized or sharded; that peft adapts; that have hooks, or a forward that was replaced; that a plain list
+            or attribute of a module holds, too; or that compute something else than it seems.
+
+    Source: SPT (Gui et al., 2023).
+
+    >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.Linear(64, 10))
+    >>> inputs = torch.randn(1000, 64)
+    >>> report = torchops.nn.route_ffn_(model, calibration=lambda model: model(inputs), verbose=False)
+    >>> [type(layer).__name__ for layer in model]
+    ['RoutedFFN', 'Identity', 'Identity', 'Linear']
+    >>> report.total().computed / report.total().weights
+    0.5
+    """
+    if not 1 <= top_k <= num_blocks:
+        raise ValueError(f"route_ffn_: expected top_k in 1..num_blocks = {num_blocks}, got {top_k}")
+    candidates = find_feed_forwards(model, skip, num_blocks)
+    inputs: Dict[FeedForward, Tensor] = {}
+    if calibration is not None:
+        inputs = inputs_of(model, candidates, calibration)
+    made: Dict[FeedForward, RoutedFFN] = {}
+    rows, problems = [], {}
+    with observed(model):
+        for layer, names in progress(candidates.layers, "Routing", verbose):
+            # Inputs of many layers take much memory: each lets go of its own.
+            seen, weight = inputs.pop(layer, None), layer.dense().first.weight
+            with torch.autocast(weight.device.type, enabled=False):
+                orient(layer)
+                try:
+                    made[layer] = RoutedFFN.from_mlp(
+                        layer.first,
+                        layer.second,
+                        num_blocks,
+                        top_k,
+                        layer.gate,
+                        layer.activation.name,
+                        seen,
+                        lora_rank,
+                        alpha=layer.activation.alpha,
+                        gate_at=gate_at,
+                        lora_scale=lora_scale,
+                        recompute=recompute,
+                    )
+                except ValueError as error:
+                    problems[names[0]] = str(error)
+                    continue
+                problem = difference(layer, made[layer])
+                if problem:
+                    problems[names[0]] = problem
+                rows.append(described(names[0], layer, made[layer], seen))
+    if problems:
+        raise refusal(problems, [name for names in candidates.layers.values() for name in names])
+    for layer, routed in made.items():
+        place_(layer, routed)
+    report = RoutingReport(rows, candidates.left)
+    if verbose:
+        show(report)
+    return report
+
+
+def inputs_of(
+    model: nn.Module, candidates: Candidates, calibration: Callable[[nn.Module], Any]
+) -> Dict[FeedForward, Tensor]:
+    """[rows, d] of every layer, while the calibration lets the model compute."""
+    firsts = {layer.first: layer for layer in candidates.layers}
+    seen: Dict[FeedForward, List[Tensor]] = {layer: [] for layer in candidates.layers}
+
+    def look(module: nn.Module, arguments: Tuple[Tensor, ...], named: Dict[str, Tensor]) -> None:
+        input = arguments[0] if arguments else next(iter(named.values()))
+        seen[firsts[module]].append(evenly_spaced(input.detach().reshape(-1, input.shape[-1]), MOST_ROWS))
+
+    with observed(model, firsts, look):
+        calibration(model)
+    missed = [names[0] for layer, names in candidates.layers.items() if not seen[layer]]
+    if missed:
+        raise ValueError(
+            f"route_ffn_: expected calibration to run every layer to route, got none of {', '.join(missed)}: let"
+            f" it run them, or add skip={missed}"
+        )
+    return {layer: torch.cat(rows) for layer, rows in seen.items()}
+
+
+def some_tokens(layer: FeedForward) -> Tensor:
+    weight = layer.dense().first.weight
+    tokens = torch.randn(2, 8, layer.sizes()[0], generator=torch.Generator().manual_seed(0))
+    return tokens.to(weight)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= TOLERANCE[other.dtype] * other.abs().max())
+
+
+def orient(layer: FeedForward) -> None:
+    """Which of two layers has the activation behind it shows when they compute."""
+    if layer.gate is None:
+        return
+    tokens, expected = some_tokens(layer), layer.whole(some_tokens(layer))
+    if not close(layer.dense().output(tokens).to(expected), expected):
+        layer.first, layer.gate = layer.gate, layer.first
+
+
+def difference(layer: FeedForward, routed: RoutedFFN) -> Optional[str]:
+    """Whether the model computes something else with all blocks of the routed layer. It is then as it was."""
+    router: Any = routed.router
+    top_k, router.top_k = router.top_k, router.num_blocks
+    tokens = some_tokens(layer)
+    try:
+        expected = layer.whole(tokens)
+        before = place_(layer, routed)
+        try:
+            same = close(layer.whole(tokens), expected)
+        finally:
+            for place, module in before:
+                place.put(module)
+    except Exception as error:  # whatever a stranger raises
+        return f"the model does not compute with a routed layer in its place: {type(error).__name__}: {error}"
+    finally:
+        router.top_k = top_k
+    return None if same else "the model computes something else here than a feed-forward layer"
+
+
+def place_(layer: FeedForward, routed: RoutedFFN) -> List[Tuple[Place, Any]]:
+    """Puts it into the model. What stood there is returned."""
+    before = [(place, place.get()) for place in (*layer.places, *layer.idle)]
+    routed.train(layer.first.training)
+    if layer.gate is not None:
+        for hooks in HOOKS:
+            setattr(routed, hooks, getattr(layer.places[0].get(), hooks))
+    for place in layer.places:
+        place.put(routed)
+    for place in layer.idle:
+        place.put(nn.Identity().train(layer.first.training))
+    return before
+
+
+def described(name: str, layer: FeedForward, routed: RoutedFFN, seen: Optional[Tensor]) -> RoutedLayer:
+    router: Any = routed.router
+    activation = layer.activation.name + (" gated" if layer.gate is not None else "")
+    weights = sum(part.get_parameter("weight").numel() for part in layer.parts().values())
+    trained = sum(parameter.numel() for parameter in routed.parameters() if parameter.requires_grad)
+    computed = weights * router.top_k // router.num_blocks
+    sizes = (*layer.sizes(), router.num_blocks, router.top_k, weights, computed, trained)
+    if seen is None:
+        return RoutedLayer(name, activation, *sizes)
+    rows = evenly_spaced(seen, PATTERN_ROWS)
+    dense = layer.dense().output(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+    error = routed(rows.to(routed.w1.dtype)).to(dense) - dense
+    busiest = router(rows)[0].flatten().bincount().max().item() / len(rows)
+    return RoutedLayer(name, activation, *sizes, dense.norm().item(), error.norm().item(), busiest)

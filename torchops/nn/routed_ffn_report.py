@@ -1,0 +1,95 @@
+"""What the conversion of a model did to each of its feed-forward layers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict, List, Sequence, Tuple
+
+from ._conversion import Table
+
+__all__ = ["RoutedLayer", "RoutingReport"]
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """What became of a feed-forward layer: its name and activation, and its sizes.
+
+    ``weights`` are the numbers in its weights, ``computed`` those of them that compute a token, ``trained`` the numbers
+    that train afterwards. ``output_norm`` is that of what the dense layer computed in the calibration, ``output_error``
+    that of its difference to the routed one (Frobenius), NaN without a calibration. ``busiest`` is the share of tokens
+    there that the block chosen most often computes.
+    """
+
+    name: str
+    activation: str
+    dim: int
+    hidden_dim: int
+    num_blocks: int
+    top_k: int
+    weights: int
+    computed: int
+    trained: int
+    output_norm: float = math.nan
+    output_error: float = math.nan
+    busiest: float = math.nan
+
+
+@dataclass(frozen=True)
+class RoutingReport(Table):
+    """What :func:`route_ffn_` did: a row for every layer, and one for all of them. Print it for a table.
+
+    ``left`` are feed-forward layers that stay dense without being named in skip, each by its name and the reason.
+    """
+
+    COLUMNS: ClassVar[Tuple[str, ...]] = (
+        "layer",
+        "activation",
+        "sizes",
+        "blocks",
+        "weights",
+        "computed",
+        "trained",
+        "error",
+        "busiest",
+    )
+
+    layers: Sequence[RoutedLayer]
+    left: Sequence[Tuple[str, str]] = ()
+
+    def total(self) -> RoutedLayer:
+        """All layers as if they were one."""
+        sums: Dict[str, Any] = {
+            name: sum(getattr(layer, name) for layer in self.layers) for name in ("weights", "computed", "trained")
+        }
+        norms: Dict[str, Any] = {
+            name: math.hypot(*(getattr(layer, name) for layer in self.layers))
+            for name in ("output_norm", "output_error")
+        }
+        busiest = max(layer.busiest for layer in self.layers)
+        return RoutedLayer(f"{len(self.layers)} layers", "", 0, 0, 0, 0, **sums, **norms, busiest=busiest)
+
+    def rows(self) -> List[List[str]]:
+        """The table's cells. Weights and what is trained are in thousands, ``computed`` is the share of the weights
+        that compute a token, ``error`` is relative to the norm of what the dense layer computed. The last row is the
+        total."""
+
+        def share(part: float, whole: float) -> str:
+            return "" if math.isnan(part) else f"{part / (whole or 1.0):.3f}"
+
+        return [
+            [
+                layer.name,
+                layer.activation,
+                f"{layer.dim} x {layer.hidden_dim}" if layer.dim else "",
+                f"{layer.top_k} of {layer.num_blocks}" if layer.num_blocks else "",
+                f"{layer.weights / 1000:,.1f}",
+                f"{layer.computed / layer.weights:.2f}",
+                f"{layer.trained / 1000:,.1f}",
+                share(layer.output_error, layer.output_norm),
+                share(layer.busiest, 1.0),
+            ]
+            for layer in (*self.layers, self.total())
+        ]
+
+    def remarks(self) -> List[str]:
+        """A line for every layer that stays dense."""
+        return [f"left dense: {name} ({reason})" for name, reason in self.left]
