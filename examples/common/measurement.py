@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from .report import console
-from .training import with_codebooks
+from .training import with_losses_of
 
 
 def forward_step(model: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
@@ -30,7 +30,7 @@ def training_step(
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
-        with_codebooks(loss(model(inputs), targets), model).backward()
+        with_losses_of(model, loss(model(inputs), targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchops.nn import PQAttention, quantization_loss
+from torchops.nn import PQAttention, Router, balance_loss, quantization_loss
 
 from .distributed import NUM_PROCESSES, RANK
 from .report import console
@@ -16,10 +16,14 @@ from .report import console
 CODEBOOKS = 0.01  # of their loss, as SPT has it
 
 
-def with_codebooks(loss: Tensor, model: nn.Module) -> Tensor:
-    """The loss of the task and that of the model's codebooks, if it has any."""
-    learns = any(isinstance(module, PQAttention) for module in model.modules())
-    return loss + CODEBOOKS * quantization_loss(model) if learns else loss
+def with_losses_of(model: nn.Module, loss: Tensor) -> Tensor:
+    """The loss of the task and those of the model's codebooks and routers, if it has any."""
+    kinds = {type(module) for module in model.modules()}
+    if PQAttention in kinds:
+        loss = loss + CODEBOOKS * quantization_loss(model)
+    if Router in kinds:
+        loss = loss + balance_loss(model)
+    return loss
 
 
 def train(
@@ -51,7 +55,7 @@ def train(
         for inputs, targets in islice(batches, steps):
             value = loss(replica(inputs[RANK::NUM_PROCESSES]), targets[RANK::NUM_PROCESSES])
             optimizer.zero_grad()
-            with_codebooks(value, model).backward()
+            with_losses_of(model, value).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

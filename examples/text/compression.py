@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 import torchops
-from torchops.nn import STFLinear
+from torchops.nn import RoutedFFN, STFLinear
 
 from ..common.low_rank import LowRank, input_grams
 from ..common.report import console
+from . import routing
 
 
 def factor(model: nn.Module, compression: float, run: Callable[[], Any]) -> nn.Module:
@@ -52,6 +53,8 @@ def num_bytes(model: nn.Module) -> int:
             total += layer.num_bytes("packed")
         elif isinstance(layer, LowRank):
             total += layer.first.nbytes + layer.second.nbytes
+        elif isinstance(layer, RoutedFFN):
+            total += routing.num_bytes(layer)
         elif isinstance(layer, nn.Linear):
             total += layer.weight.nbytes
     return total

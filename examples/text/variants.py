@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import torchops
 
-from . import codebooks, compression
+from . import codebooks, compression, routing
 from .decoder import Decoder, Similar, Span, SpanByTorch
 
 CONTEXT = 2048
@@ -22,6 +22,8 @@ MIXED = f"{len(FULL_LAYERS)} full +"  # what they are called
 SPAN = 256
 EXPORTED = f"{MIXED} windows {SPAN}"
 FACTORED = "full, factored 2x"
+LORA = "full, LoRA"
+SPT = f"SPT: {MIXED} similar keys 1/8, routed, LoRA"
 BATCH_SIZE = 2
 PARTS = 8  # of the context, by which losses are told apart
 
@@ -88,6 +90,11 @@ def attending_to_similar_keys(
     return convert
 
 
+def routed(top_k: int, passages: Tensor, lora_rank: int = 0) -> Callable[[Decoder], Decoder]:
+    """Feed-forward layers in blocks, of which each byte takes some."""
+    return lambda model: routing.route(copy.deepcopy(model), top_k, passages, lora_rank)
+
+
 def compressed(
     compress: Callable[[nn.Module, float, Callable[[], Any]], nn.Module], ratio: float, passages: Tensor
 ) -> Callable[[Decoder], Decoder]:
@@ -131,6 +138,14 @@ def build_variants(short: bool, passages: Tensor) -> list[Variant]:
             similar = attending_to_similar_keys(full_layers, 1 / share, passages)
             variants.append(Variant(f"{prefix} similar keys", f"1/{share}", similar, share == 8))
     window = attending(mixed_span(FULL_LAYERS, left=SPAN - 1))
+    half = routing.BLOCKS // 2
+    variants.append(Variant("full, routed", f"{half} of {routing.BLOCKS}", routed(half, passages)))
+    variants.append(Variant(LORA, "", lambda dense: routing.adapt(copy.deepcopy(dense))))
+    with_lora = routed(half, passages, routing.RANK)
+    if not short:
+        variants.append(Variant("full, routed, LoRA", f"{half} of {routing.BLOCKS}", with_lora, False))
+    similar = attending_to_similar_keys(FULL_LAYERS, 1 / 8, passages)
+    variants.append(Variant(SPT, "", then(similar, with_lora)))
     for ratio in (2.0,) if short else (2.0, 3.0):
         setting = f"{ratio:.0f}x"
         factored = compressed(compression.factor, ratio, passages)
