@@ -18,7 +18,7 @@ Forward is without autograd. Forward + backward is the forward pass with autogra
 and all weights; where weights are frozen, of tokens, gates and factors of low rank.
 dense: the layer whose hidden units are cut into G blocks, of which a token has k. half: a dense layer with the share \
 k / G of them, a bound and no rival. masked loop: block by block, the tokens that chose it (SPT's own). grouped_mm: \
-tokens sorted by block, then torch.nn.functional.grouped_mm. expert loop and grouped_mm of experts are what transformers' \
+tokens sorted by block, then torch.nn.functional.grouped_mm. expert loop and grouped_mm of experts: what transformers' \
 eager and grouped_mm experts do. merged factors: experts' weights plus their factors, made anew in each call, as peft \
 does it for target_parameters.
 Choices are random: blocks have about the same number of tokens. Memory is the peak of what a call allocates, results \
@@ -220,9 +220,7 @@ def experts_of_mixture(
     }
 
 
-def experts_with_lora(
-    shape: Experts, dtype: torch.dtype, device: torch.device, backward: bool
-) -> dict[str, Contender]:
+def experts_with_lora(shape: Experts, dtype: torch.dtype, device: torch.device, backward: bool) -> dict[str, Contender]:
     x, index, gate, grad = inputs(shape, shape.experts, dtype, device, backward)
     up_shape, down_shape = (shape.experts, 2 * shape.hidden, shape.size), (shape.experts, shape.size, shape.hidden)
     gate_up, down = weights(up_shape, down_shape, dtype=dtype, device=device, trained=False)
@@ -247,7 +245,5 @@ def experts_with_lora(
 
     return {
         "torchops": contender(ours, [x, *factors, gate], grad),
-        "merged factors": contender(
-            merged, [x, *factors, gate], grad, target=MERGED.get(dtype, {}).get(shape.tokens)
-        ),
+        "merged factors": contender(merged, [x, *factors, gate], grad, target=MERGED.get(dtype, {}).get(shape.tokens)),
     }

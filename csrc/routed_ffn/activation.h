@@ -27,10 +27,10 @@ template <typename T>
 struct Activate {
   Activation activation;
   Groups groups;
-  int64_t size;  // of hidden rows
+  int64_t size;                               // of hidden rows
   const accumulate_t<T>* wide_preactivation;  // [num_rows, preactivations], or null
-  T* preactivation;  // [num_rows, preactivations]; written where the wide one is given
-  T* hidden;         // rows hidden_stride apart; may be the first columns of preactivation
+  T* preactivation;                           // [num_rows, preactivations]; written where the wide one is given
+  T* hidden;                                  // rows hidden_stride apart; may be the first columns of preactivation
   int64_t hidden_stride;
 };
 

@@ -64,17 +64,16 @@ struct FeedForwardMask {
 };
 
 // Gradients to input, gate, w1, w2, b1, b2, w_gate and the four factors; undefined where nobody asks for them.
-using FeedForwardGradients =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-               at::Tensor, at::Tensor, at::Tensor>;
+using FeedForwardGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                        at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // The arguments of _routed_ffn_backward. input is needed for gradients that take it, preactivation unless it is
 // computed again.
 struct FeedForwardBackward {
-  const at::Tensor& grad_output;                   // [..., d]
-  const std::optional<at::Tensor>& input;          // [..., d]
-  const at::Tensor& index;                         // [..., k]
-  const std::optional<at::Tensor>& gate;           // [..., k]
+  const at::Tensor& grad_output;           // [..., d]
+  const std::optional<at::Tensor>& input;  // [..., d]
+  const at::Tensor& index;                 // [..., k]
+  const std::optional<at::Tensor>& gate;   // [..., k]
   FeedForwardWeights weights;
   const std::optional<at::Tensor>& preactivation;  // [T k, preactivations]
   FeedForwardOptions options;
@@ -92,7 +91,8 @@ void check_routed_ffn(const char* op, const at::Tensor& input, const at::Tensor&
                       const FeedForwardOptions& options);
 void check_routed_ffn_backward(const FeedForwardBackward& args);
 
-// Whether gradients take the input: those of what it is multiplied with, and those that are made of a new preactivation.
+// Whether gradients take the input: those of what it is multiplied with, and those that are made of a new
+// preactivation.
 inline bool needs_input(const FeedForwardMask& mask, const std::optional<at::Tensor>& gate,
                         const FeedForwardOptions& options) {
   return mask.w1() || mask.w_gate() || mask.lora_a1() || mask.lora_b1() || options.recompute ||

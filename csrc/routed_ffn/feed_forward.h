@@ -72,7 +72,9 @@ class FeedForward {
   }
 
   int64_t num_rows() const { return rows_.num_rows(); }
-  int64_t preactivation_size() const { return weights_->w1.size(1) + (weights_->w_gate ? weights_->w_gate->size(1) : 0); }
+  int64_t preactivation_size() const {
+    return weights_->w1.size(1) + (weights_->w_gate ? weights_->w_gate->size(1) : 0);
+  }
 
   // tokens [T, d] -> [M, preactivations], sums that are not rounded where more is added to them
   at::Tensor first_layer(const at::Tensor& tokens) const {
@@ -107,10 +109,10 @@ class FeedForward {
     for_dtype(dtype_, [&](auto tag) {
       using T = typename decltype(tag)::type;
       using A = kernels::accumulate_t<T>;
-      Device::run(kernels::routed_ffn::Activate<T>{
-          activation_, rows_.groups(), size, is_wide ? static_cast<const A*>(sums.const_data_ptr()) : nullptr,
-          static_cast<T*>(preactivation.mutable_data_ptr()), static_cast<T*>(hidden.mutable_data_ptr()),
-          hidden.stride(0)});
+      Device::run(kernels::routed_ffn::Activate<T>{activation_, rows_.groups(), size,
+                                                   is_wide ? static_cast<const A*>(sums.const_data_ptr()) : nullptr,
+                                                   static_cast<T*>(preactivation.mutable_data_ptr()),
+                                                   static_cast<T*>(hidden.mutable_data_ptr()), hidden.stride(0)});
     });
     return {preactivation, hidden};
   }
@@ -140,8 +142,7 @@ class FeedForward {
     const auto dots = for_gate ? at::zeros({num_rows()}, options(wide_)) : at::Tensor();
     const OperandRows dy{grad, true};
     const bool for_x = mask.input() || (for_gate && options_.gate_at != "output");
-    const bool for_first_layer =
-        for_x || mask.w1() || mask.w_gate() || mask.b1() || mask.lora_a1() || mask.lora_b1();
+    const bool for_first_layer = for_x || mask.w1() || mask.w_gate() || mask.b1() || mask.lora_a1() || mask.lora_b1();
     const auto at_output = scales_output() ? sorted_gate_ : std::nullopt;
 
     // The second layer, down to the gradient of the preactivation.
@@ -164,8 +165,8 @@ class FeedForward {
         of_a2 = rows_.weight_gradient({narrowed, false}, h, *weights_->lora_a2);
       }
       if (mask.lora_b2()) {
-        of_b2_factor = shared_or_not(*weights_->lora_b2)
-                           .weight_gradient(dy, low_rank(h, *weights_->lora_a2), *weights_->lora_b2);
+        of_b2_factor =
+            shared_or_not(*weights_->lora_b2).weight_gradient(dy, low_rank(h, *weights_->lora_a2), *weights_->lora_b2);
       }
     }
     if (weights_->b2 && weights_->b2->dim() == 2) {
@@ -188,8 +189,8 @@ class FeedForward {
       for_each_first_weight([&](const at::Tensor& weight, int64_t first) {
         const bool is_w1 = first + weight.size(1) == preactivation_size();
         if (is_w1 ? mask.w1() : mask.w_gate()) {
-          (is_w1 ? of_w1 : of_w_gate) = rows_.weight_gradient({to_weights.narrow(1, first, weight.size(1)), false},
-                                                              entering(tokens), weight);
+          (is_w1 ? of_w1 : of_w_gate) =
+              rows_.weight_gradient({to_weights.narrow(1, first, weight.size(1)), false}, entering(tokens), weight);
         }
       });
     }
@@ -205,8 +206,8 @@ class FeedForward {
                   .weight_gradient({first_narrowed, false}, entering(tokens), *weights_->lora_a1);
     }
     if (mask.lora_b1()) {
-      of_b1_factor = rows_.weight_gradient({grad_z, false}, low_rank(entering(tokens), *weights_->lora_a1),
-                                           *weights_->lora_b1);
+      of_b1_factor =
+          rows_.weight_gradient({grad_z, false}, low_rank(entering(tokens), *weights_->lora_a1), *weights_->lora_b1);
     }
     if (for_x) {
       of_input = input_gradient(grad_z, first_narrowed, tokens, grad.size(0),
@@ -292,7 +293,7 @@ class FeedForward {
       rows_.multiply({narrowed, false}, *weights_->lora_a2, std::nullopt, plain, /*adds=*/is_wide);
     }
     const auto grad_z = for_first_layer ? at::empty_like(preactivation) : at::Tensor();
-    const auto hidden = !for_hidden                        ? at::Tensor()
+    const auto hidden = !for_hidden                         ? at::Tensor()
                         : to_hidden.scalar_type() == dtype_ ? to_hidden
                                                             : at::empty({num_rows(), size}, options(dtype_));
     for_dtype(dtype_, [&](auto tag) {

@@ -125,15 +125,20 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_operator<flat_signature<decltype(grouped_linear_backward_meta)>>(
-        "_grouped_linear_backward");
+    static const auto op =
+        find_operator<flat_signature<decltype(grouped_linear_backward_meta)>>("_grouped_linear_backward");
     if (!grads[0].defined()) {
       return variable_list(6);
     }
     const auto saved = ctx->get_saved_variables();
     const auto input = optional_tensor(saved[0]);
     const auto [grad_input, grad_weight, grad_bias] = op(GroupedLinearBackward{
-        grads[0], input, saved[1], saved[2], saved[3], ctx->saved_data["slots"].toOptional<int64_t>(),
+        grads[0],
+        input,
+        saved[1],
+        saved[2],
+        saved[3],
+        ctx->saved_data["slots"].toOptional<int64_t>(),
         {GivenTensors::needs_grad(ctx, 0), GivenTensors::needs_grad(ctx, 1), GivenTensors::needs_grad(ctx, 4)}});
     return {grad_input, grad_weight, {}, {}, grad_bias, {}};
   }

@@ -9,8 +9,8 @@
 
 #include "routed_ffn/grouped_rows.h"
 
-// grouped_linear as every device computes it. Device is grouped_rows.h's, and has check_order(op, order, offsets), which
-// looks at the numbers where the device can.
+// grouped_linear as every device computes it. Device is grouped_rows.h's, and has check_order(op, order, offsets),
+// which looks at the numbers where the device can.
 
 namespace torchops {
 
@@ -18,9 +18,9 @@ using GroupedLinearGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // The arguments of _grouped_linear_backward; input is absent where no gradient takes it.
 struct GroupedLinearBackward {
-  const at::Tensor& grad_output;            // [M, N]
-  const std::optional<at::Tensor>& input;   // [T or M, K]
-  const at::Tensor& weight;                 // [G, N, K]
+  const at::Tensor& grad_output;           // [M, N]
+  const std::optional<at::Tensor>& input;  // [T or M, K]
+  const at::Tensor& weight;                // [G, N, K]
   const at::Tensor& order;
   const at::Tensor& offsets;
   std::optional<int64_t> slots;

@@ -20,8 +20,8 @@ struct Groups {
   int64_t num_rows;  // of all, those behind the last offset included
 };
 
-// output[i, n] = bias[g, n] + sum over d of left[i, d] * right[g, d, n] for each row i of a group g. Rows behind the last
-// offset become zeros. Where `adds`, the sum is added to what output has, and rows behind stay as they are.
+// output[i, n] = bias[g, n] + sum over d of left[i, d] * right[g, d, n] for each row i of a group g. Rows behind the
+// last offset become zeros. Where `adds`, the sum is added to what output has, and rows behind stay as they are.
 template <typename T>
 struct GroupedProduct {
   Groups groups;

@@ -57,9 +57,7 @@ class GroupedRows {
   int64_t num_rows() const { return order_.numel(); }
   int64_t num_blocks() const { return offsets_.numel() - 1; }
   const int32_t* order() const { return order_.const_data_ptr<int32_t>(); }
-  kernels::routed_ffn::Groups groups() const {
-    return {offsets_.const_data_ptr<int32_t>(), num_blocks(), num_rows()};
-  }
+  kernels::routed_ffn::Groups groups() const { return {offsets_.const_data_ptr<int32_t>(), num_blocks(), num_rows()}; }
 
   // A column of numbers by entry of the index, [T k], in the order of the rows: [M, 1].
   at::Tensor sorted(const at::Tensor& of_entries) const { return of_entries.index_select(0, order_).unsqueeze(1); }
@@ -140,9 +138,9 @@ class GroupedRows {
       using T = typename decltype(tag)::type;
       using A = kernels::accumulate_t<T>;
       const auto of_tokens = with_contiguous_rows(tokens);
-      Device::run(kernels::routed_ffn::SlotDots<T>{
-          groups(), rows.size(1), static_cast<const A*>(rows.const_data_ptr()), sorted_rows<T>(of_tokens, true),
-          order(), static_cast<A*>(dots.mutable_data_ptr())});
+      Device::run(kernels::routed_ffn::SlotDots<T>{groups(), rows.size(1), static_cast<const A*>(rows.const_data_ptr()),
+                                                   sorted_rows<T>(of_tokens, true), order(),
+                                                   static_cast<A*>(dots.mutable_data_ptr())});
     });
   }
 

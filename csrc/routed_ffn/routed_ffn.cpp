@@ -44,12 +44,11 @@ namespace {
 using kernels::routed_ffn::ActivationKind;
 using kernels::routed_ffn::GatedUnits;
 
-const std::vector<std::pair<std::string_view, ActivationKind>> activations = {
-    {"relu", ActivationKind::relu},
-    {"relu2", ActivationKind::relu2},
-    {"gelu", ActivationKind::gelu},
-    {"gelu_tanh", ActivationKind::gelu_tanh},
-    {"silu", ActivationKind::silu}};
+const std::vector<std::pair<std::string_view, ActivationKind>> activations = {{"relu", ActivationKind::relu},
+                                                                              {"relu2", ActivationKind::relu2},
+                                                                              {"gelu", ActivationKind::gelu},
+                                                                              {"gelu_tanh", ActivationKind::gelu_tanh},
+                                                                              {"silu", ActivationKind::silu}};
 const std::vector<std::pair<std::string_view, GatedUnits>> glus = {{"none", GatedUnits::none},
                                                                    {"split", GatedUnits::side_by_side},
                                                                    {"concat", GatedUnits::side_by_side},
@@ -118,8 +117,7 @@ void check_weights(const Checks& check, const FeedForwardWeights& weights, const
   check.rank("w2", w2, "[G, d, N]");
   const auto &num_blocks = w1.sym_size(0), &size = w2.sym_size(2);
   const bool is_split = options.glu == "split";
-  check.shape("w1", w1, "[G, N1, d]",
-              {{num_blocks, options.is_gated() && !is_split ? size * 2 : size, hidden_size}});
+  check.shape("w1", w1, "[G, N1, d]", {{num_blocks, options.is_gated() && !is_split ? size * 2 : size, hidden_size}});
   check.shape("w2", w2, "[G, d, N]", {{num_blocks, hidden_size, size}});
   check.between("G", num_blocks, 1, 1 << 20);
   if (is_split) {
@@ -138,9 +136,15 @@ void check_weights(const Checks& check, const FeedForwardWeights& weights, const
   }
   check_low_rank(check, "lora_a1", lora_a1, "lora_b1", lora_b1, w1, hidden_size, preactivation_size(weights), true);
   check_low_rank(check, "lora_a2", lora_a2, "lora_b2", lora_b2, w1, size, hidden_size, false);
-  for (const auto& [name, weight] :
-       {std::pair{"w1", optional_tensor(w1)}, {"w2", w2}, {"b1", b1}, {"b2", b2}, {"w_gate", w_gate},
-        {"lora_a1", lora_a1}, {"lora_b1", lora_b1}, {"lora_a2", lora_a2}, {"lora_b2", lora_b2}}) {
+  for (const auto& [name, weight] : {std::pair{"w1", optional_tensor(w1)},
+                                     {"w2", w2},
+                                     {"b1", b1},
+                                     {"b2", b2},
+                                     {"w_gate", w_gate},
+                                     {"lora_a1", lora_a1},
+                                     {"lora_b1", lora_b1},
+                                     {"lora_a2", lora_a2},
+                                     {"lora_b2", lora_b2}}) {
     if (weight) {
       check.same_dtype(name, *weight, like_name, like);
       check.same_device(name, *weight, like_name, like);
@@ -333,22 +337,23 @@ struct RoutedFfn : torch::autograd::Function<RoutedFfn> {
       given.push_back(optional_tensor(tensor));
     }
     auto& data = ctx->saved_data;
-    const FeedForwardOptions options{data["activation"].toStringView(),
-                                     data["glu"].toStringView(),
-                                     data["alpha"].toDouble(),
-                                     data["limit"].toOptional<double>(),
-                                     data["up_offset"].toDouble(),
-                                     data["gate_at"].toStringView(),
-                                     data["lora_scale"].toDouble(),
-                                     data["recompute"].toBool()};
+    const FeedForwardOptions options{data["activation"].toStringView(), data["glu"].toStringView(),
+                                     data["alpha"].toDouble(),          data["limit"].toOptional<double>(),
+                                     data["up_offset"].toDouble(),      data["gate_at"].toStringView(),
+                                     data["lora_scale"].toDouble(),     data["recompute"].toBool()};
     std::array<bool, 11> mask{};
     for (size_t i = 0; i < positions.size(); ++i) {
       mask[i] = GivenTensors::needs_grad(ctx, positions[i]);
     }
     const auto computed = op(FeedForwardBackward{
-        grads[0], given[0], saved[1], given[2],
-        {saved[3], saved[4], given[5], given[6], given[7], given[8], given[9], given[10], given[11]}, given[12],
-        options, mask});
+        grads[0],
+        given[0],
+        saved[1],
+        given[2],
+        {saved[3], saved[4], given[5], given[6], given[7], given[8], given[9], given[10], given[11]},
+        given[12],
+        options,
+        mask});
     std::apply(
         [&](const auto&... grad) {
           size_t i = 0;
@@ -398,8 +403,8 @@ at::Tensor routed_ffn_autocast(const at::Tensor& input, const at::Tensor& index,
   const auto b1 = lower_given(weights.b1), b2 = lower_given(weights.b2), w_gate = lower_given(weights.w_gate),
              lora_a1 = lower_given(weights.lora_a1), lora_b1 = lower_given(weights.lora_b1),
              lora_a2 = lower_given(weights.lora_a2), lora_b2 = lower_given(weights.lora_b2);
-  return call_routed_ffn(lower(input), index, gate,
-                         {w1, w2, b1, b2, w_gate, lora_a1, lora_b1, lora_a2, lora_b2}, options);
+  return call_routed_ffn(lower(input), index, gate, {w1, w2, b1, b2, w_gate, lora_a1, lora_b1, lora_a2, lora_b2},
+                         options);
 }
 
 }  // namespace

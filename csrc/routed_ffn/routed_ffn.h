@@ -18,7 +18,8 @@ namespace torchops {
 TORCHOPS_API std::tuple<at::Tensor, at::Tensor> route(const at::Tensor& index, c10::SymInt num_blocks);
 
 // Rows that are sorted by block, each times the weight of its block. input [T, K], the row of a token for each of its
-// `slots` choices, or without slots [M, K]; weight [G, N, K], order int32 [M], offsets int32 [G + 1], bias [G, N] -> [M, N]
+// `slots` choices, or without slots [M, K]; weight [G, N, K], order int32 [M], offsets int32 [G + 1], bias [G, N] ->
+// [M, N]
 TORCHOPS_API at::Tensor grouped_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& order,
                                        const at::Tensor& offsets, const std::optional<at::Tensor>& bias = std::nullopt,
                                        std::optional<int64_t> slots = std::nullopt);

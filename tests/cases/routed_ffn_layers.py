@@ -324,8 +324,8 @@ def complete(inputs: Inputs) -> Inputs:
 
 
 INTERNAL = (
-    "plain", "vector", "many-rows", "empty-blocks", "T0", "gelu-split", "output-none-lora-shared", "both-split-lora-blocks",
-    "input-none-lora-shared", "silu-interleaved", "int32", "all-skipped",
+    "plain", "vector", "many-rows", "empty-blocks", "T0", "gelu-split", "output-none-lora-shared",
+    "both-split-lora-blocks", "input-none-lora-shared", "silu-interleaved", "int32", "all-skipped",
 )  # fmt: skip
 
 

@@ -198,7 +198,8 @@ TEST_CASE("lines that an index names give the bits of a copy of them, and sums g
               sizes[static_cast<size_t>(dim)] = 3 * count;
               return at::full(sizes, NAN, matrix.options()).index_copy_(dim, index, matrix);
             };
-            const auto left = at::randn({batches, rows, depth}, dtype), right = at::randn({batches, depth, columns}, dtype);
+            const auto left = at::randn({batches, rows, depth}, dtype),
+                       right = at::randn({batches, depth, columns}, dtype);
             at::Tensor left_index, right_index;
             const auto l = spread(gathered(left, left_transposed ? 2 : 1, left_index), left_transposed);
             const auto r = spread(gathered(right, right_transposed ? 2 : 1, right_index), right_transposed);

@@ -198,8 +198,7 @@ struct DotProduct {
   }
 
   template <int rows, int columns>
-  inline __attribute__((always_inline)) void multiply(int64_t first_row, int64_t first_column,
-                                                      const Lines<T>& right) {
+  inline __attribute__((always_inline)) void multiply(int64_t first_row, int64_t first_column, const Lines<T>& right) {
     vec<A> sum[rows][columns] = {};
     const E* const a = left + first_row * stride;
     const T* b[columns];

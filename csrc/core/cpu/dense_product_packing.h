@@ -164,9 +164,8 @@ void pack_panel(Lines<T> from, bool lines_are_rows, int64_t size, int64_t count,
       const int64_t used = size - first * element<E>::depth;
       typename element<E>::vector square[side];
       for (int64_t row = 0; row < side; ++row) {
-        square[row] = column + row < count
-                          ? load_elements<E>(from[column + row] + first * element<E>::depth, used)
-                          : typename element<E>::vector{};
+        square[row] = column + row < count ? load_elements<E>(from[column + row] + first * element<E>::depth, used)
+                                           : typename element<E>::vector{};
       }
       transpose(square);
       for (int64_t d = 0; d < side && first + d < depth; ++d) {

@@ -27,8 +27,7 @@ struct ReadableRows {
 inline __attribute__((always_inline)) void load_along(Lines<bfloat16> from, ReadableRows rows, int64_t size,
                                                       vuint (&square)[tile_side]) {
   for (int64_t row = 0; row < tile_side; ++row) {
-    square[row] =
-        rows.begin <= row && row < rows.end ? load_elements<bfloat16_pair>(from[row], size) : vuint{};
+    square[row] = rows.begin <= row && row < rows.end ? load_elements<bfloat16_pair>(from[row], size) : vuint{};
   }
 }
 
@@ -49,8 +48,7 @@ inline __attribute__((always_inline)) void load_across(Lines<bfloat16> from, Rea
   const auto words = [&](int64_t row) {
     vhalfwords bits = {};
     if (rows.begin <= row && row < rows.end) {
-      __builtin_memcpy(&bits, from[row],
-                       static_cast<size_t>(size < tile_side ? size : tile_side) * sizeof(bfloat16));
+      __builtin_memcpy(&bits, from[row], static_cast<size_t>(size < tile_side ? size : tile_side) * sizeof(bfloat16));
     }
     return widen_words(bits);
   };

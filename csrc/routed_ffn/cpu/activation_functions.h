@@ -28,8 +28,8 @@ inline Gaussian gaussian(vfloat x) {
   constexpr float half_root = 0x1.6a09e6p-1f;  // 1 / sqrt(2)
   const vfloat distance = (x < 0 ? -x : x) * half_root;
   const vfloat power = exp(-distance * distance);
-  // erfc(distance) / power as a polynomial of 1 / (1 + 0.3275 distance), without a term of degree 0; smallest maximum of
-  // the relative error among those of degree 8.
+  // erfc(distance) / power as a polynomial of 1 / (1 + 0.3275 distance), without a term of degree 0; smallest maximum
+  // of the relative error among those of degree 8.
   const vfloat place = 1 / (1 + 0x1.4f5c28p-2f * distance);
   vfloat ratio = place * -0x1.228e18p-3f + 0x1.002026p-1f;
   ratio = ratio * place - 0x1.a58b18p-2f;

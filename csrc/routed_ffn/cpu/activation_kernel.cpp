@@ -37,8 +37,8 @@ inline __attribute__((always_inline)) Pair<accumulate_t<T>> load_pair(const Acti
 }
 
 template <typename T>
-inline __attribute__((always_inline)) void store_pair(const Activation& activation, T* row, int64_t size,
-                                                      int64_t first, int used, Pair<accumulate_t<T>> pair) {
+inline __attribute__((always_inline)) void store_pair(const Activation& activation, T* row, int64_t size, int64_t first,
+                                                      int used, Pair<accumulate_t<T>> pair) {
   if (activation.units == GatedUnits::side_by_side) {
     store_piece(row + first, pair.gate, used);
     store_piece(row + size + first, pair.value, used);
@@ -86,9 +86,8 @@ void activate_rows(const Activate<T>& args, int64_t begin, int64_t end) {
     T* const row = args.preactivation + i * width;
     if (args.wide_preactivation != nullptr) {
       const A* const wide = args.wide_preactivation + i * width;
-      for_each_vector<T>(width, [&](int64_t first, int used) {
-        store_piece(row + first, load_piece(wide + first, used), used);
-      });
+      for_each_vector<T>(
+          width, [&](int64_t first, int used) { store_piece(row + first, load_piece(wide + first, used), used); });
     }
     T* const hidden = args.hidden + i * args.hidden_stride;
     for_each_vector<T>(args.size, [&](int64_t first, int used) {

@@ -75,27 +75,23 @@ struct RoutedFfnOnCpu {
 
   template <typename T>
   static void run(const kernels::routed_ffn::Activate<T>& args) {
-    for_rows(args.groups, 8 * args.size, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(routed_ffn, activate<T>)(args, begin, end);
-    });
+    for_rows(args.groups, 8 * args.size,
+             [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(routed_ffn, activate<T>)(args, begin, end); });
   }
   template <typename T>
   static void run(const kernels::routed_ffn::ActivateBackward<T>& args) {
-    for_rows(args.groups, 16 * args.size, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(routed_ffn, activate_backward<T>)(args, begin, end);
-    });
+    for_rows(args.groups, 16 * args.size,
+             [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(routed_ffn, activate_backward<T>)(args, begin, end); });
   }
   template <typename T>
   static void run(const kernels::routed_ffn::SlotSums<T>& args) {
-    parallel_units(args.num_tokens, args.size * (args.num_slots + 1), [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(routed_ffn, slot_sums<T>)(args, begin, end);
-    });
+    parallel_units(args.num_tokens, args.size * (args.num_slots + 1),
+                   [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(routed_ffn, slot_sums<T>)(args, begin, end); });
   }
   template <typename T>
   static void run(const kernels::routed_ffn::SlotDots<T>& args) {
-    for_rows(args.groups, args.size, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(routed_ffn, slot_dots<T>)(args, begin, end);
-    });
+    for_rows(args.groups, args.size,
+             [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(routed_ffn, slot_dots<T>)(args, begin, end); });
   }
 
  private:
