@@ -18,22 +18,21 @@ struct Slope {
 
 template <typename A>
 __device__ __forceinline__ Slope<A> gelu(A x) {
-  const A below = A(0.5) * (1 + std::erf(x * A(0.70710678118654752440)));  // of a normal distribution
+  const A below = A(0.5) * std::erfc(x * A(-0.70710678118654752440));  // the share of a normal distribution
   return {x * below, below + x * A(0.39894228040143267794) * std::exp(A(-0.5) * x * x)};
+}
+
+// x sigmoid(y), for a function y of x.
+template <typename A>
+__device__ __forceinline__ Slope<A> times_sigmoid(A x, A y, A y_derivative) {
+  const A share = 1 / (1 + std::exp(-y));
+  return {x * share, share + x * share * (1 - share) * y_derivative};
 }
 
 template <typename A>
 __device__ __forceinline__ Slope<A> gelu_tanh(A x) {
-  constexpr A scale = A(0.79788456080286535588), cubic = A(0.044715);
-  const A tanh = std::tanh(scale * (x + cubic * x * x * x));
-  return {A(0.5) * x * (1 + tanh),
-          A(0.5) * (1 + tanh) + A(0.5) * x * (1 - tanh * tanh) * scale * (1 + 3 * cubic * x * x)};
-}
-
-template <typename A>
-__device__ __forceinline__ Slope<A> silu(A x, A alpha) {
-  const A sigmoid = 1 / (1 + std::exp(-alpha * x));
-  return {x * sigmoid, sigmoid * (1 + alpha * x * (1 - sigmoid))};
+  constexpr A factor = A(1.59576912160573071176), cubic = A(0.044715);  // 2 sqrt(2 / pi)
+  return times_sigmoid(x, factor * (x + cubic * x * x * x), factor * (1 + 3 * cubic * x * x));
 }
 
 template <typename A>
@@ -51,7 +50,8 @@ __device__ __forceinline__ Slope<A> activation_of(const Activation& activation, 
     case ActivationKind::silu:
       break;
   }
-  return silu(x, static_cast<A>(activation.alpha));
+  const auto alpha = static_cast<A>(activation.alpha);
+  return times_sigmoid(x, alpha * x, alpha);
 }
 
 template <typename A>
