@@ -51,10 +51,8 @@ __device__ inline TileOfGroup tile_of_slot(const Groups& groups, int64_t slot, i
     first += (device::popc(device::ballot(begins)) - 1) * step;
     end = device::min(end, first + step);
   }
-  RowRange rows = rows_of_group(groups, first);
-  const int64_t number = slot - slot_of(first);
-  rows.first = number < 0 ? rows.end : rows.first + number * tile;
-  return {first, rows};
+  const RowRange rows = rows_of_group(groups, first);
+  return {first, {rows.first + (slot - slot_of(first)) * tile, rows.end}};
 }
 
 }  // namespace torchops::kernels::routed_ffn

@@ -37,7 +37,7 @@ struct Shape {
 const std::vector<Shape> shapes = {{{0, 5, 5}, 7, 6, 210}};
 const std::vector<Shape> gradient_shapes = {{{0, 230}, 230, 7, 6}};
 #elif defined(SIMT_MUTATION)
-const std::vector<Shape> shapes = {{{0, 70, 70, 135}, 140, 136, 72}, {{0, 3}, 5, 7, 201}};
+const std::vector<Shape> shapes = {{{0, 70, 70, 135}, 135, 136, 72}, {{0, 3}, 5, 7, 201}};
 #else
 std::vector<int32_t> small_groups() {
   std::vector<int32_t> offsets = {0};
