@@ -440,6 +440,6 @@ CASES = [
         backward_invalid,
         backward_sized,
         bits_follow_layout=WEIGHTS,
-        launches=9,
+        launches=10,
     ),
 ]

@@ -28,6 +28,13 @@ __device__ __forceinline__ int slice_column(int e) {
   return e / width * fma_side * width + fma_column() * width + e % width;
 }
 
+// Of four rows alike.
+template <typename T>
+__device__ __forceinline__ int slice_row(int i) {
+  constexpr int width = widest<T>;
+  return i / width * fma_side * width + fma_row() * width + i % width;
+}
+
 // sum[i][j] += a_i . b_j over a slice, for rows i = fma_row() + 16 i of a and j = fma_column() + 16 j of b.
 template <typename T, int r>
 __device__ __forceinline__ void multiply_slices(T (&sum)[r][r], const T* a, const T* b) {
@@ -76,6 +83,33 @@ __device__ __forceinline__ void multiply_weights(T (&sum)[r][4], const T* weight
             sum[i][part * width + e] += factors[i].element[offset] * pack.element[e];
           }
         }
+      }
+    }
+  }
+}
+
+// sum[i][e] += sum over k of a[k][slice_row(i)] * b[k][slice_column(e)] for `depth` rows of slices.
+template <int depth, typename T>
+__device__ __forceinline__ void multiply_columns(T (&sum)[4][4], const T* a, const T* b) {
+  constexpr int width = widest<T>, stride = tile_stride<T, slice>;
+#pragma unroll 4
+  for (int k = 0; k < depth; ++k) {
+    T left[4], right[4];
+#pragma unroll
+    for (int part = 0; part < 4; part += width) {
+      const auto a_pack = load_pack<width>(a + k * stride + slice_row<T>(part));
+      const auto b_pack = load_pack<width>(b + k * stride + slice_column<T>(part));
+#pragma unroll
+      for (int e = 0; e < width; ++e) {
+        left[part + e] = a_pack.element[e];
+        right[part + e] = b_pack.element[e];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sum[i][e] += left[i] * right[e];
       }
     }
   }

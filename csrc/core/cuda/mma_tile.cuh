@@ -91,6 +91,35 @@ __device__ __forceinline__ void multiply(float (&sum)[m][n][4], const T* a, cons
   }
 }
 
+// sum += a^T b over `depth` rows of a and b, which have a_columns and b_columns elements: the first 16 m and 8 n of them
+// take part.
+template <typename T, int depth, int a_columns, int b_columns, int m, int n>
+__device__ __forceinline__ void multiply_columns(float (&sum)[m][n][4], const T* a, const T* b) {
+  static_assert(depth % 16 == 0 && n % 2 == 0);
+  constexpr int a_stride = tile_stride<T, a_columns>, b_stride = tile_stride<T, b_columns>;
+  const int lane = static_cast<int>(threadIdx.x) % warp_size;
+  const T* a_row = a + (lane / 16 * 8 + lane % 8) * a_stride + lane / 8 % 2 * 8;
+  const T* b_row = b + lane % 16 * b_stride + lane / 16 * 8;
+#pragma unroll
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t a_fragments[m][4];
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      ldmatrix_trans(a_fragments[i], a_row + k * a_stride + 16 * i);
+    }
+#pragma unroll
+    for (int j = 0; j < n; j += 2) {
+      uint32_t b_fragments[4];
+      ldmatrix_trans(b_fragments, b_row + k * b_stride + 8 * j);
+#pragma unroll
+      for (int i = 0; i < m; ++i) {
+        mma_m16n8k16<T>(sum[i][j], a_fragments[i], {b_fragments[0], b_fragments[1]});
+        mma_m16n8k16<T>(sum[i][j + 1], a_fragments[i], {b_fragments[2], b_fragments[3]});
+      }
+    }
+  }
+}
+
 // sum += a b, where a is an accumulator, rounded to T, and b has 8 k rows of `b_columns` elements, of which the
 // first 8 n take part.
 template <typename T, int b_columns, int m, int k, int n>
