@@ -175,12 +175,14 @@ def test_modes_and_what_is_frozen_stay() -> None:
 def test_modes_around_the_conversion_do_not_matter() -> None:
     model, input = sequential()
     others = [copy.deepcopy(model) for _ in range(2)]
-    convert(model, calibration=lambda model: model(input))
+    report = convert(model, calibration=lambda model: model(input))
     with torch.autocast("cpu", torch.bfloat16):
-        convert(others[0])
+        # What the model computes is rounded then, what goes into its first layer is not.
+        assert convert(others[0], calibration=lambda model: model(input)).layers[0] == report.layers[0]
     with torch.inference_mode():
-        convert(others[1], calibration=lambda model: model(input))
-    assert torch.equal(others[1][0].w1, model[0].w1)
+        assert convert(others[1], calibration=lambda model: model(input)).layers == report.layers
+    for other in others:
+        assert torch.equal(other[0].w1, model[0].w1)
     others[1](input).sum().backward()
 
 
