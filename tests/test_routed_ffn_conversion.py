@@ -16,6 +16,7 @@ from torchops.nn._activations import Activation, Gate, activation_of, gate_of
 
 TOKENS = torch.arange(24).view(2, 12)
 SIZE = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SWIN = {"image_size": 32, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 4}
 T5 = {"vocab_size": 40, "d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2}
 
 
@@ -27,7 +28,7 @@ def sequential() -> tuple[nn.Module, Tensor]:
 def hugging_face(model: str, config: str, **options: Any) -> tuple[nn.Module, Tensor]:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, config)(**options)
-    return getattr(transformers, model)(config), TOKENS
+    return getattr(transformers, model)(config), torch.randn(2, 3, 32, 32) if "image_size" in options else TOKENS
 
 
 def vision_transformer() -> tuple[nn.Module, Tensor]:
@@ -47,6 +48,14 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], list[str]]] = {
     "BERT": (
         lambda: hugging_face("BertModel", "BertConfig", **SIZE),
         ["encoder.layer.0.intermediate.dense", "encoder.layer.1.intermediate.dense"],
+    ),
+    "Swin": (
+        lambda: hugging_face("DonutSwinModel", "DonutSwinConfig", **SWIN),
+        ["encoder.layers.0.blocks.0.intermediate.dense"],
+    ),
+    "Bloom": (
+        lambda: hugging_face("BloomModel", "BloomConfig", vocab_size=40, hidden_size=32, n_layer=1, n_head=2),
+        ["h.0.mlp.dense_h_to_4h"],
     ),
     "GPT-2": (gpt2, ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]),
     "Llama": (

@@ -149,7 +149,7 @@ def test_update_balance_moves_the_bias_and_nothing_else_does() -> None:
     assert router.balance_bias.dtype == torch.float32
     router(torch.randn(50, 6).bfloat16())
     assert not router.balance_bias.any()
-    router.update_balance(torch.tensor([[0, 1], [0, 2], [0, 1]]), rate=0.25)
+    router.update_balance(torch.tensor([[0, 1], [0, 2], [0, 1], [-1, -1]]), rate=0.25)
     assert router.balance_bias.tolist() == [-0.25, -0.25, 0.25, 0.25]  # the mean is 1.5
     router.update_balance(torch.tensor([[0, 1], [2, 3]]), rate=0.25)
     assert router.balance_bias.tolist() == [-0.25, -0.25, 0.25, 0.25]
