@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torchops.nn import RoutedFFN, Router, balance_loss
-from torchops.nn.routed_ffn_calibration import active_together, balanced
+from torchops.nn.routed_ffn_calibration import active_together, balanced, fitted_router
 from torchops.reference import routed_ffn as reference
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -149,7 +149,7 @@ def test_update_balance_moves_the_bias_and_nothing_else_does() -> None:
     assert router.balance_bias.dtype == torch.float32
     router(torch.randn(50, 6).bfloat16())
     assert not router.balance_bias.any()
-    router.update_balance(torch.tensor([[0, 1], [0, 2], [0, 1]]), rate=0.25)
+    router.update_balance(torch.tensor([[0, 1], [0, 2], [0, 1], [-1, -1]]), rate=0.25)
     assert router.balance_bias.tolist() == [-0.25, -0.25, 0.25, 0.25]  # the mean is 1.5
     router.update_balance(torch.tensor([[0, 1], [2, 3]]), rate=0.25)
     assert router.balance_bias.tolist() == [-0.25, -0.25, 0.25, 0.25]
@@ -387,6 +387,14 @@ def test_clusters_have_equal_sizes() -> None:
     # Everyone wants the first one; those stay who would lose most.
     wishes = torch.tensor([[9.0, 8.0], [9.0, 1.0], [9.0, 7.0], [9.0, 2.0]])
     assert balanced(wishes).tolist() == [1, 0, 1, 0]
+
+
+def test_router_is_fitted_to_inputs_that_are_not_centred() -> None:
+    rows = torch.randn(500, 6) + 5
+    norms = rows @ torch.randn(6, 4) + torch.randn(4)
+    weight, bias = fitted_router(rows, norms)
+    differences = norms - norms.mean(1, keepdim=True)
+    torch.testing.assert_close(rows @ weight.T + bias, differences / differences.std(), rtol=0, atol=0.05)
 
 
 def test_units_that_are_never_active() -> None:

@@ -9,7 +9,8 @@ model counts only if it computes before the conversion, from one of a few kinds 
 - is factored, and must compute finite numbers of the same shapes, train, and survive copying, freezing and a state
   dict; or the conversion is refused, and must succeed with the skip that the error names;
 - is switched to span attention, and must compute what its own attention does; or is refused by name;
-- is switched to sparse attention that keeps all keys, likewise.
+- is switched to sparse attention that keeps all keys, likewise;
+- has its feed-forward layers routed to all of their blocks, and its experts computed by routed_ffn, likewise.
 """
 
 import argparse
@@ -43,9 +44,9 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from torchops.integrations.transformers import apply_span_attention
+from torchops.integrations.transformers import apply_routed_experts, apply_span_attention
 from torchops.integrations.transformers_sparse_attention import apply_sparse_attention
-from torchops.nn import STFLinear, factorize_
+from torchops.nn import STFLinear, factorize_, route_ffn_
 
 MOST_PARAMETERS = 20_000_000
 BATCH = 60  # architectures in a process, most of whose time is the import
@@ -220,9 +221,11 @@ def factor(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def attend(name: str, apply: Callable[[Any], Any], model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def replace(name: str, apply: Callable[[Any], Any], model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # where it has no other attention than its own
         model.set_attn_implementation("eager")
+    with contextlib.suppress(Exception):
+        model.set_experts_implementation("eager")
     expected = compute(model, inputs)
     refusal = "refused"
     try:
@@ -244,8 +247,10 @@ def attend(name: str, apply: Callable[[Any], Any], model: Any, inputs: dict[str,
 
 CONVERSIONS = {
     "factorize_": factor,
-    "span_attention": partial(attend, "span_attention", apply_span_attention),
-    "sparse_attention": partial(attend, "sparse_attention", partial(apply_sparse_attention, keep=1.0, subspace=2)),
+    "span_attention": partial(replace, "span_attention", apply_span_attention),
+    "sparse_attention": partial(replace, "sparse_attention", partial(apply_sparse_attention, keep=1.0, subspace=2)),
+    "route_ffn_": partial(replace, "route_ffn_", partial(route_ffn_, num_blocks=2, top_k=2, verbose=False)),
+    "routed_experts": partial(replace, "torchops", apply_routed_experts),
 }
 
 

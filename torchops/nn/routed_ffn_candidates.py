@@ -1,5 +1,6 @@
 """Which feed-forward layers of a model can be routed, and why others cannot."""
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -193,7 +194,11 @@ def in_one_module(module: nn.Module, linear: List[str]) -> Optional[FeedForward]
     ((name, known),) = activations.items()
     left = what_else(module, [*linear, name])
     idle = [Place(module, name), second]
-    return FeedForward([first], idle, first.get(), second.get(), known, module.forward, left=left)
+
+    def whole(rows: Tensor) -> Any:
+        return call(module, rows, rows)
+
+    return FeedForward([first], idle, first.get(), second.get(), known, whole, left=left)
 
 
 def gated(module: nn.Module, linear: List[str], names: Dict[nn.Module, List[str]]) -> Optional[FeedForward]:
@@ -220,7 +225,7 @@ def gated(module: nn.Module, linear: List[str], names: Dict[nn.Module, List[str]
 
 
 def in_two_modules(one: nn.Module, other: nn.Module) -> Optional[FeedForward]:
-    """intermediate and output of BERT and others, where the second one adds what went into the first."""
+    """intermediate and output of BERT and others."""
     linear = [[name for name, child in module._modules.items() if features(child)] for module in (one, other)]
     if [len(names) for names in linear] != [1, 1]:
         return None
@@ -231,10 +236,17 @@ def in_two_modules(one: nn.Module, other: nn.Module) -> Optional[FeedForward]:
     ((name, known),) = activations.items()
     left = what_else(one, [linear[0][0], name])
 
-    def whole(rows: Tensor) -> Tensor:
-        return other.forward(one.forward(rows), rows)
+    def whole(rows: Tensor) -> Any:
+        return call(other, call(one, rows), rows)
 
     return FeedForward([first], [Place(one, name), second], first.get(), second.get(), known, whole, left=left)
+
+
+def call(module: nn.Module, *tensors: Tensor) -> Any:
+    """With as many as it asks for: the last one may be what a module adds (Bloom, BERT's output)."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    asked = [one for one in parameters if one.kind <= one.POSITIONAL_OR_KEYWORD and one.default is one.empty]
+    return module.forward(*tensors[: len(asked)])
 
 
 def places_of(module: nn.Module, modules: Iterable[nn.Module]) -> List[Place]:

@@ -202,7 +202,9 @@ def place_(layer: FeedForward, routed: RoutedFFN) -> List[Tuple[Place, Any]]:
     for place in layer.places:
         place.put(routed)
     for place in layer.idle:
-        place.put(nn.Identity().train(layer.first.training))
+        identity = nn.Identity().train(layer.first.training)
+        identity.register_parameter("weight", None)  # T5 asks for the dtype of one
+        place.put(identity)
     return before
 
 

@@ -156,7 +156,8 @@ class Router(nn.Module):
         pass never moves it, for checkpoints compute twice. Where torch.distributed runs, all processes' choices count.
 
         Args:
-            index: the choices, [..., k]; None for those of the last forward pass in training.
+            index: the choices, [..., k], where entries below 0 count for no block; None for those of the last forward
+                pass in training.
             rate: u.
 
         Raises:
@@ -169,7 +170,7 @@ class Router(nn.Module):
         index = self.chosen if index is None else index
         if index is None:
             raise ValueError("Router.update_balance: expected index, or a forward pass in training before, got neither")
-        counts = torch.bincount(index.flatten(), minlength=self.num_blocks).float()
+        counts = torch.bincount(index[index >= 0], minlength=self.num_blocks).float()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
         self.balance_bias += rate * (counts.mean() - counts).sign()
