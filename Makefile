@@ -4,7 +4,7 @@
 .PHONY: help demo test build bench lint format clean
 
 help:
-	@echo "make demo    train two small transformers, remove tokens, shorten spans, factor layers, compare, export"
+	@echo "make demo    train two small transformers, remove tokens, shorten spans, factor and route layers, compare, export"
 	@echo "make test    build everything and run the whole test suite"
 	@echo "make build   build the package into the environment in use, or into .venv"
 	@echo "make bench   measure torchops against its rivals (FAMILY=tokens)"
