@@ -136,8 +136,8 @@ struct Options {
 
 const std::vector<Options> all_options = {{true, true, false, false},
                                           {false, false, true, true},
-                                          {true, true, true, false},
-                                          {false, true, false, true}};
+                                          {false, true, false, true},
+                                          {true, true, true, false}};
 
 template <typename Tile, Right right, typename T>
 void check_product(const Shape& shape, const Options& options) {
