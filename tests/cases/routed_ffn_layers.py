@@ -308,6 +308,17 @@ def layer_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
     return layer(dtype, device, leading=(3 * length,), blocks=4, size=48, hidden=32, activation="gelu")
 
 
+def layer_large(device: str) -> Inputs:
+    """The tokens and their results are 4 GB each."""
+    tokens = 2**22 + 1
+    inputs = layer(torch.bfloat16, device, slots=1, size=2**9, hidden=8)
+    return inputs | {
+        "input": torch.empty(tokens, 2**9, dtype=torch.bfloat16, device=device).normal_(),
+        "index": choices(tokens, 1, 3, device),
+        "gate": torch.rand(tokens, 1, dtype=torch.bfloat16, device=device),
+    }
+
+
 def layer_autocast(device: str) -> tuple[Inputs, Inputs]:
     return lowered(layer(torch.float32, device, activation="silu", glu="concat", bias="block"), "gate")
 
@@ -425,6 +436,7 @@ CASES = [
         bits_follow_layout=WEIGHTS,
         autocast=layer_autocast,
         launches=8,
+        large=layer_large,
     ),
     OpCase(
         "_routed_ffn_forward",

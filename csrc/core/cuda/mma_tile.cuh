@@ -91,8 +91,8 @@ __device__ __forceinline__ void multiply(float (&sum)[m][n][4], const T* a, cons
   }
 }
 
-// sum += a^T b over `depth` rows of a and b, which have a_columns and b_columns elements: the first 16 m and 8 n of them
-// take part.
+// sum += a^T b over `depth` rows of a and b, which have a_columns and b_columns elements: the first 16 m and 8 n of
+// them take part.
 template <typename T, int depth, int a_columns, int b_columns, int m, int n>
 __device__ __forceinline__ void multiply_columns(float (&sum)[m][n][4], const T* a, const T* b) {
   static_assert(depth % 16 == 0 && n % 2 == 0);

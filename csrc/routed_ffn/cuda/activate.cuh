@@ -92,9 +92,9 @@ __global__ void activate(Activate<T> args) {
 #pragma unroll
       for (int e = 0; e < width; ++e) {
         const A x = device::widen(units.first.element[e]);
-        result.element[e] = device::narrow<T>(
-            is_gated ? gated_unit(args.activation, x, A(device::widen(units.second.element[e]))).value
-                     : activation_of(args.activation, x).value);
+        result.element[e] =
+            device::narrow<T>(is_gated ? gated_unit(args.activation, x, A(device::widen(units.second.element[e]))).value
+                                       : activation_of(args.activation, x).value);
       }
       device::store_pack(hidden + unit, result);
     }

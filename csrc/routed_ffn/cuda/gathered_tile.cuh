@@ -23,9 +23,9 @@ class GatheredTile {
     }
   }
 
-  // Starts to copy columns first, first + 1, ... below `size`; zeros stand for those behind, and for rows without a line.
-  // With `wide`, 16 bytes at a time: lines begin at such multiples and `size` fills them. All threads of the block call
-  // it, wait, and meet at a barrier.
+  // Starts to copy columns first, first + 1, ... below `size`; zeros stand for those behind, and for rows without a
+  // line. With `wide`, 16 bytes at a time: lines begin at such multiples and `size` fills them. All threads of the
+  // block call it, wait, and meet at a barrier.
   template <int columns, typename T>
   __device__ __forceinline__ void copy_async(T* tile, const SortedRows<T>& from, int64_t first, int64_t size,
                                              bool wide) const {

@@ -4,8 +4,8 @@
 
 namespace torchops::kernels::routed_ffn {
 
-// A block for each group and tile of its matrix, grid [count * tiles of rows * tiles of columns]. It adds up the group's
-// rows in ascending order.
+// A block for each group and tile of its matrix, grid [count * tiles of rows * tiles of columns]. It adds up the
+// group's rows in ascending order.
 template <typename Tile, typename T>
 __global__ void __launch_bounds__(Tile::threads) grouped_gradient(GroupedGradient<T> args, WideOperands wide) {
   const auto row_tiles = static_cast<unsigned>((args.num_rows + Tile::rows - 1) / Tile::rows);

@@ -16,8 +16,9 @@
 namespace torchops::kernels::routed_ffn {
 namespace {
 
-// Calls body with the number of elements that rows that are a multiple of `size` apart are read and written at once, in storage types and in the
-// type that sums have: 16 bytes of these where rows are that well aligned, else one. Null pointers do not count.
+// Calls body with the number of elements that rows that are a multiple of `size` apart are read and written at once, in
+// storage types and in the type that sums have: 16 bytes of these where rows are that well aligned, else one. Null
+// pointers do not count.
 template <typename T, typename Body>
 void for_width(int64_t size, std::initializer_list<const void*> rows, const Body& body) {
   constexpr int widest = device::widest<accumulate_t<T>>;
@@ -76,10 +77,10 @@ void launch_slot_dots(const SlotDots<T>& args) {
                  slot_dots<T>, args);
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                        \
-  template void launch_activate(const Activate<T>&);                   \
-  template void launch_activate_backward(const ActivateBackward<T>&);  \
-  template void launch_slot_sums(const SlotSums<T>&);                  \
+#define TORCHOPS_INSTANTIATE(T)                                       \
+  template void launch_activate(const Activate<T>&);                  \
+  template void launch_activate_backward(const ActivateBackward<T>&); \
+  template void launch_slot_sums(const SlotSums<T>&);                 \
   template void launch_slot_dots(const SlotDots<T>&);
 TORCHOPS_FOR_EACH_DTYPE(TORCHOPS_INSTANTIATE)
 

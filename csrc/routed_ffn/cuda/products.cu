@@ -29,8 +29,8 @@ void launch_with(const GroupedProduct<T>& args) {
                           along_depth
                               ? is_wide(args.right, args.column_stride, args.depth, args.right_group_stride)
                               : is_wide(args.right, args.depth_stride, args.num_columns, args.right_group_stride)};
-  device::launch({num_slots(args.groups, Tile::rows) * device::tiles_of(args.num_columns, Tile::columns),
-                  Tile::threads, tile_stream_bytes<Tile, T>},
+  device::launch({num_slots(args.groups, Tile::rows) * device::tiles_of(args.num_columns, Tile::columns), Tile::threads,
+                  tile_stream_bytes<Tile, T>},
                  grouped_product<Tile, along_depth, T>, args, wide);
 }
 
@@ -72,7 +72,7 @@ void launch_grouped_gradient(const GroupedGradient<T>& args) {
   }
 }
 
-#define TORCHOPS_INSTANTIATE(T)                                    \
+#define TORCHOPS_INSTANTIATE(T)                                   \
   template void launch_grouped_product(const GroupedProduct<T>&); \
   template void launch_grouped_gradient(const GroupedGradient<T>&);
 TORCHOPS_FOR_EACH_DTYPE(TORCHOPS_INSTANTIATE)

@@ -5,8 +5,8 @@
 
 namespace torchops::kernels::routed_ffn {
 
-// An offset. Nobody looked at it before it came here: one out of range stops a debug build, and counts as the nearest in
-// range in a release build.
+// An offset. Nobody looked at it before it came here: one out of range stops a debug build, and counts as the nearest
+// in range in a release build.
 __device__ __forceinline__ int checked_offset(const Groups& groups, int group) {
   const int offset = groups.offsets[group], rows = static_cast<int>(groups.num_rows);
   device::debug_assert(0 <= offset && offset <= rows, "an offset is in 0..M");
@@ -27,9 +27,9 @@ __device__ __forceinline__ RowRange rows_of_group(const Groups& groups, int grou
   return {begin, end};
 }
 
-// A group is cut into tiles of rows, which take numbered slots: those of group g begin at offsets[g] / tile + g, for from
-// there to the next group's it has no more than one tile for each slot. Some slots have no tile, but a block finds its
-// own without a list of them.
+// A group is cut into tiles of rows, which take numbered slots: those of group g begin at offsets[g] / tile + g, for
+// from there to the next group's it has no more than one tile for each slot. Some slots have no tile, but a block finds
+// its own without a list of them.
 constexpr int64_t num_slots(const Groups& groups, int tile) {
   return groups.num_rows / tile + groups.count + 1;
 }

@@ -4,8 +4,8 @@
 #include "core/cuda/fma_tile.cuh"
 #include "core/cuda/mma_tile.cuh"
 
-// What a block multiplies at a time: a left tile with a right tile, `depth` products for each of its rows x columns sums.
-// The fma kinds take float and double, the mma kinds 16-bit types.
+// What a block multiplies at a time: a left tile with a right tile, `depth` products for each of its rows x columns
+// sums. The fma kinds take float and double, the mma kinds 16-bit types.
 
 namespace torchops::kernels::routed_ffn {
 

@@ -4,8 +4,8 @@
 
 namespace torchops::kernels::routed_ffn {
 
-// Pairs of tiles on their way through `stages` pairs of buffers: while a block multiplies one, the next are copied. Each
-// call of copy(left, right) starts the copies of one step, or none behind the last.
+// Pairs of tiles on their way through `stages` pairs of buffers: while a block multiplies one, the next are copied.
+// Each call of copy(left, right) starts the copies of one step, or none behind the last.
 template <typename Tile, typename T, typename Copy>
 class TileStream {
  public:
@@ -41,7 +41,7 @@ class TileStream {
 };
 
 template <typename Tile, typename T>
-inline constexpr size_t tile_stream_bytes = device::shared_size<T>(Tile::stages * Tile::left_size) +
-                                            device::shared_size<T>(Tile::stages * Tile::right_size);
+inline constexpr size_t tile_stream_bytes =
+    device::shared_size<T>(Tile::stages * Tile::left_size) + device::shared_size<T>(Tile::stages * Tile::right_size);
 
 }  // namespace torchops::kernels::routed_ffn

@@ -63,7 +63,8 @@ const std::vector<Shape> shapes = {
 const std::vector<Shape>& gradient_shapes = shapes;
 #endif
 
-// Of the list, in the order of which the first ones matter most. float16 takes the same instructions and barriers as bfloat16.
+// Of the list, in the order of which the first ones matter most. float16 takes the same instructions and barriers as
+// bfloat16.
 template <typename T>
 size_t shapes_of() {
   return std::is_same_v<T, float16> ? 1 : shapes.size();
@@ -96,9 +97,7 @@ struct Rows {
   int64_t stride;
 
   Rows(int64_t rows, int64_t size, bool gathered, uint32_t seed)
-      : numbers(simt::whole_numbers(count(rows, size + gap), seed)),
-        values(as_type<T>(numbers)),
-        stride(size + gap) {
+      : numbers(simt::whole_numbers(count(rows, size + gap), seed)), values(as_type<T>(numbers)), stride(size + gap) {
     for (int64_t row = 0; gathered && row < rows; ++row) {
       lines.push_back(static_cast<int32_t>((7 * row + 3) % rows));
     }
@@ -134,10 +133,8 @@ struct Options {
   bool gathered, bias, wide_output, adds;
 };
 
-const std::vector<Options> all_options = {{true, true, false, false},
-                                          {false, false, true, true},
-                                          {true, true, true, false},
-                                          {false, true, false, true}};
+const std::vector<Options> all_options = {
+    {true, true, false, false}, {false, false, true, true}, {false, true, false, true}, {true, true, true, false}};
 
 template <typename Tile, Right right, typename T>
 void check_product(const Shape& shape, const Options& options) {
@@ -159,7 +156,8 @@ void check_product(const Shape& shape, const Options& options) {
     const int64_t end = is_behind ? shape.num_rows : shape.begin(group + 1);
     for (int64_t row = shape.begin(group); row < end; ++row) {
       for (int64_t column = 0; column < shape.num_columns; ++column) {
-        float sum = options.bias && !is_behind ? biases[count(group, shape.num_columns + 1) + static_cast<size_t>(column)] : 0;
+        float sum =
+            options.bias && !is_behind ? biases[count(group, shape.num_columns + 1) + static_cast<size_t>(column)] : 0;
         for (int64_t d = 0; d < shape.depth && !is_behind; ++d) {
           const int64_t at = along_depth ? column * stride + d : d * stride + column;
           sum += left.at(row, d) * matrices[static_cast<size_t>(group * group_stride + at)];
@@ -247,7 +245,7 @@ void check_gradient(const Shape& shape, bool left_gathered) {
   }
   const auto actual = simt::same_in_every_order([&] {
     auto output = as_type<T>(before);
-    const GroupedGradient<T> args{shape.groups(),  shape.depth,   shape.num_columns, left.sorted(),
+    const GroupedGradient<T> args{shape.groups(), shape.depth,   shape.num_columns, left.sorted(),
                                   right.sorted(), output.data(), group_stride,      row_stride};
     const WideOperands wide{is_wide(left.values.data(), {left.stride, shape.depth}),
                             is_wide(right.values.data(), {right.stride, shape.num_columns})};

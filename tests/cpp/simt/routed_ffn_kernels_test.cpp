@@ -203,7 +203,8 @@ TEMPLATE_TEST_CASE("activate", "", KERNEL_TYPES) {
           std::vector<T> result(wide.size());
           std::transform(wide.begin(), wide.end(), result.begin(), [](A x) { return device::narrow<T>(x); });
           return result;
-        }() : as_type<T>(z);
+        }()
+                                    : as_type<T>(z);
         z = as_doubles(narrow);
         const int64_t stride = in_place ? shape.preactivations() : shape.size;
         std::vector<double> expected;
@@ -265,14 +266,15 @@ TEMPLATE_TEST_CASE("activate_backward", "", KERNEL_TYPES) {
           dots[entry] += value * to_output[at];
           const size_t first = shape.place(row, unit, 0);
           if (!shape.is_gated()) {
-            of_z[first] = to_hidden * slope([&](double x) { return activation_in_double(shape.activation, x); }, z[first]);
+            of_z[first] =
+                to_hidden * slope([&](double x) { return activation_in_double(shape.activation, x); }, z[first]);
             continue;
           }
           const size_t second = shape.place(row, unit, 1);
-          of_z[first] = to_hidden * shape.up_value(z[second]) *
-                        slope([&](double x) { return shape.gate_value(x); }, z[first]);
-          of_z[second] = to_hidden * shape.gate_value(z[first]) *
-                         slope([&](double x) { return shape.up_value(x); }, z[second]);
+          of_z[first] =
+              to_hidden * shape.up_value(z[second]) * slope([&](double x) { return shape.gate_value(x); }, z[first]);
+          of_z[second] =
+              to_hidden * shape.gate_value(z[first]) * slope([&](double x) { return shape.up_value(x); }, z[second]);
         }
       }
       const auto narrow_z = as_type<T>(z), narrow_output = as_type<T>(to_output);
@@ -344,8 +346,14 @@ TEMPLATE_TEST_CASE("slot_sums", "", KERNEL_TYPES) {
                     std::vector<T> output(expected.size());
                     with_width<A>(size % 4 == 0 ? 4 : 1, [&](auto width) {
                       device::launch({5, 32}, slot_sums<width(), T>,
-                                     SlotSums<T>{{offsets.data(), 1, 6}, 5, 2, size, sums.data(), places.data(),
-                                                 plain ? nullptr : gates.data(), plain ? nullptr : biases.data(),
+                                     SlotSums<T>{{offsets.data(), 1, 6},
+                                                 5,
+                                                 2,
+                                                 size,
+                                                 sums.data(),
+                                                 places.data(),
+                                                 plain ? nullptr : gates.data(),
+                                                 plain ? nullptr : biases.data(),
                                                  output.data()});
                     });
                     return output;
@@ -374,8 +382,12 @@ TEMPLATE_TEST_CASE("slot_dots", "", KERNEL_TYPES) {
                 std::vector<A> dots(6, A(2));
                 device::launch({device::tiles_of(6, slot_dots_warps), slot_dots_warps * device::warp_size},
                                slot_dots<T>,
-                               SlotDots<T>{{offsets.data(), 2, 6}, size, sums.data(),
-                                           {narrow_tokens.data(), stride, lines.data()}, order.data(), dots.data()});
+                               SlotDots<T>{{offsets.data(), 2, 6},
+                                           size,
+                                           sums.data(),
+                                           {narrow_tokens.data(), stride, lines.data()},
+                                           order.data(),
+                                           dots.data()});
                 return dots;
               }),
               expected);
