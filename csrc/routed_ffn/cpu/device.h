@@ -78,9 +78,8 @@ struct RoutedFfnOnCpu {
     // Rounded preactivations are an output: no row of them stays unwritten.
     const int64_t rows =
         args.wide_preactivation == nullptr ? args.groups.offsets[args.groups.count] : args.groups.num_rows;
-    parallel_units(rows, 8 * args.size, [&](int64_t begin, int64_t end) {
-      TORCHOPS_KERNEL(routed_ffn, activate<T>)(args, begin, end);
-    });
+    parallel_units(rows, 8 * args.size,
+                   [&](int64_t begin, int64_t end) { TORCHOPS_KERNEL(routed_ffn, activate<T>)(args, begin, end); });
   }
   template <typename T>
   static void run(const kernels::routed_ffn::ActivateBackward<T>& args) {
