@@ -134,6 +134,17 @@ def to_double(inputs: Inputs) -> Inputs:
     return map_tensors(inputs, lambda t: t.detach().double() if t.is_floating_point() else t)
 
 
+def lowered(wide: Inputs, *kept: str) -> tuple[Inputs, Inputs]:
+    """Inputs under autocast, and those of the one dtype to which it brings all that is multiplied or added, but for
+    those that it keeps."""
+    return wide, {
+        name: value.bfloat16()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in kept
+        else value
+        for name, value in wide.items()
+    }
+
+
 def require_grad(inputs: Inputs, names: Sequence[str]) -> Inputs:
     """A copy in which the named tensors are leaves that require a gradient."""
     return {

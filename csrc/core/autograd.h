@@ -5,7 +5,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 
 namespace torchops {
@@ -20,7 +19,7 @@ inline std::optional<at::Tensor> optional_tensor(const at::Tensor& tensor) {
 }
 
 // Whether autograd will ask for a gradient to one of them.
-inline bool any_requires_grad(std::initializer_list<at::Tensor> tensors) {
+inline bool any_requires_grad(at::TensorList tensors) {
   return at::GradMode::is_enabled() && std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) {
            return tensor.defined() && tensor.requires_grad();
          });

@@ -7,7 +7,6 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 
 // Derivatives that travel forward with their tensors (torch.func.jvp, torch.autograd.forward_ad). What is linear in an
@@ -19,7 +18,7 @@ inline bool has_tangent(const at::Tensor& tensor) {
   return tensor.defined() && c10::AutogradState::get_tls_state().get_fw_grad_mode() && tensor._fw_grad(0).defined();
 }
 
-inline bool any_has_tangent(std::initializer_list<at::Tensor> tensors) {
+inline bool any_has_tangent(at::TensorList tensors) {
   return std::any_of(tensors.begin(), tensors.end(), has_tangent);
 }
 
@@ -40,7 +39,7 @@ inline at::Tensor with_tangent(const at::Tensor& tensor, const at::Tensor& tange
 }
 
 // For derivatives that nobody has written: silence would be a derivative of zero.
-inline void refuse_tangents(const char* op, std::initializer_list<at::Tensor> tensors) {
+inline void refuse_tangents(const char* op, at::TensorList tensors) {
   TORCH_CHECK_NOT_IMPLEMENTED(!any_has_tangent(tensors), op,
                               ": the derivative in forward mode (torch.func.jvp, torch.autograd.forward_ad) is not "
                               "implemented");

@@ -39,6 +39,25 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
+// [batches, rows, columns], of which one of the last two dimensions is contiguous: the tensor itself, else a copy.
+inline at::Tensor with_a_unit_stride(const at::Tensor& matrices) {
+  return matrices.stride(1) == 1 || matrices.stride(2) == 1 ? matrices : matrices.contiguous();
+}
+
+// T: all dimensions but the last are tokens.
+inline c10::SymInt num_tokens(const at::Tensor& tensor) {
+  c10::SymInt count = 1;
+  for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) {
+    count *= size;
+  }
+  return count;
+}
+
+// [..., size] -> [T, size], contiguous: the bits of a dense product depend on the memory layout.
+inline at::Tensor as_tokens(const at::Tensor& tensor) {
+  return tensor.reshape({num_tokens(tensor).expect_int(), tensor.size(-1)}).contiguous();
+}
+
 // Contiguous and of the dtype; undefined where it is absent.
 inline at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
   return tensor ? tensor->to(dtype).contiguous() : at::Tensor();

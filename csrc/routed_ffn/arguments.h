@@ -42,8 +42,6 @@ struct FeedForwardOptions {
 
   kernels::routed_ffn::Activation kernel_activation() const;
   bool is_gated() const { return glu != "none"; }
-  bool scales_input() const { return gate_at == "input"; }
-  bool scales_both() const { return gate_at == "both"; }
 };
 
 // Which gradients are asked for, in the order of the schema.
@@ -83,7 +81,6 @@ struct FeedForwardBackward {
     return std::tie(grad_output, input, index, gate, weights, preactivation, options, output_mask);
   }
   FeedForwardMask mask() const { return {output_mask}; }
-  bool needs_input() const;
 };
 
 void check_routed_ffn(const char* op, const at::Tensor& input, const at::Tensor& index,
@@ -97,10 +94,6 @@ inline bool needs_input(const FeedForwardMask& mask, const std::optional<at::Ten
                         const FeedForwardOptions& options) {
   return mask.w1() || mask.w_gate() || mask.lora_a1() || mask.lora_b1() || options.recompute ||
          (mask.gate() && gate && options.gate_at != "output");
-}
-
-inline bool FeedForwardBackward::needs_input() const {
-  return torchops::needs_input(mask(), gate, options);
 }
 
 }  // namespace torchops

@@ -1,11 +1,10 @@
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
-
-#include <limits>
 
 #include "routed_ffn/arguments.h"
 #include "routed_ffn/grouped_rows.h"
@@ -18,15 +17,6 @@
 // and with LoRA factors z += lora_scale lora_b1 lora_a1 x, and alike in the second layer. Device is grouped_rows.h's.
 
 namespace torchops {
-
-// [..., size] -> [T, size], contiguous.
-inline at::Tensor as_token_rows(const at::Tensor& tensor) {
-  int64_t count = 1;
-  for (const auto size : tensor.sizes().slice(0, tensor.dim() - 1)) {
-    count *= size;
-  }
-  return tensor.reshape({count, tensor.size(-1)}).contiguous();
-}
 
 // Weights that can be read as they lie.
 class ReadableWeights {
@@ -63,8 +53,8 @@ class FeedForward {
         options_(options),
         activation_(options.kernel_activation()),
         dtype_(weights.w1.scalar_type()),
-        wide_(dtype_ == at::kDouble ? at::kDouble : at::kFloat),
-        rows_(sorted(as_token_rows(index), weights.w1.size(0))) {
+        wide_(at::toOpMathType(dtype_)),
+        rows_(sorted(as_tokens(index), weights.w1.size(0))) {
     if (gate) {
       gate_ = gate->to(wide_).contiguous().view({-1});
       sorted_gate_ = rows_.sorted(*gate_);
@@ -147,12 +137,12 @@ class FeedForward {
 
     // The second layer, down to the gradient of the preactivation.
     at::Tensor narrowed;  // lora_scale lora_b2^T dy
-    if (weights_->lora_a2) {
-      narrowed = rows_.product(dy, per_block(*weights_->lora_b2)).mul_(options_.lora_scale);
-    }
     at::Tensor grad_z, hidden;
     const bool for_hidden = mask.w2() || mask.lora_a2() || mask.lora_b2();
     if (for_first_layer || for_hidden || (for_gate && scales_output())) {
+      if (weights_->lora_a2) {
+        narrowed = rows_.product(dy, per_block(*weights_->lora_b2)).mul_(options_.lora_scale);
+      }
       std::tie(grad_z, hidden) = activation_gradient(dy, narrowed, preactivation, for_first_layer, for_hidden,
                                                      for_gate && scales_output() ? dots : at::Tensor());
     }
@@ -181,16 +171,15 @@ class FeedForward {
     }
 
     // The first layer.
-    const auto scaled = [&](const at::Tensor& rows) {
-      return scales_first_layer() ? rows.mul(*sorted_gate_).to(dtype_) : rows;
-    };
+    const bool for_what_x_meets = mask.w1() || mask.w_gate() || mask.lora_a1() || mask.lora_b1();
+    const auto x = for_what_x_meets ? entering(tokens) : OperandRows{};
     if (mask.w1() || mask.w_gate()) {
-      const auto to_weights = scaled(grad_z);
+      const auto to_weights = scales_first_layer() ? grad_z.mul(*sorted_gate_).to(dtype_) : grad_z;
       for_each_first_weight([&](const at::Tensor& weight, int64_t first) {
         const bool is_w1 = first + weight.size(1) == preactivation_size();
         if (is_w1 ? mask.w1() : mask.w_gate()) {
           (is_w1 ? of_w1 : of_w_gate) =
-              rows_.weight_gradient({to_weights.narrow(1, first, weight.size(1)), false}, entering(tokens), weight);
+              rows_.weight_gradient({to_weights.narrow(1, first, weight.size(1)), false}, x, weight);
         }
       });
     }
@@ -202,19 +191,17 @@ class FeedForward {
       first_narrowed = rows_.product({grad_z, false}, *weights_->lora_b1).mul_(options_.lora_scale);
     }
     if (mask.lora_a1()) {
-      of_a1 = shared_or_not(*weights_->lora_a1)
-                  .weight_gradient({first_narrowed, false}, entering(tokens), *weights_->lora_a1);
+      of_a1 = shared_or_not(*weights_->lora_a1).weight_gradient({first_narrowed, false}, x, *weights_->lora_a1);
     }
     if (mask.lora_b1()) {
-      of_b1_factor =
-          rows_.weight_gradient({grad_z, false}, low_rank(entering(tokens), *weights_->lora_a1), *weights_->lora_b1);
+      of_b1_factor = rows_.weight_gradient({grad_z, false}, low_rank(x, *weights_->lora_a1), *weights_->lora_b1);
     }
     if (for_x) {
-      of_input = input_gradient(grad_z, first_narrowed, tokens, grad.size(0),
-                                for_gate && options_.gate_at != "output" ? dots : at::Tensor());
-    }
-    if (!mask.input()) {
-      of_input = at::Tensor();
+      const auto sums = input_gradients(grad_z, first_narrowed, tokens,
+                                        for_gate && options_.gate_at != "output" ? dots : at::Tensor());
+      if (mask.input()) {
+        of_input = slot_sums(sums, options_.gate_at == "input", std::nullopt, grad.size(0));
+      }
     }
     of_gate = dots;
     return grads;
@@ -311,8 +298,9 @@ class FeedForward {
     return {grad_z, hidden};
   }
 
-  at::Tensor input_gradient(const at::Tensor& grad_z, const at::Tensor& narrowed, const at::Tensor& tokens,
-                            int64_t num_tokens, const at::Tensor& dots) const {
+  // Of each row's x [M, d], and of the gate that x or W1_g x is multiplied with.
+  at::Tensor input_gradients(const at::Tensor& grad_z, const at::Tensor& narrowed, const at::Tensor& tokens,
+                             const at::Tensor& dots) const {
     const auto sums = at::empty({num_rows(), weights_->w1.size(2)}, options(wide_));
     bool adds = false;
     for_each_first_weight([&](const at::Tensor& weight, int64_t first) {
@@ -334,7 +322,7 @@ class FeedForward {
     if (dots.defined() && !scales_first_layer()) {
       rows_.add_dots(sums, tokens, dots);
     }
-    return slot_sums(sums, options_.gate_at == "input", std::nullopt, num_tokens);
+    return sums;
   }
 };
 
@@ -346,7 +334,7 @@ std::tuple<at::Tensor, at::Tensor> feed_forward(const at::Tensor& input, const a
                                                 const FeedForwardWeights& weights, const FeedForwardOptions& options,
                                                 bool keep) {
   const FeedForward<Device> layer(index, gate, weights, options);
-  const auto tokens = as_token_rows(input);
+  const auto tokens = as_tokens(input);
   const auto [preactivation, hidden] = layer.activate(layer.first_layer(tokens), keep);
   return {layer.second_layer(hidden, tokens.size(0)).view(input.sizes()), preactivation};
 }
@@ -374,8 +362,8 @@ FeedForwardGradients routed_ffn_backward_on(const FeedForwardBackward& args) {
   check_routed_ffn_backward(args);
   const c10::DeviceGuard guard(args.grad_output.device());
   const FeedForward<Device> layer(args.index, args.gate, args.weights, args.options);
-  const auto grad = as_token_rows(args.grad_output);
-  const auto tokens = args.input ? as_token_rows(*args.input) : at::Tensor();
+  const auto grad = as_tokens(args.grad_output);
+  const auto tokens = args.input ? as_tokens(*args.input) : at::Tensor();
   const auto preactivation = args.options.recompute ? layer.activate(layer.first_layer(tokens), true).preactivation
                                                     : args.preactivation->contiguous();
   auto grads = layer.gradients(args.mask(), grad, tokens, preactivation);

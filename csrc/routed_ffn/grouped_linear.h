@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -62,8 +63,8 @@ GroupedLinearGradients grouped_linear_backward_on(const GroupedLinearBackward& a
   auto& [grad_input, grad_weight, grad_bias] = grads;
   if (args.output_mask[0] && args.slots) {
     const auto dtype = args.grad_output.scalar_type();
-    const auto sums = at::empty({rows.num_rows(), args.weight.size(2)},
-                                args.grad_output.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat));
+    const auto sums =
+        at::empty({rows.num_rows(), args.weight.size(2)}, args.grad_output.options().dtype(at::toOpMathType(dtype)));
     rows.multiply(grad, args.weight, std::nullopt, sums);
     grad_input = rows.slot_sums(sums, std::nullopt, std::nullopt, rows.num_rows() / *args.slots, dtype);
   } else if (args.output_mask[0]) {

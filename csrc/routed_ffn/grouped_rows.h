@@ -22,11 +22,6 @@
 
 namespace torchops {
 
-// [G, N, K], read as it lies where one of the last two dimensions is contiguous.
-inline at::Tensor with_a_unit_stride(const at::Tensor& matrices) {
-  return matrices.stride(1) == 1 || matrices.stride(2) == 1 ? matrices : matrices.contiguous();
-}
-
 // [M, K] as rows; the row of a token for each choice of it, or the sorted rows themselves.
 struct OperandRows {
   at::Tensor rows;

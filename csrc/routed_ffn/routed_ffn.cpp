@@ -11,6 +11,7 @@
 #include "core/checks.h"
 #include "core/forward_mode.h"
 #include "core/library.h"
+#include "core/tensors.h"
 #include "routed_ffn/arguments.h"
 #include "routed_ffn/routed_ffn.h"
 
@@ -156,14 +157,6 @@ void check_weights(const Checks& check, const FeedForwardWeights& weights, const
   }
 }
 
-c10::SymInt num_tokens(const at::Tensor& tensor) {
-  c10::SymInt count = 1;
-  for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) {
-    count *= size;
-  }
-  return count;
-}
-
 void check_choice(const Checks& check, const at::Tensor& index, const std::optional<at::Tensor>& gate,
                   const char* like_name, const at::Tensor& like) {
   check.not_scalar("index", index, "[..., k]");
@@ -200,7 +193,7 @@ void check_routed_ffn_backward(const FeedForwardBackward& args) {
   check.floating("grad_output", args.grad_output);
   check_weights(check, args.weights, args.options, "grad_output", args.grad_output);
   check_choice(check, args.index, args.gate, "grad_output", args.grad_output);
-  if (args.needs_input()) {
+  if (needs_input(args.mask(), args.gate, args.options)) {
     check.given("input", args.input, "a gradient that is asked for takes it");
   }
   if (args.input) {
@@ -270,6 +263,14 @@ at::Tensor call_routed_ffn(const at::Tensor& input, const at::Tensor& index, con
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// In the order of the schema, absent ones undefined.
+variable_list all_tensors(const at::Tensor& input, const at::Tensor& index, const std::optional<at::Tensor>& gate,
+                          const FeedForwardWeights& weights) {
+  variable_list tensors = {input, index, value_or_undefined(gate)};
+  std::apply([&](const auto&... weight) { (tensors.push_back(value_or_undefined(weight)), ...); }, weights.members());
+  return tensors;
+}
+
 // Positions of the tensors with a gradient among all of them, in the order of the mask: index has none.
 constexpr std::array<int, 11> positions = {0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
 
@@ -283,18 +284,7 @@ struct RoutedFfn : torch::autograd::Function<RoutedFfn> {
     static const auto op = find_operator<decltype(routed_ffn_forward_meta)>("_routed_ffn_forward");
     at::AutoDispatchBelowADInplaceOrView guard;
     const FeedForwardWeights weights{w1, w2, b1, b2, w_gate, lora_a1, lora_b1, lora_a2, lora_b2};
-    variable_list saved = {input,
-                           index,
-                           value_or_undefined(gate),
-                           w1,
-                           w2,
-                           value_or_undefined(b1),
-                           value_or_undefined(b2),
-                           value_or_undefined(w_gate),
-                           value_or_undefined(lora_a1),
-                           value_or_undefined(lora_b1),
-                           value_or_undefined(lora_a2),
-                           value_or_undefined(lora_b2)};
+    auto saved = all_tensors(input, index, gate, weights);
     GivenTensors::save(ctx, saved);
     FeedForwardMask mask{};
     for (size_t i = 0; i < positions.size(); ++i) {
@@ -366,21 +356,11 @@ struct RoutedFfn : torch::autograd::Function<RoutedFfn> {
 
 at::Tensor routed_ffn_autograd(const at::Tensor& input, const at::Tensor& index, const std::optional<at::Tensor>& gate,
                                const FeedForwardWeights& weights, const FeedForwardOptions& options) {
-  const auto& [w1, w2, b1, b2, w_gate, lora_a1, lora_b1, lora_a2, lora_b2] = weights;
-  const std::initializer_list<at::Tensor> differentiable = {input,
-                                                            value_or_undefined(gate),
-                                                            w1,
-                                                            w2,
-                                                            value_or_undefined(b1),
-                                                            value_or_undefined(b2),
-                                                            value_or_undefined(w_gate),
-                                                            value_or_undefined(lora_a1),
-                                                            value_or_undefined(lora_b1),
-                                                            value_or_undefined(lora_a2),
-                                                            value_or_undefined(lora_b2)};
-  refuse_tangents("routed_ffn", differentiable);
-  if (any_requires_grad(differentiable)) {
+  const auto tensors = all_tensors(input, index, gate, weights);
+  refuse_tangents("routed_ffn", tensors);
+  if (any_requires_grad(tensors)) {
     check_routed_ffn("routed_ffn", input, index, gate, weights, options);
+    const auto& [w1, w2, b1, b2, w_gate, lora_a1, lora_b1, lora_a2, lora_b2] = weights;
     return RoutedFfn::apply(input, index, gate, w1, w2, b1, b2, w_gate, lora_a1, lora_b1, lora_a2, lora_b2, options);
   }
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "core/tensors.h"
 #include "stf/stf.h"
 
 namespace torch::autograd {
@@ -91,14 +92,6 @@ void save_for_stf_backward(torch::autograd::AutogradContext* ctx, const at::Tens
 StfGradients gradients_of_saved(torch::autograd::AutogradContext* ctx, const at::Tensor& grad_output,
                                 std::array<bool, 4> output_mask);
 
-// [..., size] -> [T, size], contiguous: the bits of a dense product depend on the memory layout.
-inline at::Tensor as_tokens(const at::Tensor& tensor) {
-  int64_t count = 1;
-  for (const auto size : tensor.sizes().slice(0, tensor.dim() - 1)) {
-    count *= size;
-  }
-  return tensor.reshape({count, tensor.size(-1)}).contiguous();
-}
 // [T, blocks * c] -> [blocks, T, c], and back
 inline at::Tensor split_blocks(const at::Tensor& tokens, int64_t num_blocks) {
   return tokens.view({tokens.size(0), num_blocks, num_blocks == 0 ? 0 : tokens.size(1) / num_blocks}).transpose(0, 1);

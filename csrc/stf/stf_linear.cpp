@@ -31,15 +31,6 @@ at::ScalarType index_dtype(const c10::SymInt& basis_size) {
   return TORCH_GUARD_OR_FALSE(basis_size.sym_le(256)) ? at::kByte : at::kShort;
 }
 
-// All dimensions of the input but the last are tokens.
-static c10::SymInt num_tokens(const at::Tensor& input) {
-  c10::SymInt count = 1;
-  for (const auto& size : input.sym_sizes().slice(0, input.dim() - 1)) {
-    count *= size;
-  }
-  return count;
-}
-
 c10::SymDimVector output_sizes(const at::Tensor& input, const at::Tensor& basis, const c10::SymInt& num_rows,
                                bool transpose) {
   c10::SymDimVector sizes(input.sym_sizes());

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from contract import Inputs, Invalid, OpCase, Sample, random
+from contract import Inputs, Invalid, OpCase, Sample, lowered, random
 from torch import Tensor
 
 from torchops._namespace import operators
@@ -14,16 +14,6 @@ from .routed_ffn import choices
 
 # 16 bits: what is rounded between the two layers goes through the second one.
 ROUNDED_TWICE = {torch.float32: 5e-6, torch.bfloat16: 4e-2, torch.float16: 6e-3}
-
-
-def lowered(wide: Inputs, *kept: str) -> tuple[Inputs, Inputs]:
-    """All that is multiplied is brought to one dtype."""
-    return wide, {
-        name: value.bfloat16()
-        if isinstance(value, Tensor) and value.is_floating_point() and name not in kept
-        else value
-        for name, value in wide.items()
-    }
 
 
 # ---- grouped_linear -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from contract import Inputs, Invalid, OpCase, Sample, random
+from contract import Inputs, Invalid, OpCase, Sample, lowered, random
 from torch import Tensor
 
 from torchops._namespace import operators
@@ -214,14 +214,6 @@ def stf_linear_large(device: str) -> Inputs:
     return large_layer(device) | {
         "values": ones(LARGE_ROWS, 1, LARGE_BASIS, device=device),
         "indices": indices.repeat(LARGE_ROWS, 1, 1),
-    }
-
-
-def lowered(wide: Inputs) -> tuple[Inputs, Inputs]:
-    """All that is multiplied or added is brought to one dtype."""
-    return wide, {
-        name: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in wide.items()
     }
 
 

@@ -1,8 +1,9 @@
 """What conversions of whole models have alike: names of layers, and which linear layers can be converted."""
 
 import sys
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Dict, Iterator, List, Optional, Set, Tuple, TypeVar
+from typing import Any, ClassVar, Dict, Generic, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,41 @@ def patterns_for(names: List[str], kept: List[str]) -> List[str]:
         if pattern not in patterns:
             patterns.append(pattern)
     return patterns
+
+
+@dataclass
+class Candidates(Generic[Layer]):
+    """The layers to convert with every name of each, those that stay dense with the reason."""
+
+    layers: Dict[Layer, List[str]] = field(default_factory=dict)
+    left: List[Tuple[str, str]] = field(default_factory=list)
+
+
+def check_skip(function: str, kind: str, names: Iterable[str], skip: Sequence[str]) -> None:
+    """Every pattern is that of a layer."""
+    known = list(names)
+    for pattern in skip:
+        if not any(matches(name, pattern) for name in known):
+            raise ValueError(f"{function}: expected skip to name {kind} of the model, got {pattern!r}")
+
+
+def refusal(function: str, converted: str, problems: Dict[str, str], kept: List[str]) -> ValueError:
+    """Of layers by their names, among all names that skip keeps."""
+    return ValueError(
+        f"{function}: expected layers that can be {converted}, got some that cannot (to leave them dense, add"
+        f" skip={patterns_for(list(problems), kept)}):\n  "
+        + "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
+    )
+
+
+def nothing_found(
+    function: str, converted: str, kind: str, model: nn.Module, left: List[Tuple[str, str]], are_skipped: bool
+) -> ValueError:
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in left)
+    return ValueError(
+        f"{function}: expected a model with {kind} in it, got {type(model).__name__} with none"
+        + (f" that can be {converted}:" + reasons if reasons else " that skip leaves" if are_skipped else "")
+    )
 
 
 # ---- parameters and who holds them --------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Which feed-forward layers of a model can be routed, and why others cannot."""
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
@@ -9,17 +9,20 @@ from torch import Tensor, nn
 from ._activations import Activation, activation_of
 from ._conversion import (
     HOOKS,
+    Candidates,
     adapted_by_peft,
     as_linear,
+    check_skip,
     check_wrappers,
     held_elsewhere,
     is_conv1d,
     is_plain_linear,
     matches,
+    nothing_found,
     owners_of,
-    patterns_for,
     problem_of,
     reason_to_leave,
+    refusal,
 )
 from .routed_ffn_calibration import DenseFFN
 
@@ -82,15 +85,7 @@ class FeedForward:
         return DenseFFN(as_linear(self.first), as_linear(self.second), gate, *self.activation)
 
 
-@dataclass
-class Candidates:
-    """The layers to route with every name of each, those that stay dense with the reason."""
-
-    layers: Dict[FeedForward, List[str]] = field(default_factory=dict)
-    left: List[Tuple[str, str]] = field(default_factory=list)
-
-
-def find_feed_forwards(model: nn.Module, skip: Sequence[str], num_blocks: int) -> Candidates:
+def find_feed_forwards(model: nn.Module, skip: Sequence[str], num_blocks: int) -> Candidates[FeedForward]:
     """Looks at every layer before the first is routed.
 
     Raises:
@@ -105,11 +100,11 @@ def find_feed_forwards(model: nn.Module, skip: Sequence[str], num_blocks: int) -
         (layer, [f"{name}.{place.attribute}".lstrip(".") for place in layer.places for name in names[place.parent]])
         for layer in layers
     ]
-    for pattern in skip:
-        if not any(matches(name, pattern) for _, all_names in named for name in all_names):
-            raise ValueError(f"route_ffn_: expected skip to name feed-forward layers of the model, got {pattern!r}")
+    check_skip("route_ffn_", "feed-forward layers", (name for _, all_names in named for name in all_names), skip)
 
-    found, problems, kept = Candidates(), {}, []
+    found: Candidates[FeedForward] = Candidates()
+    problems: Dict[str, str] = {}
+    kept: List[str] = []
     owners, adapted = owners_of(model), adapted_by_peft(model)
     held = held_elsewhere(model, {module for layer in layers for module in layer.replaced()})
     for layer, all_names in named:
@@ -125,22 +120,10 @@ def find_feed_forwards(model: nn.Module, skip: Sequence[str], num_blocks: int) -
         else:
             found.layers[layer] = all_names
     if problems:
-        raise refusal(problems, kept)
+        raise refusal("route_ffn_", "routed", problems, kept)
     if not found.layers:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in found.left)
-        raise ValueError(
-            f"route_ffn_: expected a model with feed-forward layers in it, got {type(model).__name__} with none"
-            + (" that can be routed:" + reasons if reasons else " that skip leaves" if named else "")
-        )
+        raise nothing_found("route_ffn_", "routed", "feed-forward layers", model, found.left, bool(named))
     return found
-
-
-def refusal(problems: Dict[str, str], kept: List[str]) -> ValueError:
-    return ValueError(
-        "route_ffn_: expected layers that can be routed, got some that cannot (to leave them dense, add"
-        f" skip={patterns_for(list(problems), kept)}):\n  "
-        + "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
-    )
 
 
 # ---- what they look like ------------------------------------------------------------------------

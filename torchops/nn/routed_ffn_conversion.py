@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ._calibration import evenly_spaced, observed
-from ._conversion import HOOKS, progress, show
+from ._conversion import HOOKS, Candidates, progress, refusal, show
 from .routed_ffn import RoutedFFN
 from .routed_ffn_calibration import MOST_ROWS, PATTERN_ROWS
-from .routed_ffn_candidates import Candidates, FeedForward, Place, find_feed_forwards, refusal
+from .routed_ffn_candidates import FeedForward, Place, find_feed_forwards
 from .routed_ffn_report import RoutedLayer, RoutingReport
 
 __all__ = ["route_ffn_"]
@@ -122,7 +122,8 @@ def route_ffn_(
                     problems[names[0]] = problem
                 rows.append(described(names[0], layer, made[layer], seen))
     if problems:
-        raise refusal(problems, [name for names in candidates.layers.values() for name in names])
+        kept = [name for names in candidates.layers.values() for name in names]
+        raise refusal("route_ffn_", "routed", problems, kept)
     for layer, routed in made.items():
         place_(layer, routed)
     report = RoutingReport(rows, candidates.left)
@@ -132,7 +133,7 @@ def route_ffn_(
 
 
 def inputs_of(
-    model: nn.Module, candidates: Candidates, calibration: Callable[[nn.Module], Any]
+    model: nn.Module, candidates: Candidates[FeedForward], calibration: Callable[[nn.Module], Any]
 ) -> Dict[FeedForward, Tensor]:
     """[rows, d] of every layer, while the calibration lets the model compute."""
     firsts = {layer.first: layer for layer in candidates.layers}

@@ -1,36 +1,30 @@
 """Which linear layers of a model can be factored, and why others cannot."""
 
-from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from typing import Dict, List, Optional, Sequence, Set
 
 from torch import Tensor, nn
 
 from ._conversion import (
+    Candidates,
     adapted_by_peft,
+    check_skip,
     check_wrappers,
     held_elsewhere,
     is_conv1d,
     is_plain_linear,
     matches,
+    nothing_found,
     owners_of,
-    patterns_for,
     problem_of,
     reason_to_leave,
+    refusal,
 )
 from .stf import choose_sizes
 
 __all__: List[str] = []  # for factorize_ alone
 
 
-@dataclass
-class Candidates:
-    """The layers to factor with every name of each, those that stay dense with the reason."""
-
-    layers: Dict[nn.Module, List[str]] = field(default_factory=dict)
-    left: List[Tuple[str, str]] = field(default_factory=list)
-
-
-def find_candidates(model: nn.Module, skip: Sequence[str], compression: float) -> Candidates:
+def find_candidates(model: nn.Module, skip: Sequence[str], compression: float) -> Candidates[nn.Module]:
     """Looks at every layer before the first is factored.
 
     Raises:
@@ -41,11 +35,10 @@ def find_candidates(model: nn.Module, skip: Sequence[str], compression: float) -
     for name, module in model.named_modules(remove_duplicate=False):
         if name and (isinstance(module, nn.Linear) or is_conv1d(module)):
             names.setdefault(module, []).append(name)
-    for pattern in skip:
-        if not any(matches(name, pattern) for all_names in names.values() for name in all_names):
-            raise ValueError(f"factorize_: expected skip to name linear layers of the model, got {pattern!r}")
+    check_skip("factorize_", "linear layers", (name for all_names in names.values() for name in all_names), skip)
 
-    found, problems = Candidates(), {}
+    found: Candidates[nn.Module] = Candidates()
+    problems: Dict[str, str] = {}
     owners, held, adapted = owners_of(model), held_elsewhere(model, set(names)), adapted_by_peft(model)
     skipped: Set[str] = set()
     for module, all_names in names.items():
@@ -69,17 +62,9 @@ def find_candidates(model: nn.Module, skip: Sequence[str], compression: float) -
             found.layers[module] = all_names
     if problems:
         kept = [one for all_names in names.values() for one in all_names if one not in skipped]
-        raise ValueError(
-            "factorize_: expected layers that can be factored, got some that cannot (to leave them dense, add"
-            f" skip={patterns_for(list(problems), kept)}):\n  "
-            + "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
-        )
+        raise refusal("factorize_", "factored", problems, kept)
     if not found.layers:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in found.left)
-        raise ValueError(
-            f"factorize_: expected a model with layers of class nn.Linear in it, got {type(model).__name__} with none"
-            + (" that can be factored:" + reasons if reasons else " that skip leaves" if names else "")
-        )
+        raise nothing_found("factorize_", "factored", "layers of class nn.Linear", model, found.left, bool(names))
     return found
 
 

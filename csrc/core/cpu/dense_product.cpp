@@ -11,11 +11,6 @@ kernels::core::Matrices<T> matrices(const at::Tensor& tensor) {
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// A copy where neither rows nor columns are contiguous.
-at::Tensor with_a_unit_stride(const at::Tensor& tensor) {
-  return tensor.stride(1) == 1 || tensor.stride(2) == 1 ? tensor : tensor.contiguous();
-}
-
 }  // namespace
 
 void dense_product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& output,

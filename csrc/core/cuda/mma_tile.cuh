@@ -62,6 +62,21 @@ __device__ __forceinline__ void multiply_transposed(float (&sum)[m][n][4], const
   }
 }
 
+// sum += a b over 16 rows of b, where b_row is the place that ldmatrix_trans takes of the lane.
+template <typename T, int m, int n>
+__device__ __forceinline__ void add_products(float (&sum)[m][n][4], const uint32_t (&a)[m][4], const T* b_row) {
+#pragma unroll
+  for (int j = 0; j < n; j += 2) {
+    uint32_t b[4];
+    ldmatrix_trans(b, b_row + 8 * j);
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      mma_m16n8k16<T>(sum[i][j], a[i], {b[0], b[1]});
+      mma_m16n8k16<T>(sum[i][j + 1], a[i], {b[2], b[3]});
+    }
+  }
+}
+
 // sum += a b over `depth` columns of 16 m rows of a; b has as many rows of `b_columns` elements, of which the first 8 n
 // take part.
 template <typename T, int depth, int b_columns, int m, int n>
@@ -78,16 +93,7 @@ __device__ __forceinline__ void multiply(float (&sum)[m][n][4], const T* a, cons
     for (int i = 0; i < m; ++i) {
       ldmatrix(a_fragments[i], a_row + 16 * i * a_stride + k);
     }
-#pragma unroll
-    for (int j = 0; j < n; j += 2) {
-      uint32_t b_fragments[4];
-      ldmatrix_trans(b_fragments, b_row + k * b_stride + 8 * j);
-#pragma unroll
-      for (int i = 0; i < m; ++i) {
-        mma_m16n8k16<T>(sum[i][j], a_fragments[i], {b_fragments[0], b_fragments[1]});
-        mma_m16n8k16<T>(sum[i][j + 1], a_fragments[i], {b_fragments[2], b_fragments[3]});
-      }
-    }
+    add_products<T>(sum, a_fragments, b_row + k * b_stride);
   }
 }
 
@@ -107,16 +113,7 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[m][n][4], const T*
     for (int i = 0; i < m; ++i) {
       ldmatrix_trans(a_fragments[i], a_row + k * a_stride + 16 * i);
     }
-#pragma unroll
-    for (int j = 0; j < n; j += 2) {
-      uint32_t b_fragments[4];
-      ldmatrix_trans(b_fragments, b_row + k * b_stride + 8 * j);
-#pragma unroll
-      for (int i = 0; i < m; ++i) {
-        mma_m16n8k16<T>(sum[i][j], a_fragments[i], {b_fragments[0], b_fragments[1]});
-        mma_m16n8k16<T>(sum[i][j + 1], a_fragments[i], {b_fragments[2], b_fragments[3]});
-      }
-    }
+    add_products<T>(sum, a_fragments, b_row + k * b_stride);
   }
 }
 
@@ -140,16 +137,7 @@ __device__ __forceinline__ void multiply_rounded(float (&sum)[m][n][4], const fl
         a_fragments[i][word] = pack<T>(pair[0], pair[1]);
       }
     }
-#pragma unroll
-    for (int j = 0; j < n; j += 2) {
-      uint32_t b_fragments[4];
-      ldmatrix_trans(b_fragments, b_row + 8 * step * stride + 8 * j);
-#pragma unroll
-      for (int i = 0; i < m; ++i) {
-        mma_m16n8k16<T>(sum[i][j], a_fragments[i], {b_fragments[0], b_fragments[1]});
-        mma_m16n8k16<T>(sum[i][j + 1], a_fragments[i], {b_fragments[2], b_fragments[3]});
-      }
-    }
+    add_products<T>(sum, a_fragments, b_row + 8 * step * stride);
   }
 }
 

@@ -79,15 +79,6 @@ size_t count(int64_t rows, int64_t columns) {
 // Two rows of a matrix lie further apart than they are long, by a multiple of 16 bytes.
 constexpr int64_t gap = 8;
 
-template <typename T>
-std::vector<T> as_type(const std::vector<float>& numbers) {
-  if constexpr (sizeof(T) == 8) {
-    return {numbers.begin(), numbers.end()};
-  } else {
-    return simt::narrowed<T>(numbers);
-  }
-}
-
 // Numbers and what the kernel reads, for rows of which each has a line of its own.
 template <typename T>
 struct Rows {
@@ -97,7 +88,9 @@ struct Rows {
   int64_t stride;
 
   Rows(int64_t rows, int64_t size, bool gathered, uint32_t seed)
-      : numbers(simt::whole_numbers(count(rows, size + gap), seed)), values(as_type<T>(numbers)), stride(size + gap) {
+      : numbers(simt::whole_numbers(count(rows, size + gap), seed)),
+        values(simt::narrowed<T>(numbers)),
+        stride(size + gap) {
     for (int64_t row = 0; gathered && row < rows; ++row) {
       lines.push_back(static_cast<int32_t>((7 * row + 3) % rows));
     }
@@ -115,18 +108,9 @@ bool is_wide(const T* data, std::initializer_list<int64_t> sizes) {
          std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size % device::widest<T> == 0; });
 }
 
-template <typename A>
-std::vector<float> as_floats(const std::vector<A>& numbers) {
-  if constexpr (sizeof(A) == 2) {
-    return simt::widened(numbers);
-  } else {
-    return {numbers.begin(), numbers.end()};
-  }
-}
-
 template <typename T>
 std::vector<float> rounded(const std::vector<float>& numbers) {
-  return as_floats(as_type<T>(numbers));
+  return simt::widened(simt::narrowed<T>(numbers));
 }
 
 struct Options {
@@ -168,7 +152,7 @@ void check_product(const Shape& shape, const Options& options) {
     }
   }
 
-  const auto narrow_matrices = as_type<T>(matrices), narrow_biases = as_type<T>(biases);
+  const auto narrow_matrices = simt::narrowed<T>(matrices), narrow_biases = simt::narrowed<T>(biases);
   GroupedProduct<T> args{shape.groups(),
                          shape.num_columns,
                          shape.depth,
@@ -192,15 +176,15 @@ void check_product(const Shape& shape, const Options& options) {
                    grouped_product<Tile, along_depth, T>, args, wide);
   };
   if (options.wide_output) {
-    CHECK(as_floats(simt::same_in_every_order([&] {
+    CHECK(simt::widened(simt::same_in_every_order([&] {
             std::vector<A> output(before.begin(), before.end());
             args.wide_output = output.data();
             launch();
             return output;
           })) == expected);
   } else {
-    CHECK(as_floats(simt::same_in_every_order([&] {
-            auto output = as_type<T>(before);
+    CHECK(simt::widened(simt::same_in_every_order([&] {
+            auto output = simt::narrowed<T>(before);
             args.output = output.data();
             launch();
             return output;
@@ -244,7 +228,7 @@ void check_gradient(const Shape& shape, bool left_gathered) {
     }
   }
   const auto actual = simt::same_in_every_order([&] {
-    auto output = as_type<T>(before);
+    auto output = simt::narrowed<T>(before);
     const GroupedGradient<T> args{shape.groups(), shape.depth,   shape.num_columns, left.sorted(),
                                   right.sorted(), output.data(), group_stride,      row_stride};
     const WideOperands wide{is_wide(left.values.data(), {left.stride, shape.depth}),
@@ -255,7 +239,7 @@ void check_gradient(const Shape& shape, bool left_gathered) {
                    grouped_gradient<Tile, T>, args, wide);
     return output;
   });
-  CHECK(as_floats(actual) == rounded<T>(expected));
+  CHECK(simt::widened(actual) == rounded<T>(expected));
 }
 
 template <typename Tile, typename T>

@@ -22,18 +22,20 @@ inline std::vector<float> whole_numbers(size_t count, uint32_t seed) {
   return numbers;
 }
 
-template <typename T>
-std::vector<T> narrowed(const std::vector<float>& numbers) {
+template <typename T, typename Number>
+std::vector<T> narrowed(const std::vector<Number>& numbers) {
   // As long as it is and no longer: AddressSanitizer does not see the spare capacity of a vector.
   std::vector<T> result(numbers.size());
-  std::transform(numbers.begin(), numbers.end(), result.begin(), [](float x) { return device::narrow<T>(x); });
+  std::transform(numbers.begin(), numbers.end(), result.begin(),
+                 [](Number x) { return device::narrow<T>(static_cast<kernels::accumulate_t<T>>(x)); });
   return result;
 }
 
-template <typename T>
-std::vector<float> widened(const std::vector<T>& numbers) {
-  std::vector<float> result(numbers.size());
-  std::transform(numbers.begin(), numbers.end(), result.begin(), [](T x) { return device::widen(x); });
+template <typename Number = float, typename T>
+std::vector<Number> widened(const std::vector<T>& numbers) {
+  std::vector<Number> result(numbers.size());
+  std::transform(numbers.begin(), numbers.end(), result.begin(),
+                 [](T x) { return static_cast<Number>(device::widen(x)); });
   return result;
 }
 

@@ -24,21 +24,6 @@
 namespace torchops::kernels::routed_ffn {
 namespace {
 
-template <typename T>
-std::vector<T> as_type(const std::vector<double>& numbers) {
-  std::vector<T> result(numbers.size());
-  std::transform(numbers.begin(), numbers.end(), result.begin(),
-                 [](double x) { return device::narrow<T>(static_cast<accumulate_t<T>>(x)); });
-  return result;
-}
-
-template <typename T>
-std::vector<double> as_doubles(const std::vector<T>& numbers) {
-  std::vector<double> result(numbers.size());
-  std::transform(numbers.begin(), numbers.end(), result.begin(), [](T x) { return device::widen(x); });
-  return result;
-}
-
 // Odd multiples of 1/8, which are no zeros, and exact in every type.
 std::vector<double> eighths(int64_t count, uint32_t seed) {
   const auto whole = simt::whole_numbers(static_cast<size_t>(count), seed);
@@ -53,7 +38,7 @@ void check_close(const std::vector<T>& actual, const std::vector<double>& expect
                                : std::is_same_v<T, float>    ? 2e-6
                                : std::is_same_v<T, bfloat16> ? 0.004
                                                              : 0.0005;
-  const auto numbers = as_doubles(actual);
+  const auto numbers = simt::widened<double>(actual);
   REQUIRE(numbers.size() == expected.size());
   for (size_t i = 0; i < numbers.size(); ++i) {
     CAPTURE(i, numbers[i], expected[i]);
@@ -204,8 +189,8 @@ TEMPLATE_TEST_CASE("activate", "", KERNEL_TYPES) {
           std::transform(wide.begin(), wide.end(), result.begin(), [](A x) { return device::narrow<T>(x); });
           return result;
         }()
-                                    : as_type<T>(z);
-        z = as_doubles(narrow);
+                                    : simt::narrowed<T>(z);
+        z = simt::widened<double>(narrow);
         const int64_t stride = in_place ? shape.preactivations() : shape.size;
         std::vector<double> expected;
         for (int64_t row = 0; row < shape.num_activated(); ++row) {
@@ -277,7 +262,7 @@ TEMPLATE_TEST_CASE("activate_backward", "", KERNEL_TYPES) {
               to_hidden * shape.gate_value(z[first]) * slope([&](double x) { return shape.up_value(x); }, z[second]);
         }
       }
-      const auto narrow_z = as_type<T>(z), narrow_output = as_type<T>(to_output);
+      const auto narrow_z = simt::narrowed<T>(z), narrow_output = simt::narrowed<T>(to_output);
       const std::vector<A> wide_output(to_output.begin(), to_output.end()), plains(plain.begin(), plain.end()),
           scales(scale.begin(), scale.end());
       std::vector<T> hiddens;
@@ -286,7 +271,7 @@ TEMPLATE_TEST_CASE("activate_backward", "", KERNEL_TYPES) {
         auto rounded = narrow_output;
         hiddens = in_place ? std::vector<T>() : std::vector<T>(static_cast<size_t>(count));
         sums.assign(order.size(), A(3));
-        auto gradient = as_type<T>(std::vector<double>(z.size(), 9));
+        auto gradient = simt::narrowed<T>(std::vector<double>(z.size(), 9));
         ActivateBackward<T> args{shape.activation,
                                  shape.groups(),
                                  shape.size,
@@ -313,7 +298,7 @@ TEMPLATE_TEST_CASE("activate_backward", "", KERNEL_TYPES) {
         });
         return gradient;
       });
-      check_close(grad, as_doubles(as_type<T>(of_z)));
+      check_close(grad, simt::widened<double>(simt::narrowed<T>(of_z)));
       hiddens.resize(hidden.size());
       check_close(hiddens, hidden);
       check_close(sums, dots);
@@ -341,7 +326,7 @@ TEMPLATE_TEST_CASE("slot_sums", "", KERNEL_TYPES) {
         }
       }
       const std::vector<A> sums(rows.begin(), rows.end()), gates(gate.begin(), gate.end());
-      const auto biases = as_type<T>(bias);
+      const auto biases = simt::narrowed<T>(bias);
       check_close(simt::same_in_every_order([&] {
                     std::vector<T> output(expected.size());
                     with_width<A>(size % 4 == 0 ? 4 : 1, [&](auto width) {
@@ -377,7 +362,7 @@ TEMPLATE_TEST_CASE("slot_dots", "", KERNEL_TYPES) {
     }
   }
   const std::vector<A> sums(rows.begin(), rows.end());
-  const auto narrow_tokens = as_type<T>(tokens);
+  const auto narrow_tokens = simt::narrowed<T>(tokens);
   check_close(simt::same_in_every_order([&] {
                 std::vector<A> dots(6, A(2));
                 device::launch({device::tiles_of(6, slot_dots_warps), slot_dots_warps * device::warp_size},
