@@ -13,12 +13,11 @@ for package in ("transformers", "rich", "matplotlib"):
 
 import transformers  # noqa: E402
 
-from torchops.nn.stf_calibration import Fit  # noqa: E402
-
 from examples.common.low_rank import LowRank  # noqa: E402
 from examples.sentences import data, page, track  # noqa: E402
 from examples.sentences.encoder import SentenceEncoder  # noqa: E402
 from examples.sentences.weights import Spectra, errors_by_bytes, errors_by_numbers  # noqa: E402
+from torchops.nn.stf_calibration import Fit  # noqa: E402
 
 TOKENS = torch.tensor([[5, 9, 3, 7, 2], [8, 4, 6, 0, 0]])  # 0 is padding
 

@@ -215,8 +215,8 @@ Factorization factorize(const Target& target, int64_t basis_size, int64_t nnz, i
     return factorize_scaled(target, basis_size, nnz, num_iterations);
   }
   const auto scale = target.row_gram->diagonal().sqrt().unsqueeze(1);
-  auto factors = factorize_scaled({target.weight * scale, *target.row_gram / scale / scale.t()}, basis_size, nnz,
-                                  num_iterations);
+  auto factors =
+      factorize_scaled({target.weight * scale, *target.row_gram / scale / scale.t()}, basis_size, nnz, num_iterations);
   factors.code = factors.code / scale;
   return factors;
 }

@@ -25,14 +25,10 @@ struct Equations {
   Equations(const Target& of, const at::Tensor& basis)
       : target(of), products(of.weighed(of.weight.matmul(basis.t()))), gram(basis.matmul(basis.t())) {}
 
-  at::Tensor image(const at::Tensor& code) const {
-    return target.weighed(code.matmul(gram));
-  }
+  at::Tensor image(const at::Tensor& code) const { return target.weighed(code.matmul(gram)); }
 
   // Of each system of equations: [rows, 1] where every row is one, and one number where all are coupled.
-  at::Tensor sum(const at::Tensor& numbers) const {
-    return target.row_gram ? numbers.sum() : numbers.sum(1, true);
-  }
+  at::Tensor sum(const at::Tensor& numbers) const { return target.row_gram ? numbers.sum() : numbers.sum(1, true); }
 };
 
 // Towards least squares for a code's entries on its support, 1 or 0, by conjugate gradients. A system rests where its
@@ -48,8 +44,8 @@ at::Tensor refit(const Equations& equations, at::Tensor code, const at::Tensor& 
   for (int64_t step = 0; step < steps; ++step) {
     const auto image = equations.image(direction).mul_(support);
     const auto curvature = equations.sum(direction * image);
-    const auto moves = norm.gt(least_norm).logical_and_(
-        curvature.gt(equations.sum(direction.square()) * least_curvature));
+    const auto moves =
+        norm.gt(least_norm).logical_and_(curvature.gt(equations.sum(direction.square()) * least_curvature));
     const auto if_moving = [&](const at::Tensor& quotient) { return quotient.masked_fill(moves.logical_not(), 0); };
     const auto length = if_moving(norm / curvature);
     code = code + length * direction;
@@ -122,9 +118,8 @@ at::Tensor swapped(const Equations& equations, const at::Tensor& code, int64_t n
 }
 
 at::Tensor next_code(const Equations& equations, const at::Tensor& code, int64_t nnz) {
-  return nnz <= few_nonzeros && !equations.target.row_gram
-             ? matching_pursuit(equations.products, equations.gram, nnz)
-             : swapped(equations, code, nnz);
+  return nnz <= few_nonzeros && !equations.target.row_gram ? matching_pursuit(equations.products, equations.gram, nnz)
+                                                           : swapped(equations, code, nnz);
 }
 
 }  // namespace

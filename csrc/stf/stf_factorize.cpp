@@ -71,8 +71,8 @@ Factors stf_factorize_meta(const at::Tensor& weight, c10::SymInt basis_size, c10
 
 namespace {
 
-// X^T X of inputs X, of moderate size and with a ridge, beside its root: root root^T. Inputs that never occur, or always
-// together, would leave what is multiplied by them free.
+// X^T X of inputs X, of moderate size and with a ridge, beside its root: root root^T. Inputs that never occur, or
+// always together, would leave what is multiplied by them free.
 std::tuple<at::Tensor, at::Tensor> with_root(const char* name, const at::Tensor& gram, at::ScalarType dtype) {
   auto moderate = gram.to(dtype).contiguous();
   moderate = moderate / scale_of(moderate);

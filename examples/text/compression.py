@@ -36,7 +36,9 @@ def pack(model: nn.Module) -> None:
 
 def lower_rank(model: nn.Module, compression: float, run: Callable[[], Any]) -> nn.Module:
     """Every linear layer becomes one of low rank."""
-    return lower_rank_(model, lambda _, linear: max(1, int(linear.weight.numel() / compression / sum(linear.weight.shape))), run)
+    return lower_rank_(
+        model, lambda _, linear: max(1, int(linear.weight.numel() / compression / sum(linear.weight.shape))), run
+    )
 
 
 def num_bytes(model: nn.Module) -> int:

@@ -30,9 +30,10 @@ class Seen:
     def is_(self, value: Any) -> bool:
         if not isinstance(value, Tensor):
             return type(value) is type(self._value) and value == self._value
-        if not isinstance(self._value, weakref.ref) or self._value() is not value:
+        tensor = self._value() if isinstance(self._value, weakref.ref) else None
+        if tensor is None or tensor is not value:
             return False
-        return torch.equal(self._state, value) if isinstance(self._state, Tensor) else self._state == value._version
+        return bool(torch.equal(self._state, tensor) if tensor.is_inference() else self._state == tensor._version)
 
 
 @dataclass
@@ -158,13 +159,15 @@ class Plan:
                 stage.block = None
         for block, flows in self._all_flows.items():
             flow = flows[0] if flows else None
-            alike = flow is not None and all(other == flow for other in flows)
-            if alike and block not in self._not_alone and len(flows) == self._block_calls.get(flow.source):
+            if flow is None or block in self._not_alone or len(flows) != self._block_calls.get(flow.source):
+                continue
+            if all(other == flow for other in flows):
                 self.flows[block] = flow
 
     def num_calls(self, stage: Stage) -> int:
         """How often a run of the stage's block calls its layers, 0 where that differs."""
-        per_run = {self.calls[layer] / self._block_calls.get(stage.block, 1) for layer in stage.layers}
+        runs = 1 if stage.block is None else self._block_calls[stage.block]
+        per_run = {self.calls[layer] / runs for layer in stage.layers}
         return int(per_run.pop()) if len(per_run) == 1 else 0
 
     def _look(self, layer: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
@@ -173,7 +176,12 @@ class Plan:
             self._not_alone.add(block)
         if layer not in self.calls:
             stage = self.stages[-1] if self.stages else None
-            if stage is not None and stage.block is block and self._last_input is not None and self._last_input.is_(input):
+            if (
+                stage is not None
+                and stage.block is block
+                and self._last_input is not None
+                and self._last_input.is_(input)
+            ):
                 stage.layers.append(layer)
             else:
                 self.stages.append(Stage([layer], block))

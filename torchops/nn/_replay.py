@@ -15,7 +15,7 @@ from .stf_calibration import Moments
 __all__: List[str] = []  # for factorize_ alone
 
 
-class _SeenAll(Exception):
+class _SeenAllError(Exception):
     """Ends the run of a block."""
 
 
@@ -57,7 +57,9 @@ class Replay:
 
     def _moments(self, stage: Stage, changed: bool) -> Moments:
         moments = Moments()
-        calls: List[Any] = [(None, None)] if stage.block is None else list(zip(self._dense_calls, self._calls, strict=True))
+        calls: List[Any] = (
+            [(None, None)] if stage.block is None else list(zip(self._dense_calls, self._calls, strict=True))
+        )
         for dense_call, call in calls:
             inputs, outputs = self._look(stage, dense_call, False)
             if not changed:
@@ -83,12 +85,12 @@ class Replay:
                 inputs.append(tokens_of(first_argument(args, kwargs), current_padding()))
             outputs[layer].append(tokens_of(output, current_padding()))
             if ends and len(outputs) == len(stage.layers):
-                raise _SeenAll
+                raise _SeenAllError
 
         # Before hooks that change what the layer returned.
         hooks = [layer.register_forward_hook(look, with_kwargs=True, prepend=True) for layer in stage.layers]
         try:
-            with self._having(changed), suppress(_SeenAll):
+            with self._having(changed), suppress(_SeenAllError):
                 if call is None:
                     self._run()
                 else:

@@ -200,7 +200,7 @@ class STFLinear(nn.Module):
                 then the error of its outputs, not that of its weight, and the bias takes the mean error.
             sparse_side: "output" or "input"; None for that of the larger of the layer's features.
             num_iterations: of stf_factorize.
-            stored_dtype: for which bytes are counted, None for the weight's. Masks weigh more beside numbers of 16 bits.
+            stored_dtype: for which bytes are counted, None for the weight's. Masks weigh more beside 16-bit numbers.
 
         Raises:
             ValueError: no factors are that small, or calibration is of another size, without rows or not finite.
@@ -264,8 +264,8 @@ class STFLinear(nn.Module):
         assert layer.values is not None
         for factor in (layer.basis, layer.values):
             factor.requires_grad_(linear.weight.requires_grad)
-        if layer.bias is not None:
-            bias = linear.bias if fit is None else fit.bias(linear, layer.dense_weight().to(wide.dtype))
+        bias = linear.bias if fit is None else fit.bias(linear, layer.dense_weight().to(wide.dtype))
+        if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer

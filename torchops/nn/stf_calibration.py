@@ -13,8 +13,8 @@ __all__: List[str] = []  # for STFLinear and factorize_ alone
 class Fit(NamedTuple):
     """What a factored layer is fitted to, in at least float32.
 
-    The layer gets inputs X, [n, in] and should compute Y, [n, out], which is X W^T + bias where the dense layer got the
-    same inputs. Where the bias takes the mean error, X and Y are the differences to their means, else Y is without bias.
+    The layer gets inputs X, [n, in], and should compute Y, [n, out], which is X W^T + bias where the dense layer got
+    the same inputs. Where the bias takes the mean error, X and Y are relative to their means, else Y is without bias.
     """
 
     gram: Tensor  # X^T X [in, in]

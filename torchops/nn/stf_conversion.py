@@ -30,9 +30,9 @@ def factorize_(
 
     All or nothing: layers are replaced when all of them have been factored, and an error leaves the model as it
     was. transformers' ``Conv1D`` (GPT-2's linear layer) is factored, too. A layer that stands in several places
-    stays one layer. A new layer has the old one's device, dtype, mode and hooks, and is frozen where the old weight was.
-    Its bias is the same parameter; with a calibration it is a new one that takes the mean error, unless other modules
-    hold it, too. Make optimizers afterwards: weights are other parameters now.
+    stays one layer. A new layer has the old one's device, dtype, mode and hooks, and is frozen where the old weight
+    was. Its bias is the same parameter; with a calibration it is a new one that takes the mean error, unless other
+    modules hold it, too. Make optimizers afterwards: weights are other parameters now.
 
     Stay dense, and stand in the report as such: layers whose weight another module holds as well (a language model's
     head on its embedding), and subclasses of ``nn.Linear`` (what is inside ``nn.MultiheadAttention``, for one).
@@ -89,7 +89,8 @@ def factorize_(
                 f"factorize_: expected calibration to run every layer to factor, got none of {', '.join(missed)}: let"
                 f" it run them, or add skip={missed}"
             )
-    in_order, fits = candidates.layers, repeat(None)
+    in_order = candidates.layers
+    fits: Iterator[Optional[Fit]] = repeat(None)
     if replay is not None:
         in_order = {layer: candidates.layers[layer] for stage in replay.plan.stages for layer in stage.layers}
         fits = _fits(replay, owners_of(model))
