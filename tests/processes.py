@@ -1,4 +1,4 @@
-"""Processes under torch.distributed on the CPU, with gloo, which run all tests of a file: starting them takes longer."""
+"""Processes under torch.distributed on the CPU, with gloo. They run all tests of a file: starting takes longer."""
 
 from collections.abc import Callable, Iterable
 from datetime import timedelta

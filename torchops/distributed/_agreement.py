@@ -86,6 +86,6 @@ def described(tensors: Mapping[str, Optional[Tensor]], of_rows: Container[str] =
 def lowered(tensor: Tensor) -> Tensor:
     """As autocast hands it to an operator that it lowers: what is sent is sent in that dtype."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

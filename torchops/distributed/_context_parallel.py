@@ -92,12 +92,12 @@ class ContextParallelAttention(torch.autograd.Function):
                 )
                 if grad_query is not None:
                     _queries_of(part, grad_query).add_(of_query)
-                for sum, number in zip(of_pieces[part.piece], wanted):
+                for sum, number in zip(of_pieces[part.piece], wanted, strict=True):
                     rows = _keys_of(part, sum)
                     rows.add_(of_part[number].view_as(rows))
             of_keys.add(distance, of_pieces)
         gradients: List[Optional[Tensor]] = [None, None, None]
-        for number, gradient in zip(wanted, of_keys.result()):
+        for number, gradient in zip(wanted, of_keys.result(), strict=True):
             gradients[number] = gradient if number < 2 else gradient[:, 0, :, 0]
         grad_sink = None
         if needs_sink:

@@ -5,7 +5,7 @@ Intervals of positions are Python ranges.
 
 import functools
 from dataclasses import dataclass
-from typing import List, NamedTuple, Tuple
+from typing import Iterable, List, NamedTuple, Tuple
 
 
 class Span(NamedTuple):
@@ -44,7 +44,7 @@ class Span(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Keys of one slice, by position, and where the first of them lies in its owner's tensor."""
+    """Consecutive keys of one slice, by position, and where the first of them lies in its owner's tensor."""
 
     keys: range
     offset: int
@@ -58,6 +58,17 @@ class Part(NamedTuple):
     keys: range  # positions
     piece: int  # which one
     piece_offset: int  # of the first key in it
+
+
+def union(intervals: Iterable[range]) -> List[range]:
+    """In ascending order, none of which touches another."""
+    joined: List[range] = []
+    for interval in sorted((interval for interval in intervals if interval), key=lambda interval: interval.start):
+        if joined and interval.start <= joined[-1].stop:
+            joined[-1] = range(joined[-1].start, max(joined[-1].stop, interval.stop))
+        else:
+            joined.append(interval)
+    return joined
 
 
 def slice_numbers(rank: int, world_size: int, zigzag: bool) -> Tuple[int, ...]:
@@ -87,13 +98,10 @@ class Layout:
         return self.slices(rank, self.num_queries, self.num_keys - self.num_queries)
 
     def seen(self, reader: int, owner: int) -> List[Piece]:
-        """The keys of the owner that the reader sees. Where two slices of the reader see keys of one slice, also those
-        between."""
+        """The keys of the owner that the reader sees."""
         pieces = []
         for number, held in enumerate(self.slices(owner, self.num_keys)):
-            seen = [keys for queries in self.queries(reader) if (keys := self.span.keys(queries, held))]
-            if seen:
-                keys = range(min(keys.start for keys in seen), max(keys.stop for keys in seen))
+            for keys in union(self.span.keys(queries, held) for queries in self.queries(reader)):
                 pieces.append(Piece(keys, number * len(held) + keys.start - held.start))
         return pieces
 
@@ -118,9 +126,7 @@ def rounds(layout: Layout) -> Tuple[int, ...]:
     """
     ranks, whole = range(layout.world_size), range(layout.num_keys)
     distances = {0}
-    owner_of = {
-        number: rank for rank in ranks for number in slice_numbers(rank, layout.world_size, layout.zigzag)
-    }
+    owner_of = {number: rank for rank in ranks for number in slice_numbers(rank, layout.world_size, layout.zigzag)}
     size = max(layout.num_keys // len(owner_of), 1)
     for reader in ranks:
         for queries in layout.queries(reader):

@@ -59,9 +59,7 @@ def _cut(tensors: Sequence[Tensor], pieces: List[Piece]) -> List[List[Tensor]]:
 
 
 def _buffers(like: Sequence[Tensor], pieces: List[Piece]) -> List[List[Tensor]]:
-    return [
-        [tensor.new_empty(*tensor.shape[:2], len(keys), tensor.shape[3]) for tensor in like] for keys, _ in pieces
-    ]
+    return [[tensor.new_empty(*tensor.shape[:2], len(keys), tensor.shape[3]) for tensor in like] for keys, _ in pieces]
 
 
 def rotate(ring: Ring, tensors: Sequence[Tensor]) -> Iterator[Tuple[int, List[List[Tensor]]]]:
@@ -111,7 +109,7 @@ class GradientsOfKeys:
             self._finish()
             reader, owner = self.ring.reader(distance), self.ring.owner(distance)
             outgoing = [
-                [gradient.to(tensor.dtype) for gradient, tensor in zip(of_piece, self.tensors)]
+                [gradient.to(tensor.dtype) for gradient, tensor in zip(of_piece, self.tensors, strict=True)]
                 for of_piece in gradients
             ]
             incoming = _buffers(self.tensors, self.ring.layout.seen(reader, self.ring.rank))
@@ -119,7 +117,7 @@ class GradientsOfKeys:
 
     def result(self) -> List[Tensor]:
         self._finish()
-        return [sum.to(tensor.dtype) for sum, tensor in zip(self.sums, self.tensors)]
+        return [sum.to(tensor.dtype) for sum, tensor in zip(self.sums, self.tensors, strict=True)]
 
     def _finish(self) -> None:
         if self.transfer is not None:
@@ -128,6 +126,6 @@ class GradientsOfKeys:
 
     def _add_to_sums(self, reader: int, gradients: List[List[Tensor]]) -> None:
         seen = self.ring.layout.seen(reader, self.ring.rank)
-        for rows, of_piece in zip(_cut(self.sums, seen), gradients):
-            for row, gradient in zip(rows, of_piece):
+        for rows, of_piece in zip(_cut(self.sums, seen), gradients, strict=True):
+            for row, gradient in zip(rows, of_piece, strict=True):
                 row.add_(gradient)

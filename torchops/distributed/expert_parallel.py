@@ -1,7 +1,7 @@
 """Routed feed-forward layers whose blocks, or experts, are dealt to ranks.
 
 Two schemes. Where ranks have different tokens, each token is sent once to every rank that has a block for it, with its
-gates, and one row comes back from each: the sum over that rank's blocks. Where all ranks have the same tokens, each rank
+gates, and one row comes back from each: the sum over that rank's blocks. Where all ranks have the same tokens, each
 computes its own blocks of all of them, and the results are added up by one all_reduce.
 """
 
@@ -47,8 +47,8 @@ def routed_ffn(
 
     Equal to the operator with all weights in one process but for rounding, and the same bits from run to run.
     Differentiable in everything that the operator is differentiable in; every rank must go through the backward, one
-    without tokens too. Weights of blocks get the gradient of all ranks' tokens; those that all ranks share (b2 [d], LoRA
-    factors [1, ...]) that of what this rank computed, like a router's.
+    without tokens too. Weights of blocks get the gradient of all ranks' tokens; those that all ranks share (b2 [d],
+    LoRA factors [1, ...]) that of what this rank computed, like a router's.
 
     Args:
         input, index, gate: this rank's tokens [..., d], any number of them, and their choices [..., k] among all G

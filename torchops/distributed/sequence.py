@@ -12,9 +12,7 @@ from ._layout import slice_numbers
 __all__ = ["gather_sequence", "shard_sequence"]
 
 
-def shard_sequence(
-    input: Tensor, dim: int, zigzag: bool = False, group: Optional[dist.ProcessGroup] = None
-) -> Tensor:
+def shard_sequence(input: Tensor, dim: int, zigzag: bool = False, group: Optional[dist.ProcessGroup] = None) -> Tensor:
     """This rank's slice of a sequence that every rank has, or its two slices.
 
     Of n ranks, rank r gets the r-th of n slices. With ``zigzag`` it gets slices r and 2n - 1 - r of 2n, one behind the
@@ -51,9 +49,7 @@ def shard_sequence(
     return torch.cat([input.narrow(dim, number * size, size) for number in numbers], dim)
 
 
-def gather_sequence(
-    input: Tensor, dim: int, zigzag: bool = False, group: Optional[dist.ProcessGroup] = None
-) -> Tensor:
+def gather_sequence(input: Tensor, dim: int, zigzag: bool = False, group: Optional[dist.ProcessGroup] = None) -> Tensor:
     """The whole sequence from the slices that :func:`shard_sequence` made; for looking at, it has no gradient.
 
     Args:
@@ -83,6 +79,8 @@ def gather_sequence(
     slices = {
         number: piece
         for rank, of_rank in enumerate(of_ranks)
-        for number, piece in zip(slice_numbers(rank, world_size, zigzag), of_rank.chunk(slices_of_rank, dim))
+        for number, piece in zip(
+            slice_numbers(rank, world_size, zigzag), of_rank.chunk(slices_of_rank, dim), strict=True
+        )
     }
     return torch.cat([slices[number] for number in range(len(slices))], dim)
