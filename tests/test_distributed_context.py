@@ -395,6 +395,19 @@ def a_rank_that_does_not_call(rank: int) -> None:
     dist.barrier()
 
 
+def compiled(rank: int) -> None:
+    """The function ends a graph, and another one begins behind it."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return span_attention(2 * query, key, value, is_causal=True) + 1
+
+    slices = [tensor.requires_grad_() for tensor in torch.randn(3, 1, 2, 8, 4)]
+    expected, result = attend(*slices), torch.compile(attend, backend="aot_eager")(*slices)
+    assert torch.equal(result, expected)
+    gradients = (torch.autograd.grad(output.square().sum(), slices) for output in (expected, result))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def dies(rank: int) -> None:
     query, key, value = torch.randn(3, 1, 2, 8, 4)
     span_attention(query, key, value)
@@ -405,5 +418,5 @@ def dies(rank: int) -> None:
     os._exit(0)
 
 
-def test_a_rank_that_dies(tmp_path: Path) -> None:
-    run_in_processes(2, [dies], tmp_path)
+def test_in_two_processes(tmp_path: Path) -> None:
+    run_in_processes(2, [compiled, dies], tmp_path)

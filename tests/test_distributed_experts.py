@@ -1,5 +1,6 @@
 """Feed-forward layers whose blocks several processes share: four on the CPU, with gloo, and two pairs of them."""
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -185,6 +186,33 @@ def under_autocast(rank: int) -> None:
         torch.testing.assert_close(result, expected, rtol=0.03, atol=0.1)
         rows_sent = 0 if replicated else of_all_ranks(rows_to_others(rows["index"], rank))
         assert of_all_ranks(sent.bytes) == rows_sent * (2 * DIM * 2 + SLOTS * (4 + 4))
+
+
+@in_four_processes
+def modules(rank: int) -> None:
+    """Every rank has its tokens' rows of what one process computes, and its blocks' gradients."""
+    for replicated in (False, True):
+        torch.manual_seed(0)
+        whole = torchops.nn.RoutedFFN(DIM, 8 * UNITS, num_blocks=BLOCKS, top_k=2, gated=True, lora_rank=2)
+        for factor in (whole.lora_b1, whole.lora_b2):
+            torch.nn.init.normal_(factor)
+        mine = torchops.distributed.ExpertParallelFFN(copy.deepcopy(whole), replicated)
+        input = torch.randn(4 * 5, DIM)
+        expected = whole(input)
+        expected.square().sum().backward()
+        rows = slice(None) if replicated else slice(5 * rank, 5 * rank + 5)
+        output = mine(input[rows])
+        (output.square().sum() + torchops.nn.balance_loss(mine)).backward()
+        torch.testing.assert_close(output, expected[rows])
+        for name, parameter in mine.layer.named_parameters():
+            of_one_process = whole.get_parameter(name)
+            assert parameter.requires_grad == of_one_process.requires_grad
+            if name in ("lora_b1", "lora_a2"):
+                torch.testing.assert_close(
+                    parameter.grad, blocks_of(of_one_process.grad, groups()[1]), rtol=1e-4, atol=1e-4
+                )
+    with pytest.raises(ValueError, match="expected layer to have a multiple of 4 blocks, got 6"):
+        torchops.distributed.ExpertParallelFFN(torchops.nn.RoutedFFN(DIM, 12, num_blocks=6))
 
 
 # ---- what is sent -----------------------------------------------------------------------------

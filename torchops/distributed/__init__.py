@@ -4,5 +4,6 @@
 """
 
 from .context_parallel import *  # noqa: F403
+from .expert_modules import *  # noqa: F403
 from .expert_parallel import *  # noqa: F403
 from .sequence import *  # noqa: F403

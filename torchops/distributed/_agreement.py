@@ -1,14 +1,30 @@
 """That all ranks of a group call a function alike: what differs is an error on every one of them."""
 
-from typing import Any, Callable, Container, Dict, Mapping, Optional, Set, Tuple
+import functools
+from typing import Any, Callable, Container, Dict, Mapping, Optional, Set, Tuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 # By group, the configurations that all of its ranks have agreed on.
 _agreed: "WeakKeyDictionary[dist.ProcessGroup, Set[str]]" = WeakKeyDictionary()
+
+
+def outside_graphs(function: Function) -> Function:
+    """A graph of torch.compile has no place for messages between two ranks, nor for numbers that all have agreed on: it
+    ends before the function and another begins behind it."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        # Not as a decorator, which would import the compiler with this package.
+        called = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return called(*args, **kwargs)
+
+    return cast(Function, wrapper)
 
 
 def members(name: str, group: Optional[dist.ProcessGroup]) -> Tuple[dist.ProcessGroup, int, int]:
@@ -16,7 +32,9 @@ def members(name: str, group: Optional[dist.ProcessGroup]) -> Tuple[dist.Process
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"{name}: expected group to have this process, got one without rank {dist.get_rank()}")
-    return group or dist.group.WORLD, rank, dist.get_world_size(group)
+    group = dist.group.WORLD if group is None else group
+    assert group is not None  # get_rank has raised where there is no default one
+    return group, rank, dist.get_world_size(group)
 
 
 def agree(name: str, group: dist.ProcessGroup, configuration: Dict[str, Any], check: Callable[[], None]) -> None:

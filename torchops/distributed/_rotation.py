@@ -1,6 +1,5 @@
 """Keys that travel between ranks while attention to others is computed, and their gradients, which travel back."""
 
-import itertools
 from dataclasses import dataclass
 from typing import Iterator, List, Optional, Sequence, Tuple
 
@@ -79,8 +78,9 @@ def rotate(ring: Ring, tensors: Sequence[Tensor]) -> Iterator[Tuple[int, List[Li
         return Transfer(ring, outgoing, reader, _buffers(tensors, layout.seen(rank, owner)), owner)
 
     pieces = _cut(tensors, layout.seen(rank, rank))
-    for distance, following in itertools.pairwise([*rounds(layout), None]):
-        transfer = None if following is None else fetch(following)
+    distances = rounds(layout)
+    for number, distance in enumerate(distances, start=1):
+        transfer = fetch(distances[number]) if number < len(distances) else None
         yield distance, pieces
         if transfer is not None:
             pieces = transfer.wait()

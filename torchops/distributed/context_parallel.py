@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._namespace import operators
-from ._agreement import agree, check_without_data, described, lowered, members
+from ._agreement import agree, check_without_data, described, lowered, members, outside_graphs
 from ._context_parallel import ContextParallelAttention
 from ._layout import Layout, Span, rounds
 from ._rotation import Ring
@@ -21,6 +21,7 @@ from ._rotation import Ring
 __all__ = ["sent_keys", "span_attention"]
 
 
+@outside_graphs
 def span_attention(
     query: Tensor,
     key: Tensor,

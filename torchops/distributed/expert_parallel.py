@@ -10,14 +10,16 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from .._namespace import operators
-from ._agreement import agree, check_without_data, described, lowered, members
+from ._agreement import agree, check_without_data, described, lowered, members, outside_graphs
 
 __all__ = ["routed_ffn"]
 
 
+@outside_graphs
 def routed_ffn(
     input: Tensor,
     index: Tensor,
@@ -181,6 +183,7 @@ class _Replicated(torch.autograd.Function):
         return input.view_as(input)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Tuple[Tensor, None]:
         gradient = grad_output.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
@@ -197,5 +200,6 @@ class _SumOfRanks(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Tuple[Tensor, None]:
         return grad_output, None
