@@ -146,6 +146,16 @@ def only_what_is_given(rank: int) -> None:
 
 
 @in_four_processes
+def scores_of_any_size(rank: int) -> None:
+    """Far below zero in one row, and in the other one all keys are hidden."""
+    whole = inputs(torch.float64)
+    whole["key_bias"] = torch.stack([whole["key_bias"][1] - 1e5, torch.full((LENGTH,), -torch.inf).double()])
+    del whole["sink"]
+    for zigzag in (False, True):
+        compare(whole, groups()[1], zigzag, CAUSAL, rtol=1e-8, atol=1e-8)
+
+
+@in_four_processes
 def only_gradients_that_are_asked_for(rank: int) -> None:
     slices = {name: shard(name, tensor, False, groups()[1]) for name, tensor in inputs(torch.float64).items()}
     grad_output = slices.pop("grad_output")

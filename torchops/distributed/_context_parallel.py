@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._namespace import operators
-from ._layout import Part
+from ._layout import Part, parts
 from ._merging import PartialAttention, accumulated_zeros
 from ._rotation import GradientsOfKeys, Ring, rotate
 
@@ -57,7 +57,7 @@ class ContextParallelAttention(torch.autograd.Function):
         options = {**ring.layout.span._asdict(), "scale": scale}
         whole = PartialAttention(query, value.shape[3], sink)
         for distance, pieces in rotate(ring, _with_keys(key, value, key_bias)):
-            for part in ring.layout.parts(ring.rank, ring.owner(distance)):
+            for part in parts(ring.layout, ring.rank, ring.owner(distance)):
                 output, _, normalizer = operators._span_attention_forward(
                     _queries_of(part, query), **_operands(part, pieces[part.piece]), **options
                 )
@@ -78,7 +78,7 @@ class ContextParallelAttention(torch.autograd.Function):
         of_keys = GradientsOfKeys(ctx.ring, [with_keys[number] for number in wanted])
         for distance, pieces in rotate(ctx.ring, with_keys) if needs_query or wanted else ():
             of_pieces = [[accumulated_zeros(piece[number]) for number in wanted] for piece in pieces]
-            for part in ctx.ring.layout.parts(ctx.ring.rank, ctx.ring.owner(distance)):
+            for part in parts(ctx.ring.layout, ctx.ring.rank, ctx.ring.owner(distance)):
                 # Output and normalizer are those of all keys, which makes a part's probabilities those of the whole.
                 of_query, *of_part = operators._span_attention_backward(
                     _queries_of(part, grad_output),

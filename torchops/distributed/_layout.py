@@ -97,25 +97,29 @@ class Layout:
     def queries(self, rank: int) -> List[range]:
         return self.slices(rank, self.num_queries, self.num_keys - self.num_queries)
 
-    def seen(self, reader: int, owner: int) -> List[Piece]:
-        """The keys of the owner that the reader sees."""
-        pieces = []
-        for number, held in enumerate(self.slices(owner, self.num_keys)):
-            for keys in union(self.span.keys(queries, held) for queries in self.queries(reader)):
-                pieces.append(Piece(keys, number * len(held) + keys.start - held.start))
-        return pieces
 
-    def parts(self, reader: int, owner: int) -> List[Part]:
-        """What the reader computes with these keys."""
-        parts = []
-        for number, queries in enumerate(self.queries(reader)):
-            for piece, (held, _) in enumerate(self.seen(reader, owner)):
-                keys = self.span.keys(queries, held)
-                rows = self.span.queries(keys, queries)
-                if rows:
-                    offset = number * len(queries) + rows.start - queries.start
-                    parts.append(Part(rows, offset, keys, piece, keys.start - held.start))
-        return parts
+@functools.lru_cache(maxsize=1 << 14)
+def seen(layout: Layout, reader: int, owner: int) -> Tuple[Piece, ...]:
+    """The keys of the owner that the reader sees."""
+    pieces = []
+    for number, held in enumerate(layout.slices(owner, layout.num_keys)):
+        for keys in union(layout.span.keys(queries, held) for queries in layout.queries(reader)):
+            pieces.append(Piece(keys, number * len(held) + keys.start - held.start))
+    return tuple(pieces)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def parts(layout: Layout, reader: int, owner: int) -> Tuple[Part, ...]:
+    """What the reader computes with the keys that it sees."""
+    found = []
+    for number, queries in enumerate(layout.queries(reader)):
+        for piece, (held, _) in enumerate(seen(layout, reader, owner)):
+            keys = layout.span.keys(queries, held)
+            rows = layout.span.queries(keys, queries)
+            if rows:
+                offset = number * len(queries) + rows.start - queries.start
+                found.append(Part(rows, offset, keys, piece, keys.start - held.start))
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=256)

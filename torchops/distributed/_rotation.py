@@ -6,7 +6,7 @@ from typing import Iterator, List, Optional, Sequence, Tuple
 import torch.distributed as dist
 from torch import Tensor
 
-from ._layout import Layout, Piece, rounds
+from ._layout import Layout, Piece, rounds, seen
 from ._merging import accumulated_zeros
 
 
@@ -53,11 +53,11 @@ class Transfer:
         return self.incoming
 
 
-def _cut(tensors: Sequence[Tensor], pieces: List[Piece]) -> List[List[Tensor]]:
+def _cut(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> List[List[Tensor]]:
     return [[tensor.narrow(2, offset, len(keys)) for tensor in tensors] for keys, offset in pieces]
 
 
-def _buffers(like: Sequence[Tensor], pieces: List[Piece]) -> List[List[Tensor]]:
+def _buffers(like: Sequence[Tensor], pieces: Sequence[Piece]) -> List[List[Tensor]]:
     return [[tensor.new_empty(*tensor.shape[:2], len(keys), tensor.shape[3]) for tensor in like] for keys, _ in pieces]
 
 
@@ -73,11 +73,10 @@ def rotate(ring: Ring, tensors: Sequence[Tensor]) -> Iterator[Tuple[int, List[Li
 
     def fetch(distance: int) -> Transfer:
         reader, owner = ring.reader(distance), ring.owner(distance)
-        seen = _cut(tensors, layout.seen(reader, rank))
-        outgoing = [[tensor.contiguous() for tensor in piece] for piece in seen]
-        return Transfer(ring, outgoing, reader, _buffers(tensors, layout.seen(rank, owner)), owner)
+        outgoing = [[tensor.contiguous() for tensor in piece] for piece in _cut(tensors, seen(layout, reader, rank))]
+        return Transfer(ring, outgoing, reader, _buffers(tensors, seen(layout, rank, owner)), owner)
 
-    pieces = _cut(tensors, layout.seen(rank, rank))
+    pieces = _cut(tensors, seen(layout, rank, rank))
     distances = rounds(layout)
     for number, distance in enumerate(distances, start=1):
         transfer = fetch(distances[number]) if number < len(distances) else None
@@ -112,7 +111,7 @@ class GradientsOfKeys:
                 [gradient.to(tensor.dtype) for gradient, tensor in zip(of_piece, self.tensors, strict=True)]
                 for of_piece in gradients
             ]
-            incoming = _buffers(self.tensors, self.ring.layout.seen(reader, self.ring.rank))
+            incoming = _buffers(self.tensors, seen(self.ring.layout, reader, self.ring.rank))
             self.reader, self.transfer = reader, Transfer(self.ring, outgoing, owner, incoming, reader)
 
     def result(self) -> List[Tensor]:
@@ -125,7 +124,7 @@ class GradientsOfKeys:
             self.transfer = None
 
     def _add_to_sums(self, reader: int, gradients: List[List[Tensor]]) -> None:
-        seen = self.ring.layout.seen(reader, self.ring.rank)
-        for rows, of_piece in zip(_cut(self.sums, seen), gradients, strict=True):
+        rows_of_pieces = _cut(self.sums, seen(self.ring.layout, reader, self.ring.rank))
+        for rows, of_piece in zip(rows_of_pieces, gradients, strict=True):
             for row, gradient in zip(rows, of_piece, strict=True):
                 row.add_(gradient)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._namespace import operators
 from ._agreement import agree, check_without_data, described, lowered, members, outside_graphs
 from ._context_parallel import ContextParallelAttention
-from ._layout import Layout, Span, rounds
+from ._layout import Layout, Span, rounds, seen
 from ._rotation import Ring
 
 __all__ = ["sent_keys", "span_attention"]
@@ -134,5 +134,5 @@ def sent_keys(
     for distance in rounds(layout)[1:]:
         for owner in range(world_size):
             reader = (owner + distance) % world_size
-            sent[owner, reader] = sum(len(keys) for keys, _ in layout.seen(reader, owner))
+            sent[owner, reader] = sum(len(keys) for keys, _ in seen(layout, reader, owner))
     return sent
