@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ProcessTest, needs_gloo, run_in_processes
+from processes import ProcessTest, groups, needs_gloo, run_in_processes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,12 +28,6 @@ def test_in_four_processes(tmp_path: Path) -> None:
 def in_four_processes(test: ProcessTest) -> ProcessTest:
     TESTS.append(test)
     return test
-
-
-@functools.cache
-def groups() -> list[dist.ProcessGroup]:
-    """This process's pair, in which ranks are others than in the whole group for two of them, and all four."""
-    return [dist.new_subgroups(group_size=2)[0], dist.group.WORLD]
 
 
 BLOCKS, DIM, UNITS, SLOTS = 8, 6, 5, 3

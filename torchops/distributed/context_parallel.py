@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._namespace import operators
-from ._agreement import agree, check_without_data, described, lowered, members, outside_graphs
+from ._calls import agree, check_without_data, described, lowered, members, outside_graphs
 from ._context_parallel import ContextParallelAttention
 from ._layout import Layout, Span, rounds, seen
 from ._rotation import Ring

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..nn.routed_ffn import RoutedFFN
-from ._agreement import members
+from ._calls import members
 from .expert_parallel import routed_ffn
 
 __all__ = ["ExpertParallelFFN"]

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from .._namespace import operators
-from ._agreement import agree, check_without_data, described, lowered, members, outside_graphs
+from ._calls import agree, check_without_data, described, lowered, members, outside_graphs
 
 __all__ = ["routed_ffn"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._agreement import members
+from ._calls import members
 from ._layout import slice_numbers
 
 __all__ = ["gather_sequence", "shard_sequence"]

@@ -1,4 +1,4 @@
-"""That all ranks of a group call a function alike: what differs is an error on every one of them."""
+"""What the functions of this package do alike: their group, whether all ranks call them alike, autocast and graphs."""
 
 import functools
 from typing import Any, Callable, Container, Dict, Mapping, Optional, Set, Tuple, TypeVar, cast
@@ -98,7 +98,7 @@ def described(tensors: Mapping[str, Optional[Tensor]], of_rows: Container[str] =
             entries[f"{name}'s shape"] = ["...", last] if name in of_rows else [*sizes, last]
             entries[f"{name}'s dtype"] = tensor.dtype
             entries[f"{name}'s device"] = tensor.device.type
-            entries[f"whether {name} requires a gradient"] = torch.is_grad_enabled() and tensor.requires_grad
+            entries[f"{name}'s requires_grad"] = torch.is_grad_enabled() and tensor.requires_grad
     return entries
 
 
