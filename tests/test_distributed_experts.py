@@ -66,7 +66,7 @@ def is_shared(weight: Tensor) -> bool:
 
 
 def tokens(dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """Of each of four ranks: entries that go nowhere, blocks that stand there twice, a rank without tokens."""
+    """Of each of four ranks: entries that go nowhere (2**32 is 0 in 32 bits), blocks named twice, a rank with none."""
     generator = torch.Generator().manual_seed(2)
     drawn = []
     for count in TOKENS:
@@ -74,7 +74,7 @@ def tokens(dtype: torch.dtype) -> list[dict[str, Tensor]]:
         drawn.append(
             {
                 "input": torch.randn(count, DIM, generator=generator, dtype=torch.float64).to(dtype),
-                "index": torch.where(index == BLOCKS + 1, 2**31, index),
+                "index": torch.where(index == BLOCKS + 1, 2**32, index),
                 "gate": torch.rand(count, SLOTS, generator=generator, dtype=torch.float64).to(dtype),
                 "grad_output": torch.randn(count, DIM, generator=generator, dtype=torch.float64).to(dtype),
             }
