@@ -2,39 +2,25 @@
 
 import copy
 from pathlib import Path
-from typing import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import ProcessTest, needs_gloo, run_in_processes
 from torch import nn
 
 from torchops.nn import STFLinear
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
-
-# In one process, all tests of the file: starting it takes longer than they do.
-TESTS: dict[str, Callable[[int], None]] = {}
+pytestmark = needs_gloo
+TESTS: list[ProcessTest] = []
 
 
 def test_in_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, args=(tmp_path / "store",), nprocs=2)
+    run_in_processes(2, TESTS, tmp_path)
 
 
-def work(rank: int, store: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for name, test in TESTS.items():
-        torch.manual_seed(rank)
-        try:
-            test(rank)
-        except BaseException as error:
-            raise AssertionError(f"{name}, process {rank}") from error
-    dist.destroy_process_group()
-
-
-def in_two_processes(test: Callable[[int], None]) -> Callable[[int], None]:
-    TESTS[test.__name__] = test
+def in_two_processes(test: ProcessTest) -> ProcessTest:
+    TESTS.append(test)
     return test
 
 
