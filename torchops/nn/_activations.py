@@ -46,7 +46,7 @@ def activation_of(function: Callable[[Tensor], Any]) -> Optional[Activation]:
     """None for one that is not known, or that is no function of numbers."""
     try:
         values = function(POINTS.clone())
-        alpha = alpha_of(float(function(torch.ones(1, dtype=torch.float64))))
+        alpha = alpha_of(float(function(torch.ones(1, dtype=torch.float64, device="cpu"))))
     except Exception:  # whatever a stranger raises
         return None
     for name in NAMES:
