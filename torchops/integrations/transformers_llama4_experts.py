@@ -1,7 +1,7 @@
 """The experts of Llama 4 in transformers, computed by :func:`torchops.routed_ffn`.
 
-They do not go through the interface of experts: the module around them copies the tokens for each expert, times gates of
-which all but a few are 0.
+They do not go through the interface of experts: the module around them copies the tokens for each expert, times gates
+of which all but a few are 0.
 """
 
 from typing import Any, Dict, List, Tuple
