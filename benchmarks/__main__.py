@@ -142,7 +142,7 @@ def publish(report: Report, path: Path, console: Console) -> None:
     page.write(report, findings(report), images, text)
     written = [text, *images]
     family_page = DOCS / f"{report.family}.md"
-    if published and page.insert(report, images[:-1], text, family_page):
+    if published and page.insert(report, findings(report), images[:-1], text, family_page):
         written.append(family_page)
     console.print(f"Written: {', '.join(map(str, written))}")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import torchops
 
 from .eager import routed_ffn as eager
-from .harness import FORWARD, FORWARD_BACKWARD, Contender, Options, Row, contender
+from .harness import FORWARD, FORWARD_BACKWARD, Contender, Finding, Options, Report, Row, contender
 
 NOTES = """\
 Forward is without autograd. Forward + backward is the forward pass with autograd, then the gradients of tokens, gates \
@@ -247,3 +247,18 @@ def experts_with_lora(shape: Experts, dtype: torch.dtype, device: torch.device, 
         "torchops": contender(ours, [x, *factors, gate], grad),
         "merged factors": contender(merged, [x, *factors, gate], grad, target=MERGED.get(dtype, {}).get(shape.tokens)),
     }
+
+
+# ---- findings -----------------------------------------------------------------------------------
+
+
+def findings(report: Report) -> list[Finding]:
+    rows = [row for row in report.rows if row.direction == FORWARD_BACKWARD]
+    names = list(dict.fromkeys(name for row in rows for name in row.contenders))
+    lines = [
+        [row.operation, row.shape, row.dtype]
+        + [f"{row.contenders[name].peak_extra_bytes / 1e6:.0f}" if name in row.contenders else "" for name in names]
+        for row in rows
+    ]
+    title = "Peak memory of a training step: MB that forward + backward allocates, outputs and gradients included"
+    return [Finding(title, ["operation", "shape", "dtype", *names], lines, on_family_page=True)] if lines else []

@@ -35,6 +35,8 @@ def test_cuda_floor(tmp_path: Path, record_property: Callable[[str, object], Non
             "test_tokens.py",
             "test_stf.py",
             "test_sparse_attention.py",
+            "test_sparse_attention_choice.py",
+            "test_sparse_attention_scores.py",
         )
     ]
     printed = run_pytest(

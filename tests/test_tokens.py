@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases.tokens import CASES
+from cases import ALL
 from contract import FLOATS, assert_close, cotangents, gradients_of, random, require_grad, to_double
 from torch import Tensor
 
@@ -225,7 +225,7 @@ def test_rows_of_more_than_2_to_the_31_elements(device: str) -> None:
 
 def test_matching_and_merging_launch_at_most_four_kernels() -> None:
     """Where eager ToMe has 22 and more. test_launches.py counts what the table says."""
-    launches = {case.name: case.launches for case in CASES}
+    launches = {case.name: case.launches for case in ALL}
     assert launches["bipartite_assignment"] + launches["merge_tokens"] <= 4
 
 

@@ -1,5 +1,6 @@
 """Tiny random models of transformers, and what they are given."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install transformers", exc_type=ImportError
 )
+
+from torchops.integrations.transformers import apply_span_attention  # noqa: E402
 
 VOCABULARY = 50
 SIZE = {
@@ -70,6 +73,13 @@ def make(config_name: str, model_name: str, options: dict[str, Any], implementat
         nn.init.normal_(parameter, std=0.3)  # their own start is so small that nearly nothing depends on anything
     # The eager softmax takes the smallest float64, which stands for -inf, to float32.
     return model if implementation == "eager" else model.double()
+
+
+def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """The model with its own attention, and a copy with span attention."""
+    model_name, defaults = DECODERS[name]
+    model = make(name, model_name, defaults | options, "eager" if name in EAGER else "sdpa")
+    return model, apply_span_attention(copy.deepcopy(model))
 
 
 def tokens(batch: int = 2, length: int = TOKENS) -> Tensor:

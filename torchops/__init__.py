@@ -11,6 +11,7 @@ from ._library import load as _load
 _load()
 
 # Each family's functions; everything below needs the operators to be registered.
+from . import flops as flops  # noqa: E402
 from . import nn as nn  # noqa: E402
 from . import reference as reference  # noqa: E402
 from . import utils as utils  # noqa: E402

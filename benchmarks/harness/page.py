@@ -17,15 +17,18 @@ def write(report: Report, findings: Sequence[Finding], images: Sequence[Path], p
     path.write_text("\n".join(whole(report, findings, images, path)))
 
 
-def insert(report: Report, images: Sequence[Path], whole: Path, path: Path) -> bool:
-    """Its targets and losses, images, how many rows failed, and links to the whole page and those of other machines,
-    between the two marks of a page that has them."""
+def insert(report: Report, findings: Sequence[Finding], images: Sequence[Path], whole: Path, path: Path) -> bool:
+    """Its targets and losses, images, findings for this page, how many rows failed, and links to the whole page and
+    those of other machines, between the two marks of a page that has them."""
     text = path.read_text() if path.exists() else ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         return False
     section = [f"{machine(report)}\n", *image_links(images, path), *target_table(report), *loss_list(report)]
+    for finding in findings:
+        if finding.on_family_page:
+            section += [f"{finding.title}:\n", *table(finding.header, finding.lines)]
     if report.failures:
         section.append(f"Rows that failed: {len(report.failures)}; the page of all rows says why.\n")
     others = sorted(page for page in whole.parent.glob(f"{report.family}-*.md") if page != whole)

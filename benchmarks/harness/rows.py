@@ -111,11 +111,12 @@ class Curves:
 
 @dataclass(frozen=True)
 class Finding:
-    """A table that a family makes of its figures."""
+    """A table that a family makes of its figures; whether it is also on the page of the family."""
 
     title: str
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
+    on_family_page: bool = False
 
 
 def contender(

@@ -3,6 +3,7 @@
 Importing this module makes the implementation known to transformers, under the name ``"torchops"``.
 """
 
+import sys
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
@@ -37,7 +38,8 @@ def apply_routed_experts(model: Model) -> Model:
     OLMoE, DeepSeek's, GPT-OSS and about fifty others. They compute what they compute with "eager", gradients included.
     Weights stay the model's, in their layout. Which gate a model has is found out by giving numbers to it; experts with
     another one than the operator's, or with a norm behind them, go on computing by themselves, and a warning says so
-    once.
+    once. Llama 4's, which do not go through it, are computed by the operator as well: their module becomes one of a
+    subclass, for good, and a saved copy is converted again after it is loaded.
 
     LoRA adapters of peft on experts (``target_parameters``) stay two thin factors, which are multiplied with tokens;
     the model may be a PeftModel already or become one later. Several active adapters at once are added to the weights,
@@ -52,7 +54,7 @@ def apply_routed_experts(model: Model) -> Model:
         model.
 
     Raises:
-        TypeError: no experts of the model go through the interface (Llama 4's do not), or they are quantized.
+        TypeError: no experts of the model go through the interface or are Llama 4's, or they are quantized.
 
     >>> from transformers import MixtralConfig, MixtralModel
     >>> from torchops.integrations.transformers_routed_experts import apply_routed_experts
@@ -64,12 +66,13 @@ def apply_routed_experts(model: Model) -> Model:
     whole: Any = model
     base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     experts: List[Any] = [module for module in base.modules() if is_experts(module)]
-    if not isinstance(base, PreTrainedModel) or not experts:
+    moes = llama4_moes(base)
+    if not isinstance(base, PreTrainedModel) or not (experts or moes):
         raise TypeError(
             f"{IMPLEMENTATION}: expected a model whose experts go through transformers' interface, got"
             f" {type(base).__name__}"
         )
-    for module in experts:
+    for module in (*experts, *moes.values()):
         dtype = module.down_proj.dtype
         if dtype not in DTYPES:
             raise TypeError(
@@ -77,8 +80,22 @@ def apply_routed_experts(model: Model) -> Model:
             )
     for module in experts:
         formula(module)
-    base.set_experts_implementation(IMPLEMENTATION)
+    if experts:
+        base.set_experts_implementation(IMPLEMENTATION)
+    for moe, module in moes.items():
+        from .transformers_llama4_experts import route_
+
+        route_(moe, module)
     return model
+
+
+def llama4_moes(model: nn.Module) -> Dict[Any, Any]:
+    """With their experts, where Llama 4 has been imported."""
+    if "transformers.models.llama4.modeling_llama4" not in sys.modules:
+        return {}
+    from .transformers_llama4_experts import moes_of
+
+    return moes_of(model)
 
 
 def is_experts(module: Any) -> bool:

@@ -3,14 +3,13 @@
 Importing this module is what ``from_pretrained`` needs to find factored layers.
 """
 
-from typing import Any, Dict, List, Optional, Sequence, TypeVar
+from typing import Any, List, Optional, Sequence, TypeVar
 
 from torch import nn
 
 try:
     from transformers import PreTrainedModel
-    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
+    from transformers.quantizers import register_quantization_config, register_quantizer
 except ImportError as error:
     raise ImportError("torchops.integrations.transformers_stf needs transformers: pip install transformers") from error
 
@@ -18,6 +17,7 @@ from ..nn.stf import STFLinear
 from ..nn.stf_conversion import factorize_
 from ..nn.stf_restoration import FactoredLayer, place_
 from ..nn.stf_sizes import Sizes
+from ._converted_layers import ConvertedLayersConfig, ConvertedLayersQuantizer, Layers, keep_layers
 
 __all__ = ["STFConfig", "STFQuantizer", "keep_factored"]
 
@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @register_quantization_config(METHOD)
-class STFConfig(QuantizationConfigMixin):
+class STFConfig(ConvertedLayersConfig):
     """How the linear layers of a model are factored, or were.
 
     Args:
@@ -42,64 +42,44 @@ class STFConfig(QuantizationConfigMixin):
         self,
         compression: float = 2.0,
         skip: Sequence[str] = (),
-        layers: Optional[Dict[str, Dict[str, Any]]] = None,
+        layers: Optional[Layers] = None,
         quant_method: str = METHOD,
     ) -> None:
-        self.quant_method: Any = quant_method
+        super().__init__(quant_method, layers)
         self.compression = compression
         self.skip: List[str] = list(skip)
-        self.layers = layers
 
 
 @register_quantizer(METHOD)
-class STFQuantizer(HfQuantizer):
+class STFQuantizer(ConvertedLayersQuantizer):
     """Builds factored layers before ``from_pretrained`` loads their tensors, or factors what it has loaded."""
 
     quantization_config: STFConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self.pre_quantized:
-            layers = {}
-            for name, described in (self.quantization_config.layers or {}).items():
-                sizes = {**described}
-                form, bias = sizes.pop("form"), sizes.pop("bias")
-                layers[name] = FactoredLayer(Sizes(**sizes), form, bias)
-            place_(model, layers)
-        return model
+    def build(self, model: PreTrainedModel, layers: Layers) -> None:
+        place_(model, {name: factored_layer(**description) for name, description in layers.items()})
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if not self.pre_quantized:
-            config = self.quantization_config
-            factorize_(model, config.compression, config.skip, verbose=False)
+    def convert(self, model: PreTrainedModel) -> None:
+        factorize_(model, self.quantization_config.compression, self.quantization_config.skip, verbose=False)
+
+    @staticmethod
+    def layers_of(model: nn.Module) -> Layers:
+        """In the forms that they have now."""
+        layers = {
+            name: FactoredLayer.of(module) for name, module in model.named_modules() if isinstance(module, STFLinear)
+        }
+        return {name: {**of.sizes._asdict(), "form": of.form, "bias": of.bias} for name, of in layers.items()}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        super()._process_model_after_weight_loading(model, **kwargs)
         for module in model.modules():
             if isinstance(module, STFLinear):
                 module.loaded()
-        # Unlike quantized layers, factored ones can be cast and trained.
-        setattr(model, "is_quantized", False)  # noqa: B010
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> Any:
-        """Layers may have taken another form since."""
-        self.quantization_config.layers = factored_layers(model)
-        config: Any = model.config
-        config.quantization_config = self.quantization_config
-        return super().get_state_dict_and_metadata(model)
 
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-
-def factored_layers(model: nn.Module) -> Dict[str, Dict[str, Any]]:
-    layers = {name: FactoredLayer.of(module) for name, module in model.named_modules() if isinstance(module, STFLinear)}
-    return {name: {**of.sizes._asdict(), "form": of.form, "bias": of.bias} for name, of in layers.items()}
+def factored_layer(form: str, bias: bool, **sizes: Any) -> FactoredLayer:
+    return FactoredLayer(Sizes(**sizes), form, bias)
 
 
 def keep_factored(model: Model) -> Model:
@@ -116,7 +96,7 @@ def keep_factored(model: Model) -> Model:
 
     Raises:
         TypeError: not a model of transformers.
-        ValueError: no factored layers in it.
+        ValueError: no factored layers in it, or the configuration has another quantization.
 
     >>> from tempfile import mkdtemp
     >>> from transformers import LlamaConfig, LlamaModel
@@ -131,11 +111,4 @@ def keep_factored(model: Model) -> Model:
     >>> torch.equal(again(tokens).last_hidden_state, model(tokens).last_hidden_state)
     True
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"keep_factored: expected model to be one of transformers, got a {type(model).__name__}")
-    layers = factored_layers(model)
-    if not layers:
-        raise ValueError(f"keep_factored: expected a model with factored layers, got {type(model).__name__} with none")
-    model.config.quantization_config = STFConfig(layers=layers)
-    setattr(model, "hf_quantizer", STFQuantizer(model.config.quantization_config))  # noqa: B010
-    return model
+    return keep_layers(model, "keep_factored", "factored", STFConfig, STFQuantizer)

@@ -45,8 +45,9 @@ def alpha_of(value: float) -> float:
 def activation_of(function: Callable[[Tensor], Any]) -> Optional[Activation]:
     """None for one that is not known, or that is no function of numbers."""
     try:
-        values = function(POINTS.clone())
-        alpha = alpha_of(float(function(torch.ones(1, dtype=torch.float64))))
+        with torch.device("cpu"):  # whatever the default is, the meta device among others
+            values = function(POINTS.clone())
+            alpha = alpha_of(float(function(torch.ones(1, dtype=torch.float64))))
     except Exception:  # whatever a stranger raises
         return None
     for name in NAMES:

@@ -51,14 +51,17 @@ def observed(
     model: nn.Module, modules: Iterable[nn.Module] = (), look: Callable[..., None] = lambda *_: None
 ) -> Iterator[None]:
     """Evaluation mode without gradients, in which look(module, arguments, named arguments) comes before each pass of
-    these modules. All is as before behind it."""
+    these modules, those inside of torch's own layers too. All is as before behind it."""
     were_training: List[Any] = [module for module in model.modules() if module.training]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in modules]
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for hook in hooks:
             hook.remove()
         for module in were_training:

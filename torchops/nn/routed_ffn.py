@@ -119,9 +119,7 @@ class RoutedFFN(nn.Module):
         elif getattr(router, "num_blocks", num_blocks) != num_blocks:
             raise ValueError(f"RoutedFFN: expected router to choose among {num_blocks} blocks, got {router.num_blocks}")
         self.router = router
-        if rank:
-            for name, parameter in self.named_parameters(recurse=False):
-                parameter.requires_grad_(name.startswith("lora"))
+        self.freeze_beside_lora()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,6 +130,12 @@ class RoutedFFN(nn.Module):
         for parameter in (self.w2, self.b2):
             draw(parameter, fan_in=num_blocks * units)
         self.reset_lora()
+
+    def freeze_beside_lora(self) -> None:
+        """Where there are LoRA factors, they and the router train, and nothing else."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if self.lora_a1 is not None:
+                parameter.requires_grad_(name.startswith("lora"))
 
     def reset_lora(self) -> None:
         num_blocks, dim, units = self.w2.shape

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ._calibration import evenly_spaced, observed
-from ._conversion import HOOKS, Candidates, progress, refusal, show
+from ._conversion import Candidates, progress, refusal, show
 from .routed_ffn import RoutedFFN
 from .routed_ffn_calibration import MOST_ROWS, PATTERN_ROWS
-from .routed_ffn_candidates import FeedForward, Place, find_feed_forwards
+from .routed_ffn_candidates import find_feed_forwards
+from .routed_ffn_checks import difference, orient
 from .routed_ffn_report import RoutedLayer, RoutingReport
+from .routed_ffn_structure import FeedForward, place_
 
 __all__ = ["route_ffn_"]
-
-# Relative to the largest output, of two ways to sum up the same products.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @torch.inference_mode(False)
@@ -35,9 +34,10 @@ def route_ffn_(
     """Replaces the feed-forward layers of a model by :class:`RoutedFFN` layers cut out of them (SPT).
 
     Feed-forward layers are found by what they hold: two linear layers that lead there and back with one activation
-    between them, in an ``nn.Sequential``, in one module (GPT-2's with ``Conv1D``, timm's), or in two that follow each
-    other (BERT's); or three with a gate (Llama's). The activation is known by its values. Each routed layer has
-    computed on random tokens, with all of its blocks, what the model computed there before.
+    between them, in an ``nn.Sequential``, in one module (GPT-2's with ``Conv1D``, timm's), in two that follow each
+    other (BERT's), or in a block beside its attention (BART's, OPT's, ALBERT's, ``nn.TransformerEncoderLayer``); or
+    three with a gate (Llama's). The activation is known by its values. Each routed layer has computed on random tokens,
+    with all of its blocks, what the model computed there before.
 
     All or nothing: an error leaves the model as it was. Of a layer in its own module or two, the linear layers go, and
     the module stays with its hooks, its dropout, and what it adds: the routed layer stands where the first linear layer
@@ -48,8 +48,9 @@ def route_ffn_(
     A converted model is loaded into one that was converted with the same num_blocks and lora_rank.
 
     Stay dense, and stand in the report as such: layers whose weight another module holds as well, subclasses of
-    ``nn.Linear`` and others' linear layers (quantized ones), layers with fewer hidden units than features, and modules
-    that hold something else beside a feed-forward layer.
+    ``nn.Linear`` and others' linear layers (quantized ones), layers with fewer hidden units than features, modules that
+    hold something else where a gated layer or one of two modules (BERT's) would be replaced, and blocks that do not
+    compute with tokens alone (LED's encoder, whose attention needs its mask).
 
     Args:
         model: changed in place.
@@ -73,7 +74,8 @@ def route_ffn_(
             come across, no layer at all, or layers that cannot be routed, with the skip that leaves them: whose hidden
             units num_blocks does not divide; whose weight is computed (``torch.nn.utils``), NaN, on the meta device,
             quantized or sharded; that peft adapts; that have hooks, or a forward that was replaced; that a plain list
-            or attribute of a module holds, too; or that compute something else than it seems.
+            or attribute of a module holds, too; that compute something else than it seems; or that torch copies wrong,
+            an ``nn.TransformerDecoderLayer`` whose activation is a module.
 
     Source: SPT (Gui et al., 2023).
 
@@ -87,7 +89,8 @@ def route_ffn_(
     """
     if not 1 <= top_k <= num_blocks:
         raise ValueError(f"route_ffn_: expected top_k in 1..num_blocks = {num_blocks}, got {top_k}")
-    candidates = find_feed_forwards(model, skip, num_blocks)
+    with observed(model):
+        candidates = find_feed_forwards(model, skip, num_blocks)
     inputs: Dict[FeedForward, Tensor] = {}
     if calibration is not None:
         inputs = inputs_of(model, candidates, calibration)
@@ -152,61 +155,6 @@ def inputs_of(
             f" it run them, or add skip={missed}"
         )
     return {layer: torch.cat(rows) for layer, rows in seen.items()}
-
-
-def some_tokens(layer: FeedForward) -> Tensor:
-    weight = layer.dense().first.weight
-    tokens = torch.randn(2, 8, layer.sizes()[0], generator=torch.Generator().manual_seed(0))
-    return tokens.to(weight)
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() <= TOLERANCE[other.dtype] * other.abs().max())
-
-
-def orient(layer: FeedForward) -> None:
-    """Which of two layers has the activation behind it shows when they compute."""
-    if layer.gate is None:
-        return
-    tokens, expected = some_tokens(layer), layer.whole(some_tokens(layer))
-    if not close(layer.dense().output(tokens).to(expected), expected):
-        layer.first, layer.gate = layer.gate, layer.first
-
-
-def difference(layer: FeedForward, routed: RoutedFFN) -> Optional[str]:
-    """Whether the model computes something else with all blocks of the routed layer. It is then as it was."""
-    router: Any = routed.router
-    top_k, router.top_k = router.top_k, router.num_blocks
-    tokens = some_tokens(layer)
-    try:
-        expected = layer.whole(tokens)
-        before = place_(layer, routed)
-        try:
-            same = close(layer.whole(tokens), expected)
-        finally:
-            for place, module in before:
-                place.put(module)
-    except Exception as error:  # whatever a stranger raises
-        return f"the model does not compute with a routed layer in its place: {type(error).__name__}: {error}"
-    finally:
-        router.top_k = top_k
-    return None if same else "the model computes something else here than a feed-forward layer"
-
-
-def place_(layer: FeedForward, routed: RoutedFFN) -> List[Tuple[Place, Any]]:
-    """Puts it into the model. What stood there is returned."""
-    before = [(place, place.get()) for place in (*layer.places, *layer.idle)]
-    routed.train(layer.first.training)
-    if layer.gate is not None:
-        for hooks in HOOKS:
-            setattr(routed, hooks, getattr(layer.places[0].get(), hooks))
-    for place in layer.places:
-        place.put(routed)
-    for place in layer.idle:
-        identity = nn.Identity().train(layer.first.training)
-        identity.register_parameter("weight", None)  # T5 asks for the dtype of one
-        place.put(identity)
-    return before
 
 
 def described(name: str, layer: FeedForward, routed: RoutedFFN, seen: Optional[Tensor]) -> RoutedLayer:

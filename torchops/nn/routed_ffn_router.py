@@ -94,7 +94,9 @@ class Router(nn.Module):
             "bias", nn.Parameter(torch.empty(num_blocks, device=device, dtype=dtype)) if bias else None
         )
         counted = score == "sigmoid"
-        self.register_buffer("balance_bias", torch.zeros(num_blocks, device=device) if counted else None)
+        self.register_buffer(
+            "balance_bias", torch.zeros(num_blocks, device=device, dtype=torch.float32) if counted else None
+        )
         self.balance_loss = None
         self.chosen = None
         self.reset_parameters()
