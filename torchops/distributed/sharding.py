@@ -19,6 +19,14 @@ from .sharding_rules import RULES, Arguments, Dimension, Rule
 
 __all__: List[str] = []
 
+
+class Kept(Partial):
+    """Where a tensor lies that flattens leading dimensions and is divided along another than the first of them."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(f"kept {label}")
+
+
 Labels = Tuple[str, ...]
 Placements = List[Optional[Placement]]
 Sharding = Tuple[Placements, Placements]
@@ -37,9 +45,9 @@ class Call:
         self.mesh = next(iter(self.specs.values())).mesh
         self.num_leading = max(
             (
-                len(spec.shape) + 1 - len(rule.tensors[name])
+                len(spec.shape) + 1 - len(letters)
                 for name, spec in self.specs.items()
-                if rule.tensors.get(name, "").startswith("*")
+                if (letters := self.letters(name)).startswith("*")
             ),
             default=0,
         )
@@ -49,10 +57,14 @@ class Call:
             )
         )
 
-    def labels(self, name: str) -> Labels:
-        """A letter for each dimension of a tensor, or of what it is a gradient to; "*0", "*1" for leading ones."""
+    def letters(self, name: str) -> str:
+        """Those of a tensor, or of what it is a gradient to."""
         name = name.removeprefix("grad_")
-        letters = self.rule.kept.get(name) or self.rule.tensors.get(name, "")
+        return self.rule.kept.get(name) or self.rule.tensors.get(name, "")
+
+    def labels(self, name: str) -> Labels:
+        """One for each dimension: its letter, or "*0", "*1" for leading ones."""
+        letters = self.letters(name)
         leading = [f"*{dim}" for dim in range(self.num_leading)] if letters.startswith("*") else []
         return (*leading, *letters.removeprefix("*"))
 
@@ -72,9 +84,9 @@ class Call:
         if "*" not in letters:
             yield letters
             return
-        keeps = any(name in self.rule.kept for name in (*self.inputs, *self.outputs))
-        for dim in range(min(self.num_leading, 1) if keeps else self.num_leading):
-            yield letters - {"*"} | {f"*{dim}"}
+        # No tokens are nothing to divide.
+        for dim in range(0 if any(self.sizes[f"*{dim}"] == 0 for dim in range(self.num_leading)) else self.num_leading):
+            yield (letters if dim == 0 else letters - {"T"}) - {"*"} | {f"*{dim}"}
 
     def divided(self, dimension: Dimension, labels: FrozenSet[str]) -> FrozenSet[str]:
         """Those of the labels whose tensors are sharded; none where parts would not belong together."""
@@ -93,9 +105,7 @@ class Call:
 
     def sharding(self, dimension: Dimension, labels: FrozenSet[str]) -> Sharding:
         outputs: Placements = [self.of_output(name, dimension, labels) for name in self.outputs]
-        return outputs, [
-            self.of_input(name, dimension, labels) if name in self.specs else None for name in self.inputs
-        ]
+        return outputs, [self.of_input(name, dimension, labels) if name in self.specs else None for name in self.inputs]
 
     def of_input(self, name: str, dimension: Dimension, labels: FrozenSet[str]) -> Placement:
         shard = self.shard(name, labels)
@@ -109,11 +119,19 @@ class Call:
         shard = self.shard(name, labels)
         if shard is not None:
             return shard
+        leading = [label for label in labels if label.startswith("*")]
+        if leading and name in self.rule.kept:
+            return Kept(leading[0])
         is_sum = labels and name not in dimension.whole and name.removeprefix("grad_") not in dimension.outside
         return Partial(dimension.reduction) if is_sum else Replicate()
 
     def shard(self, name: str, labels: FrozenSet[str]) -> Optional[Shard]:
         return next((Shard(dim) for dim, label in enumerate(self.labels(name)) if label in labels), None)
+
+
+def is_tensor(value: Any) -> bool:
+    """As register_sharding's strategies have them."""
+    return hasattr(value, "strategies")
 
 
 def shardings(op: torch._ops.OpOverload, rule: Rule, *args: Any, **kwargs: Any) -> Sequence[Sharding]:
@@ -128,18 +146,14 @@ def with_kept_in_place(strategy: Callable[[Any], Any], op: torch._ops.OpOverload
 
     def in_place(op_schema: Any) -> Any:
         choices = strategy(op_schema)
-        tensors = [
-            (argument.name, value.strategies[0].output_spec)
-            for argument, value in zip(op._schema.arguments, op_schema.args_schema)
-            if hasattr(value, "strategies")
-        ]
-        for position, (name, spec) in enumerate(tensors):
+        given = [(a.name, value) for a, value in zip(op._schema.arguments, op_schema.args_schema) if is_tensor(value)]
+        for position, (name, value) in enumerate(given):
             if name in rule.kept:
-                choices.strategies = [
-                    choice for choice in choices.strategies if choice.input_specs[position].placements == spec.placements
-                ]
-        if not choices.strategies:
-            raise ValueError(f"{op._schema.name}: expected tensors divided as its forward divided them, got others")
+                there = value.strategies[0].output_spec.placements
+                choices.strategies = [c for c in choices.strategies if c.input_specs[position].placements == there]
+                if not choices.strategies:
+                    name_of_op = op._schema.name.split("::")[1]
+                    raise ValueError(f"{name_of_op}: expected {name} divided as its forward divides it, got {there}")
         return choices
 
     return in_place
@@ -149,11 +163,11 @@ def register(op: torch._ops.OpOverload, rule: Rule) -> None:
     register_sharding(op)(partial(shardings, op, rule))
     propagator = DTensor._op_dispatcher.sharding_propagator
     positional = [argument for argument in op._schema.arguments if not argument.kwarg_only]
-    is_tensor = ["Tensor" in str(argument.type) for argument in positional]
+    are_tensors = ["Tensor" in str(argument.type) for argument in positional]
     # Of the arguments that are no tensors register_sharding has a choice remembered by integers alone, but all of them
     # say what the outputs are.
     remembered_by = RuntimeSchemaInfo(
-        is_tensor.index(False) if False in is_tensor else len(is_tensor),
+        are_tensors.index(False) if False in are_tensors else len(are_tensors),
         [argument.name for argument in op._schema.arguments if argument.kwarg_only] or None,
     )
     strategy = with_kept_in_place(propagator.op_strategy_funcs[op], op, rule)

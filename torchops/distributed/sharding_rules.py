@@ -68,7 +68,7 @@ ATTENTION = {
     "normalizer": "BH..",
 }
 BATCH = Dimension("batch", "B")
-HEADS = Dimension("heads", "HKXP", broadcasts=True)
+HEADS = Dimension("heads", "HKXP", even=True, broadcasts=True)
 
 
 def no_indexer(arguments: Arguments) -> bool:
@@ -79,7 +79,9 @@ def no_indexer(arguments: Arguments) -> bool:
 ATTENDS = Rule(ATTENTION, (BATCH, HEADS))
 # The backward takes the number of key heads as a number, which processes would have fewer of.
 SCORES = Rule({**ATTENTION, "grad": "B..."}, (BATCH,))
-CHOOSES = Rule({**ATTENTION, "weights": "B.."}, (BATCH, Dimension("heads", "HK", broadcasts=True, when=no_indexer)))
+CHOOSES = Rule(
+    {**ATTENTION, "weights": "B.."}, (BATCH, Dimension("heads", "HK", even=True, broadcasts=True, when=no_indexer))
+)
 
 
 # ---- product quantization ---------------------------------------------------------------------
