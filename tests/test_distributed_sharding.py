@@ -100,12 +100,14 @@ def ways(case: OpCase, rule: Rule, inputs: Inputs, mesh: DeviceMesh) -> Iterator
     for dimension in rule.dimensions:
         alone = dataclasses.replace(rule, dimensions=(dimension,))
         for outputs, placements in shardings(case.overload, alone, *positional, **options)[1:]:
-            placed = {name: placement for name, placement in zip(names, placements) if placement is not None}
+            placed = {
+                name: placement for name, placement in zip(names, placements, strict=False) if placement is not None
+            }
             shards = [inputs[name].shape[shard.dim] for name, shard in placed.items() if shard.is_shard()]
             # The gradient to a packed layer's bias is made by torch, which flattens equal parts only.
             even = all(size % mesh.size() == 0 for size in shards)
             if all(size >= mesh.size() for size in shards) and (even or case.name != "stf_linear_packed"):
-                yield Way(dimension, placed, {r.name: out for r, out in zip(schema.returns, outputs)})
+                yield Way(dimension, placed, {r.name: out for r, out in zip(schema.returns, outputs, strict=True)})
 
 
 def kind_of(inputs: Inputs, way: Way, mesh: DeviceMesh) -> tuple:
@@ -142,7 +144,7 @@ def check(case: OpCase, rule: Rule, inputs: Inputs, way: Way, mesh: DeviceMesh) 
     with CommDebugMode() as sent:
         result = case.op(**parts)
     assert sent.get_total_counts() == 0, f"the forward sends {sent.get_comm_counts()}"
-    result = dict(zip(way.outputs, [result] if isinstance(result, Tensor) else result))
+    result = dict(zip(way.outputs, [result] if isinstance(result, Tensor) else result, strict=True))
     actual = {name: out for name, out in result.items() if out is not None}
     for whole, (name, out) in zip(expected, actual.items(), strict=True):
         assert out.placements == (way.outputs[name],), f"{name}: {out.placements}, expected {way.outputs[name]}"
@@ -152,7 +154,7 @@ def check(case: OpCase, rule: Rule, inputs: Inputs, way: Way, mesh: DeviceMesh) 
         return
     grads = cotangents(expected)
     wanted = gradients_of(expected, [inputs[name] for name in names], grads)
-    placed = [distributed(grad, mesh, way.outputs[name]) for name, grad in zip(actual, grads)]
+    placed = [distributed(grad, mesh, way.outputs[name]) for name, grad in zip(actual, grads, strict=True)]
     with CommDebugMode() as sent:
         computed = gradients_of(list(actual.values()), [parts[name] for name in names], placed)
     assert sent.get_total_counts() == 0, f"the backward sends {sent.get_comm_counts()}"
@@ -171,7 +173,9 @@ def what_is_not_divided(rank: int) -> None:
     """It is computed as a whole by every process."""
     mesh = init_device_mesh("cpu", (2,))
     index = torch.randint(0, 4, (6, 2), generator=torch.Generator().manual_seed(0))
-    for actual, expected in zip(torchops.route(distributed(index, mesh, Shard(0)), 4), torchops.route(index, 4)):
+    for actual, expected in zip(
+        torchops.route(distributed(index, mesh, Shard(0)), 4), torchops.route(index, 4), strict=True
+    ):
         assert actual.placements == (Replicate(),)
         assert_whole(actual, expected, "route")
     assert isinstance(RULES["route"], str)
@@ -293,7 +297,7 @@ def two_dimensions(rank: int) -> None:
         assert sent.get_total_counts() == 0, f"{op} sends {sent.get_comm_counts()}"
         assert_close(out.full_tensor(), expected, torch.float64, str(op))
         wanted = torch.autograd.grad(expected, [inputs[name] for name in names], grad)
-        for name, one, other in zip(names, actual, wanted):
+        for name, one, other in zip(names, actual, wanted, strict=True):
             assert_close(one.full_tensor(), other, torch.float64, f"{op}, gradient to {name}")
 
 

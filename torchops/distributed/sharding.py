@@ -53,7 +53,9 @@ class Call:
         )
         self.sizes = dict(
             itertools.chain.from_iterable(
-                zip(self.labels(name), spec.shape) for name, spec in self.specs.items() if name not in rule.kept
+                zip(self.labels(name), spec.shape, strict=False)
+                for name, spec in self.specs.items()
+                if name not in rule.kept
             )
         )
 
@@ -137,7 +139,7 @@ def is_tensor(value: Any) -> bool:
 def shardings(op: torch._ops.OpOverload, rule: Rule, *args: Any, **kwargs: Any) -> Sequence[Sharding]:
     """What register_sharding asks for."""
     arguments: Dict[str, Any] = {argument.name: argument.default_value for argument in op._schema.arguments}
-    arguments |= zip(arguments, args)
+    arguments |= zip(arguments, args, strict=False)
     return list(Call(op._schema, rule, arguments | kwargs).shardings())
 
 
@@ -146,8 +148,8 @@ def with_kept_in_place(strategy: Callable[[Any], Any], op: torch._ops.OpOverload
 
     def in_place(op_schema: Any) -> Any:
         choices = strategy(op_schema)
-        given = [(a.name, value) for a, value in zip(op._schema.arguments, op_schema.args_schema) if is_tensor(value)]
-        for position, (name, value) in enumerate(given):
+        named = zip([argument.name for argument in op._schema.arguments], op_schema.args_schema, strict=False)
+        for position, (name, value) in enumerate((name, value) for name, value in named if is_tensor(value)):
             if name in rule.kept:
                 there = value.strategies[0].output_spec.placements
                 choices.strategies = [c for c in choices.strategies if c.input_specs[position].placements == there]

@@ -1,8 +1,8 @@
 """Along which dimensions the processes of a DTensor's mesh can divide each operator: the table of rules.
 
 A rule names the dimensions of an operator's tensors, by the names that these have in its schema: a letter for one that
-can be divided, a dot for one that cannot, and ``*`` for any number of leading ones. A gradient has the dimensions of what
-it is a gradient to. :mod:`torchops.distributed.sharding` makes placements of the table.
+can be divided, a dot for one that cannot, and ``*`` for any number of leading ones. A gradient has the dimensions of
+what it is a gradient to. :mod:`torchops.distributed.sharding` makes placements of the table.
 """
 
 from dataclasses import dataclass, field
