@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import test_distributed_sharding
 import torch
 import torch.distributed as dist
 from contract import assert_close
@@ -50,7 +51,7 @@ def test_in_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     loaded_by_one()
     (tmp_path / "store").unlink()
-    run_in_processes(4, [loaded_by_four, two_dimensions], tmp_path)
+    run_in_processes(4, [loaded_by_four, two_dimensions, test_distributed_sharding.two_dimensions], tmp_path)
 
 
 CHECKPOINTS = "TORCHOPS_TEST_CHECKPOINTS"

@@ -45,12 +45,8 @@ def test_every_operator_has_a_rule() -> None:
 
 def test_in_two_processes(tmp_path: Path) -> None:
     run_in_processes(
-        2, [every_rule, what_is_not_divided, moved_between_passes, remembered_by_options, refused], tmp_path
+        2, [every_rule, what_is_not_divided, moved_between_passes, remembered_by_options, few_key_heads, refused], tmp_path
     )
-
-
-def test_in_four_processes(tmp_path: Path) -> None:
-    run_in_processes(4, [two_dimensions, few_key_heads], tmp_path)
 
 
 # ---- every rule -------------------------------------------------------------------------------
@@ -243,7 +239,20 @@ def refused(rank: int) -> None:
         operators._stf_linear_backward(grad, x, basis, values, indices, atoms, **options)
 
 
-# ---- four processes ---------------------------------------------------------------------------
+def few_key_heads(rank: int) -> None:
+    """Processes get whole groups of query heads and their key head, or all heads."""
+    mesh = init_device_mesh("cpu", (2,))
+    for heads, kv_heads, is_divided in ((4, 2, True), (4, 1, True), (6, 3, False), (3, 3, False)):
+        query, key, value = (numbers(2, count, 5, 4, seed=count) for count in (heads, kv_heads, kv_heads))
+        of_keys = Shard(1) if kv_heads > 1 else Replicate()
+        sides = distributed(query, mesh, Shard(1)), distributed(key, mesh, of_keys), distributed(value, mesh, of_keys)
+        out = torchops.span_attention(*sides, is_causal=True)
+        assert out.placements == ((Shard(1) if is_divided else Replicate()),), f"{heads}, {kv_heads}"
+        expected = torchops.span_attention(query, key, value, is_causal=True)
+        assert_close(out.full_tensor(), expected, torch.float64, f"{heads}, {kv_heads}")
+
+
+# ---- four processes, which test_distributed_modules.py starts ---------------------------------
 
 
 def two_dimensions(rank: int) -> None:
@@ -299,16 +308,3 @@ def two_dimensions(rank: int) -> None:
         wanted = torch.autograd.grad(expected, [inputs[name] for name in names], grad)
         for name, one, other in zip(names, actual, wanted, strict=True):
             assert_close(one.full_tensor(), other, torch.float64, f"{op}, gradient to {name}")
-
-
-def few_key_heads(rank: int) -> None:
-    """Processes get whole groups of query heads and their key head, or all heads."""
-    mesh = init_device_mesh("cpu", (4,))
-    for heads, kv_heads, is_divided in ((8, 4, True), (8, 1, True), (6, 6, False), (8, 2, False), (12, 6, False)):
-        query, key, value = (numbers(2, count, 5, 4, seed=count) for count in (heads, kv_heads, kv_heads))
-        of_keys = Shard(1) if kv_heads >= 4 else Replicate()
-        sides = distributed(query, mesh, Shard(1)), distributed(key, mesh, of_keys), distributed(value, mesh, of_keys)
-        out = torchops.span_attention(*sides, is_causal=True)
-        assert out.placements == ((Shard(1) if is_divided else Replicate()),), f"{heads}, {kv_heads}"
-        expected = torchops.span_attention(query, key, value, is_causal=True)
-        assert_close(out.full_tensor(), expected, torch.float64, f"{heads}, {kv_heads}")
