@@ -21,6 +21,7 @@ from contract import (
     random,
     require_grad,
 )
+from own_process import ROOT
 from processes import needs_gloo, run_in_processes
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -43,9 +44,22 @@ def test_every_operator_has_a_rule() -> None:
     assert {name.split("::")[1] for name in registered} == RULES.keys()
 
 
+def test_documentation_has_the_rules() -> None:
+    pages = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("distributed*.md")))
+    alike: dict[str, list[str]] = {}
+    for name, rule in RULES.items():
+        if not name.startswith("_"):
+            told = f"nothing: {rule}" if isinstance(rule, str) else "; ".join(d.name for d in rule.dimensions)
+            alike.setdefault(told, []).append(f"`{name}`")
+    for told, names in alike.items():
+        assert f"| {', '.join(names)} | {told} |" in pages
+
+
 def test_in_two_processes(tmp_path: Path) -> None:
     run_in_processes(
-        2, [every_rule, what_is_not_divided, moved_between_passes, remembered_by_options, few_key_heads, refused], tmp_path
+        2,
+        [every_rule, what_is_not_divided, moved_between_passes, remembered_by_options, few_key_heads, refused],
+        tmp_path,
     )
 
 

@@ -127,8 +127,8 @@ FACTORED_LINEAR = Rule(
     FACTORED,
     (
         TOKENS,
-        Dimension("output features, of a sparse factor there", "OR", whole=("atoms",), when=sparse_on_output),
-        Dimension("input features, of a sparse factor there", "IR", outside=("bias",), when=sparse_on_input),
+        Dimension("output features (sparse factor on the output)", "OR", whole=("atoms",), when=sparse_on_output),
+        Dimension("input features (sparse factor on the input)", "IR", outside=("bias",), when=sparse_on_input),
     ),
     kept={"atoms": ".T."},
 )

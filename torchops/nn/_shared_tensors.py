@@ -1,6 +1,6 @@
 """Tensors of modules that the processes of torch.distributed share (DTensor), for what computes with all of them."""
 
-from typing import List
+from typing import Any, List
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def as_the_first_has_it(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
-def fill(tensor: Tensor, values: Tensor) -> None:
+def fill(tensor: Any, values: Tensor) -> None:
     """Copies values that all processes have, of which each keeps its part."""
     if hasattr(tensor, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
