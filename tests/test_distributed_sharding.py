@@ -179,10 +179,14 @@ def check(case: OpCase, rule: Rule, inputs: Inputs, way: Way, mesh: DeviceMesh) 
 # ---- what is special --------------------------------------------------------------------------
 
 
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return random(*shape, dtype=torch.float64, device="cpu", seed=seed)
+
+
 def what_is_not_divided(rank: int) -> None:
     """It is computed as a whole by every process."""
     mesh = init_device_mesh("cpu", (2,))
-    index = torch.randint(0, 4, (6, 2), generator=torch.Generator().manual_seed(0))
+    index = integers(0, 4, 6, 2, device="cpu")
     for actual, expected in zip(
         torchops.route(distributed(index, mesh, Shard(0)), 4), torchops.route(index, 4), strict=True
     ):
@@ -191,8 +195,23 @@ def what_is_not_divided(rank: int) -> None:
     assert isinstance(RULES["route"], str)
 
 
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return random(*shape, dtype=torch.float64, device="cpu", seed=seed)
+def units_whose_rows_stand_apart(rank: int) -> None:
+    """Halves of a tensor of all gates and all values are no halves of the units."""
+    mesh = init_device_mesh("cpu", (2,))
+    x, index = numbers(5, 6), integers(0, 3, 5, 2, device="cpu")
+    w1, wide, w2, b1 = numbers(3, 4, 6), numbers(3, 8, 6), numbers(3, 6, 4), numbers(3, 8)
+    for glu, weights in (
+        ("concat", {"w1": wide}),
+        ("split", {"w1": w1, "w_gate": w1, "b1": b1}),
+        ("split", {"w1": w1, "w_gate": w1, "lora_a1": numbers(1, 2, 6), "lora_b1": numbers(3, 8, 2)}),
+    ):
+        parts = {
+            name: distributed(t, mesh, Replicate() if name == "lora_a1" else Shard(1)) for name, t in weights.items()
+        }
+        sides = distributed(x, mesh, Replicate()), distributed(index, mesh, Replicate())
+        out = torchops.routed_ffn(*sides, None, w2=distributed(w2, mesh, Shard(2)), glu=glu, activation="silu", **parts)
+        assert out.placements == (Replicate(),)
+        assert_whole(out, torchops.routed_ffn(x, index, None, w2=w2, glu=glu, activation="silu", **weights), glu)
 
 
 def moved_between_passes(rank: int) -> None:
@@ -296,6 +315,12 @@ def two_dimensions(rank: int) -> None:
             "w2": (numbers(3, 8, 6), (Replicate(), Shard(2))),
             "b1": (numbers(3, 6), (Replicate(), Shard(1))),
             "b2": (numbers(3, 8), neither),
+        },
+        torchops.stf_linear: {
+            "input": (numbers(2, 4, 8), (Shard(1), Replicate())),
+            "basis": (numbers(2, 5, 4), neither),
+            "values": (numbers(6, 2, 2), heads),
+            "indices": (indices, heads),
         },
         partial(torchops.stf_linear, transpose=True): {
             "input": (numbers(4, 3, 6), (Shard(0), Shard(2))),
