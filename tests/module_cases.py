@@ -132,6 +132,8 @@ def batch(case: ModuleCase) -> Tensor:
 class BlockCase(ModuleCase):
     # How often processes add up, forward and backward, when they divide the block among them.
     sums: tuple[int, int] = (2, 3)
+    # The parameters of attention and feed-forward layer that every process then has as a whole, but for the router's.
+    undivided: frozenset[str] = frozenset({"out_proj.bias", "b2"})
 
 
 def block(attention: Callable[[], nn.Module], ffn: Callable[[], nn.Module], **options: Any) -> BlockCase:
@@ -157,15 +159,34 @@ def sparse_attention() -> nn.Module:
 BLOCKS = {
     "block": block(lambda: SpanAttention(16, 4, sink=True), lambda: RoutedFFN(16, 32, activation="gelu")),
     "one_key_head": block(
-        lambda: SpanAttention(16, 4, num_kv_heads=1, left=3), lambda: RoutedFFN(16, 20, recompute=True)
+        lambda: SpanAttention(16, 4, num_kv_heads=1, left=3),
+        lambda: RoutedFFN(16, 20, recompute=True),
+        undivided=BlockCase.undivided | {f"{name}_proj.{kind}" for name in "kv" for kind in ("weight", "bias")},
     ),
     "sparse_and_gated": block(
         sparse_attention,
         lambda: RoutedFFN(16, 24, activation="silu", gated=True, bias=False),
         loss=with_quantization,
         sums=(3, 3),
+        undivided=frozenset({"out_proj.bias", "attend.codebooks"}),
     ),
-    "lora": block(lambda: SpanAttention(16, 4, bias=False), lambda: RoutedFFN(16, 32, lora_rank=2)),
+    "lora": block(
+        lambda: SpanAttention(16, 4, bias=False),
+        lambda: RoutedFFN(16, 32, lora_rank=2),
+        undivided=frozenset({"b2", "lora_a1", "lora_b2"}),
+    ),
     # The values of all heads are projected by every process, which sends their gradient.
-    "factored": block(factored_attention, nn.Identity, sums=(1, 2)),
+    "factored": block(
+        factored_attention,
+        nn.Identity,
+        sums=(1, 2),
+        undivided=frozenset(
+            {
+                "v_proj.values",
+                "v_proj.bias",
+                "out_proj.bias",
+                *(f"{name}_proj.basis" for name in ("q", "k", "v", "out")),
+            }
+        ),
+    ),
 }

@@ -17,7 +17,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -245,8 +245,8 @@ def tensor_parallel(rank: int) -> None:
         torch.testing.assert_close(again.grad, inputs.grad, msg=named(name))
         assert_same(gradients(model), gradients(whole), name)
         assert_same(full_state(model), whole.state_dict(), name)
-        shares = [p.to_local().numel() / p.numel() for p in model.parameters() if isinstance(p, DTensor)]
-        assert min(shares) < 0.7, name
+        undivided = {name for name, p in model.named_parameters() if getattr(p, "placements", ()) == (Replicate(),)}
+        assert {name.split(".", 1)[1] for name in undivided} == case.undivided, name
 
 
 def parallelized(case: ModuleCase, mesh: DeviceMesh) -> nn.Module:

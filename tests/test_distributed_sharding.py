@@ -217,11 +217,12 @@ def units_whose_rows_stand_apart(rank: int) -> None:
 def moved_between_passes(rank: int) -> None:
     """A gradient that arrives divided along another dimension than the output was, or not at all."""
     mesh = init_device_mesh("cpu", (2,))
-    x, w1, w2 = numbers(4, 6, 8), numbers(3, 5, 8), numbers(3, 8, 5)
-    index = integers(0, 3, 4, 6, 2, device="cpu")
-    basis, values = numbers(2, 5, 4, seed=1), numbers(7, 2, 2, seed=2)
-    indices = torch.tensor([1, 4], dtype=torch.uint8).repeat(7, 2, 1)
-    # With gradients to the weights, of which what the forward keeps is made.
+    x, w1, w2 = numbers(4, 2, 6, 8), numbers(3, 5, 8), numbers(3, 8, 5)
+    index = integers(0, 3, 4, 2, 6, 2, device="cpu")
+    basis, values = numbers(2, 5, 4, seed=1), numbers(70, 2, 2, seed=2)
+    indices = torch.tensor([1, 4], dtype=torch.uint8).repeat(70, 2, 1)
+    # With gradients to the weights, of which what the forward keeps is made. To move the input would cost less than to
+    # move a gradient of 70 features.
     calls = {
         torchops.routed_ffn: ((index,), (None, w1, w2)),
         torchops.stf_linear: ((), (basis, values, indices)),
@@ -232,12 +233,12 @@ def moved_between_passes(rank: int) -> None:
         grad = numbers(*out.shape, seed=3)
         trained = [tensor for tensor in whole if tensor is not None and tensor.requires_grad]
         expected = torch.autograd.grad(out, trained, grad)
-        for there in (Shard(0), Shard(1)):
+        for there in (Shard(0), Shard(1), Shard(2)):
             parts = [distributed(x, mesh, there).requires_grad_(), *(distributed(t, mesh, there) for t in divided)]
             parts += map_trained(others, lambda tensor: distributed(tensor, mesh, Replicate()))
             out = op(*parts)
             trained = [tensor for tensor in parts if tensor is not None and tensor.requires_grad]
-            for here in (Shard(0), Shard(1), Replicate()):
+            for here in (Shard(0), Shard(1), Shard(2), Replicate()):
                 actual = torch.autograd.grad(out, trained, distributed(grad, mesh, here), retain_graph=True)
                 for one, other in zip(actual, expected, strict=True):
                     assert_close(one.full_tensor(), other, torch.float64, f"{op.__name__}, {there}, {here}")
