@@ -214,7 +214,7 @@ def state_from_the_first_process(rank: int) -> None:
         model = built(case, seed=rank)
         state = copy.deepcopy(model.state_dict()) if rank == 0 else {}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        model = sharded(built(case, seed=5))
+        model = fully_shard(built(case, seed=5))
         set_model_state_dict(model, dict(state), options=options)
         assert agree(model), name
         loaded = full_state(model)
@@ -361,7 +361,7 @@ def loaded_by_one() -> None:
 
 def loaded_by_four(rank: int) -> None:
     for name, case in (CASES | BLOCKS).items():
-        assert_same(full_state(loaded(sharded(built(case, seed=5)), name)), built(case).state_dict(), name)
+        assert_same(full_state(loaded(fully_shard(built(case, seed=5)), name)), built(case).state_dict(), name)
 
 
 def two_dimensions(rank: int) -> None:
