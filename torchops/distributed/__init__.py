@@ -7,3 +7,4 @@ from .context_parallel import *  # noqa: F403
 from .expert_modules import *  # noqa: F403
 from .expert_parallel import *  # noqa: F403
 from .sequence import *  # noqa: F403
+from .sharding_plans import *  # noqa: F403

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.stf import stf_factorize, stf_linear, stf_linear_packed, stf_linear_straight_through, stf_pack, stf_select
 from ..reference.stf import dense, stf_unpack
+from ._shared_tensors import as_the_first_has_it, fill
 from .stf_calibration import Fit, Moments
 from .stf_sizes import (
     FORMS,
@@ -129,7 +130,7 @@ class STFLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws a weight whose entries vary as those of ``nn.Linear`` do. Form and tensors stay."""
-        self.layout.copy_(torch.tensor(self.sizes().layout()))
+        fill(self.layout, torch.tensor(self.sizes().layout(), device=self.layout.device))
         if self.basis.is_meta:
             return
         width = self.basis.shape[2]
@@ -139,13 +140,13 @@ class STFLinear(nn.Module):
             nn.init.normal_(self.latent, std=std * standard_deviation_of_latent(self.basis_size, self.nnz))
         elif self.values is not None and self.indices is not None:
             nn.init.normal_(self.values, std=std)
-            self.indices.copy_(to_bytes(self._random_indices()))
+            fill(self.indices, to_bytes(self._random_indices()))
         elif self.packed_values is not None and self.mask is not None:
             indices = self._random_indices()
-            values = torch.randn(indices.shape, device=indices.device).mul_(std).to(self.packed_values.dtype)
-            packed_values, mask = stf_pack(values, indices, self.basis_size)
-            self.packed_values.copy_(packed_values)
-            self.mask.copy_(to_bytes(mask))
+            values = as_the_first_has_it(torch.randn(indices.shape, device=indices.device).mul_(std), self.basis)
+            packed_values, mask = stf_pack(values.to(self.packed_values.dtype), indices, self.basis_size)
+            fill(self.packed_values, packed_values)
+            fill(self.mask, to_bytes(mask))
         if self.bias is not None:
             bound = max(self.in_features, 1) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
@@ -154,10 +155,7 @@ class STFLinear(nn.Module):
         """[rows, blocks, nnz], the same on all processes that share the layer (torch.distributed's DTensor)."""
         code = torch.rand(self.rows, self.num_blocks, self.basis_size, device=self.basis.device)
         indices = code.argsort(-1)[..., : self.nnz].sort(-1).values
-        mesh = getattr(self.basis, "device_mesh", None)
-        if mesh is not None:
-            for dim in range(mesh.ndim):
-                torch.distributed.broadcast(indices, group=mesh.get_group(dim), group_src=0)
+        indices = as_the_first_has_it(indices, self.basis)
         return indices.to(torch.uint8 if self.basis_size <= 256 else torch.int16)
 
     def forward(self, input: Tensor) -> Tensor:
