@@ -83,6 +83,13 @@ def test_routed_layers_count_as_their_reference(glu: str, frozen: tuple[str, ...
     assert recomputed == backward + first
 
 
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_gradient_of_routed_layers_counts_what_it_takes(name: str) -> None:
+    inputs = routed(gate_at="both")
+    again = {"lora_b1": 2 * 22 * 2 * 5, "lora_b2": 2 * 22 * 2 * 3}.get(name, 0)
+    assert both(torchops.routed_ffn, inputs, name)[1] == both(reference.routed_ffn.routed_ffn, inputs, name)[1] + again
+
+
 def test_grouped_products_count_as_their_reference() -> None:
     order, offsets = torchops.route(torch.randint(3, (10, 2)), 3)
     inputs = {"input": numbers(10, 4), "weight": numbers(3, 6, 4), "order": order, "offsets": offsets, "slots": 2}

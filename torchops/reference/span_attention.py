@@ -30,11 +30,11 @@ def visible(
     blocks = other.div(block_size, rounding_mode="floor") - position.div(block_size, rounding_mode="floor")
     keep = torch.ones_like(blocks, dtype=torch.bool)
     if left >= 0:
-        keep &= blocks >= -left
+        keep = keep & (blocks >= -left)
     if right >= 0:
-        keep &= blocks <= right
+        keep = keep & (blocks <= right)
     if is_causal:
-        keep &= other <= position
+        keep = keep & (other <= position)
     return keep
 
 

@@ -8,6 +8,17 @@ from torch import Tensor
 SIMILARITY_STEPS = 2**16
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    return torch.ldexp(torch.ones_like(exponent), exponent)
+
+
+def binary_exponent(number: Tensor) -> Tensor:
+    """That of a number in [0.5, 1), as torch.frexp has it, which does not leave for ONNX."""
+    exponent = number.log2().floor()  # it may be off by one
+    exponent = exponent + (number >= power_of_two(exponent + 1)).double() - (number < power_of_two(exponent)).double()
+    return exponent + 1
+
+
 def integer_rows(metric: Tensor) -> Tuple[Tensor, Tensor]:
     """[B, N, K] -> integers [B, N, K] in float64, whose sums of products are exact in any order, and the inverse of
     each row's length [B, N] in float32: 0 for a row of zeros, NaN for one with a NaN or an infinity in it.
@@ -19,17 +30,16 @@ def integer_rows(metric: Tensor) -> Tuple[Tensor, Tensor]:
     largest = torch.nn.functional.pad(metric.abs(), (0, 1)).amax(-1, keepdim=True)
     finite = largest.isfinite()
     metric = torch.where(finite, metric, 0.0)
-    _, exponent = torch.frexp(torch.where(finite & (largest > 0), largest, 1.0))
     # An even power of two brings the largest magnitude to 2**8 or a little less; in two steps, for it can be out of
     # range. The length that the rounded numbers are sure to stay below, times 2, decides on the rest.
-    shift = 8 - exponent
-    factor = torch.ldexp(torch.ones_like(largest), (shift - shift % 2) // 2)
+    shift = 8 - binary_exponent(torch.where(finite & (largest > 0), largest, 1.0))
+    factor = power_of_two((shift - shift % 2) / 2)
     scaled = (metric * factor * factor).float().double()
     rounded = scaled.abs().round()
     bound = 4 * (rounded * (rounded + 1)).sum(-1, keepdim=True) + metric.shape[-1]
-    scale = torch.full_like(bound, 2.0**9)
-    while (too_long := bound * scale**2 > (2.0**16 - 2) ** 2).any():
-        scale = torch.where(too_long, scale / 2, scale)
+    scales = power_of_two(torch.arange(9, -16, -1, dtype=torch.float64, device=metric.device))
+    fits = bound * scales.square() <= (2.0**16 - 2) ** 2
+    scale = torch.where(fits, scales, 0.0).amax(-1, keepdim=True)
     integers = (scaled * scale).round()
     squares = integers.square().sum(-1)
     inverse = torch.where(squares == 0, 0.0, 1 / squares.clamp(min=1).sqrt())
