@@ -133,6 +133,13 @@ def test_without_the_files_that_are_not_python(copy_of_package: Path) -> None:
     assert not (copy_of_package / "torchops" / "version.txt").exists()
 
 
+def test_what_takes_long_to_import_is_left_out() -> None:
+    left_out = ["torch.distributed.tensor", "torch._inductor", "transformers"]
+    script = f"import sys, torchops; print([name for name in {left_out} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert run.stdout.strip() == "[]"
+
+
 def test_version_is_the_one_of_the_sources() -> None:
     sources = Path(__file__).parent.parent / "torchops"
     assert torchops.__version__ == (sources / "version.txt").read_text().strip()

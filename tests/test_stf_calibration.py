@@ -90,9 +90,9 @@ class Block(nn.Module):
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, hidden: Tensor, scale: float = 1.0, cache: Any = None) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, scale: float = 1.0, cache: Any = None) -> tuple[Tensor, Tensor]:
         hidden += scale * torch.tanh(self.query(hidden)) * self.key(hidden)
-        return hidden + self.down(torch.relu(self.up(hidden))), None
+        return hidden[:1], hidden + self.down(torch.relu(self.up(hidden)))
 
 
 class Model(nn.Module):
@@ -106,7 +106,7 @@ class Model(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         hidden = self.embed(input)
         for index, block in enumerate(self.layers):
-            hidden = block(hidden, 1.0 if self.chained else 1.0 + 1e-9 * index, cache=self.cache())[0]
+            hidden = block(hidden, 1.0 if self.chained else 1.0 + 1e-9 * index, cache=self.cache())[1]
         return self.head(hidden)
 
 

@@ -1,7 +1,7 @@
 """In which order a model runs its layers, and which parts of it can be run by themselves."""
 
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
@@ -72,15 +72,13 @@ class Call:
 
     @contextmanager
     def around(self) -> Iterator[None]:
-        states = [torch.autocast(device, dtype, enabled) for device, (enabled, dtype) in self.autocast.items()]
-        with torch.inference_mode(self.inference), torch.no_grad(), ignored_padding(self.padding):
-            for state in states:
-                state.__enter__()
-            try:
-                yield
-            finally:
-                for state in reversed(states):
-                    state.__exit__(None, None, None)
+        with ExitStack() as stack:
+            for device, (enabled, dtype) in self.autocast.items():
+                stack.enter_context(torch.autocast(device, dtype, enabled))
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(ignored_padding(self.padding))
+            yield
 
     def run(self, block: nn.Module) -> Any:
         # A block may write to what it is given.
