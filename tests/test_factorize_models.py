@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from torchops.nn import STFLinear, factorize_
-from torchops.nn.stf_calibration import MOST_ROWS, InputStatistics
 
 
 def convert(model: nn.Module, **options: Any) -> Any:
@@ -257,23 +256,6 @@ def test_calibration_with_nan_names_the_layer() -> None:
         given[1][1](hidden)
 
     refused(model, "factorize_: 1.1 cannot be factored .*: .*calibration of finite numbers", calibration=run)
-
-
-def test_no_gram_matrix_where_its_diagonal_is_enough() -> None:
-    """X^T X of a layer's inputs would be its largest tensor by far."""
-    inputs = [torch.randn(2, 700, 300) * torch.logspace(0, -2, 300) for _ in range(4)]
-    statistics, weight = InputStatistics(diagonal=True), torch.randn(10, 300)
-    for batch in inputs[:1]:
-        statistics.add(batch[0])
-    torch.testing.assert_close(statistics.output_norm(weight), (inputs[0][0] @ weight.T).norm().item())
-    statistics.add(inputs[0][1])
-    for batch in inputs[1:]:
-        statistics.add(batch)
-    rows = torch.cat(inputs).flatten(0, 1)
-    torch.testing.assert_close(statistics.moments, rows.double().square().sum(0))
-    assert statistics.output_norm(weight) == pytest.approx((rows @ weight.T).norm().item(), rel=0.03)
-    held = [value for value in vars(statistics).values() if isinstance(value, Tensor)]
-    assert sorted(tensor.numel() for tensor in held) == [300, MOST_ROWS * 300]
 
 
 def test_calibrated_sparse_factor_on_the_input_is_that_of_the_whole_gram_matrix() -> None:

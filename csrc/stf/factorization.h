@@ -5,6 +5,8 @@
 #include <optional>
 #include <tuple>
 
+#include "stf/sparse_code.h"
+
 // Factorizations W = code basis with nnz nonzeros in a row of the code, composed of torch's operators on any device.
 
 namespace torchops {
@@ -33,7 +35,7 @@ Factorization scaled(const Factorization& f, const at::Tensor& scale, at::Scalar
 
 // From several starts, the best one refined up to num_iterations times. The error never rises from one iteration to
 // the next.
-Factorization factorize(const at::Tensor& weight, int64_t basis_size, int64_t nnz, int64_t num_iterations);
+Factorization factorize(const Target& target, int64_t basis_size, int64_t nnz, int64_t num_iterations);
 
 // The code for a basis, and both refined up to num_iterations times: without an iteration the basis is the given one,
 // else its atoms have length 1.
@@ -42,6 +44,7 @@ Factorization factorize_from(const at::Tensor& weight, const at::Tensor& basis, 
 // stf_factorize, stf_project and _stf_project_to_factors on every device.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> factorize_weight(const at::Tensor& weight, int64_t basis_size,
                                                                 int64_t nnz, const std::optional<at::Tensor>& gram,
+                                                                const std::optional<at::Tensor>& row_gram,
                                                                 int64_t num_blocks, int64_t num_iterations);
 std::tuple<at::Tensor, at::Tensor> project_weight(const at::Tensor& weight, const at::Tensor& basis, int64_t nnz,
                                                   int64_t num_iterations);

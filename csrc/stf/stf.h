@@ -42,7 +42,8 @@ TORCHOPS_API at::Tensor stf_linear_packed(const at::Tensor& input, const at::Ten
 // X^T X of the layer's inputs: with it the error of the outputs counts.
 TORCHOPS_API std::tuple<at::Tensor, at::Tensor, at::Tensor> stf_factorize(
     const at::Tensor& weight, c10::SymInt basis_size, c10::SymInt nnz, c10::SymInt num_blocks = 1,
-    c10::SymInt num_iterations = 20, const std::optional<at::Tensor>& gram = std::nullopt);
+    c10::SymInt num_iterations = 20, const std::optional<at::Tensor>& gram = std::nullopt,
+    const std::optional<at::Tensor>& row_gram = std::nullopt);
 
 // The value [rows, cols] of the factorization that the basis leads to, and the refined basis. The gradient to the
 // projection is that to the weight.

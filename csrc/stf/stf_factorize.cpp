@@ -1,5 +1,8 @@
 #include <ATen/ATen.h>
 
+#include <utility>
+#include <vector>
+
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "core/library.h"
@@ -11,15 +14,15 @@ namespace torchops {
 
 TORCHOPS_LIBRARY(m) {
   m.def(
-      "stf_factorize(Tensor weight, SymInt basis_size, SymInt nnz, Tensor? gram=None, *, SymInt num_blocks=1,"
-      " SymInt num_iterations=20) -> (Tensor basis, Tensor values, Tensor indices)");
+      "stf_factorize(Tensor weight, SymInt basis_size, SymInt nnz, Tensor? gram=None, Tensor? row_gram=None,"
+      " *, SymInt num_blocks=1, SymInt num_iterations=20) -> (Tensor basis, Tensor values, Tensor indices)");
 }
 
 // ---- checks -----------------------------------------------------------------------------------
 
 void check_stf_factorize(const at::Tensor& weight, const c10::SymInt& basis_size, const c10::SymInt& nnz,
                          const c10::SymInt& num_blocks, const c10::SymInt& num_iterations,
-                         const std::optional<at::Tensor>& gram) {
+                         const std::optional<at::Tensor>& gram, const std::optional<at::Tensor>& row_gram) {
   const Checks check("stf_factorize");
   check.rank("weight", weight, "[rows, cols]");
   check.floating("weight", weight);
@@ -28,11 +31,16 @@ void check_stf_factorize(const at::Tensor& weight, const c10::SymInt& basis_size
   check.at_least("num_blocks", num_blocks, 1);
   check.multiple_of("weight's number of columns", weight.sym_size(1), "num_blocks", num_blocks);
   check.at_least("num_iterations", num_iterations, 0);
-  if (gram) {
-    check.shape("gram", *gram, "[cols, cols]", {{weight.sym_size(1), weight.sym_size(1)}});
-    check.floating("gram", *gram);
-    check.same_device("gram", *gram, "weight", weight);
-  }
+  const auto check_gram = [&](const char* name, const std::optional<at::Tensor>& squares, const char* shape,
+                              const c10::SymInt& size) {
+    if (squares) {
+      check.shape(name, *squares, shape, {{size, size}});
+      check.floating(name, *squares);
+      check.same_device(name, *squares, "weight", weight);
+    }
+  };
+  check_gram("gram", gram, "[cols, cols]", weight.sym_size(1));
+  check_gram("row_gram", row_gram, "[rows, rows]", weight.sym_size(0));
 }
 
 // A pass over the data, which is small beside the factorization of it.
@@ -48,8 +56,9 @@ using Factors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 // ---- shapes -----------------------------------------------------------------------------------
 
 Factors stf_factorize_meta(const at::Tensor& weight, c10::SymInt basis_size, c10::SymInt nnz,
-                           const std::optional<at::Tensor>& gram, c10::SymInt num_blocks, c10::SymInt num_iterations) {
-  check_stf_factorize(weight, basis_size, nnz, num_blocks, num_iterations, gram);
+                           const std::optional<at::Tensor>& gram, const std::optional<at::Tensor>& row_gram,
+                           c10::SymInt num_blocks, c10::SymInt num_iterations) {
+  check_stf_factorize(weight, basis_size, nnz, num_blocks, num_iterations, gram, row_gram);
   const c10::SymInt sizes[] = {weight.sym_size(0), num_blocks, nnz};
   return {at::empty_symint({num_blocks, basis_size, weight.sym_size(1) / num_blocks}, weight.options()),
           at::empty_symint(sizes, weight.options()),
@@ -60,37 +69,56 @@ Factors stf_factorize_meta(const at::Tensor& weight, c10::SymInt basis_size, c10
 
 // ---- every device -----------------------------------------------------------------------------
 
-// With a gram matrix X^T X of the layer's inputs, the error of its outputs is what counts: that of weight L, where
-// gram = L L^T. Blocks are weighed each by its own part of gram.
+namespace {
+
+// X^T X of inputs X, of moderate size and with a ridge, beside its root: root root^T. Inputs that never occur, or
+// always together, would leave what is multiplied by them free.
+std::tuple<at::Tensor, at::Tensor> with_root(const char* name, const at::Tensor& gram, at::ScalarType dtype) {
+  auto moderate = gram.to(dtype).contiguous();
+  moderate = moderate / scale_of(moderate);
+  const auto ridge = moderate.diagonal().mean() * 1e-3 + 1e-12;
+  moderate = moderate + ridge * at::eye(moderate.size(0), moderate.options());
+  const auto [root, failed] = at::linalg_cholesky_ex(moderate);
+  TORCH_CHECK_VALUE(failed.item<int>() == 0, "stf_factorize: expected ", name, " to be X^T X of inputs X, got a matrix",
+                    " with a negative square");
+  return {moderate, root};
+}
+
+}  // namespace
+
+// With a gram matrix of the layer's inputs, the error of its outputs is what counts: that of weight L, where
+// gram = L L^T. Blocks are weighed each by its own part of gram. A row_gram couples the rows of every block.
 Factors factorize_weight(const at::Tensor& weight, int64_t basis_size, int64_t nnz,
-                         const std::optional<at::Tensor>& gram, int64_t num_blocks, int64_t num_iterations) {
-  check_stf_factorize(weight, basis_size, nnz, num_blocks, num_iterations, gram);
+                         const std::optional<at::Tensor>& gram, const std::optional<at::Tensor>& row_gram,
+                         int64_t num_blocks, int64_t num_iterations) {
+  check_stf_factorize(weight, basis_size, nnz, num_blocks, num_iterations, gram, row_gram);
   check_finite("stf_factorize", "weight", weight);
-  if (gram) {
-    check_finite("stf_factorize", "gram", *gram);
+  for (const auto& [name, squares] : {std::pair("gram", gram), std::pair("row_gram", row_gram)}) {
+    if (squares) {
+      check_finite("stf_factorize", name, *squares);
+    }
   }
   const at::NoGradGuard no_grad;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto matrix = weight.contiguous();
   const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto columns = weight.size(1) / num_blocks;
+  Target target;
+  if (row_gram) {
+    target.row_gram = std::get<0>(with_root("row_gram", *row_gram, dtype));
+  }
   std::vector<at::Tensor> bases, codes;
   for (int64_t block = 0; block < num_blocks; ++block) {
-    auto part = matrix.narrow(1, block * columns, columns).to(dtype);
-    const auto scale = scale_of(part);
-    part = part / scale;
+    target.weight = matrix.narrow(1, block * columns, columns).to(dtype);
+    const auto scale = scale_of(target.weight);
+    target.weight = target.weight / scale;
     at::Tensor root;
     if (gram) {
-      auto own = gram->contiguous().narrow(0, block * columns, columns).narrow(1, block * columns, columns).to(dtype);
-      own = own / scale_of(own);
-      const auto ridge = own.diagonal().mean() * 1e-3 + 1e-12;
-      const auto [factor, failed] = at::linalg_cholesky_ex(own + ridge * at::eye(columns, own.options()));
-      TORCH_CHECK_VALUE(failed.item<int>() == 0, "stf_factorize: expected gram to be X^T X of inputs X, got a matrix",
-                        " with a negative square in block ", block);
-      root = factor;
-      part = part.matmul(root);
+      const auto own = gram->narrow(0, block * columns, columns).narrow(1, block * columns, columns);
+      root = std::get<1>(with_root("gram", own, dtype));
+      target.weight = target.weight.matmul(root);
     }
-    auto factors = factorize(part, basis_size, nnz, num_iterations);
+    auto factors = factorize(target, basis_size, nnz, num_iterations);
     if (gram) {
       // Back among weights; an optimizer's steps are of the same size for basis and code.
       factors.basis = at::linalg_solve_triangular(root, factors.basis, /*upper=*/false, /*left=*/false);
@@ -116,9 +144,10 @@ TORCHOPS_LIBRARY_IMPL(Autograd, m) {
 // ---- C++ API ----------------------------------------------------------------------------------
 
 Factors stf_factorize(const at::Tensor& weight, c10::SymInt basis_size, c10::SymInt nnz, c10::SymInt num_blocks,
-                      c10::SymInt num_iterations, const std::optional<at::Tensor>& gram) {
+                      c10::SymInt num_iterations, const std::optional<at::Tensor>& gram,
+                      const std::optional<at::Tensor>& row_gram) {
   static const auto op = find_operator<decltype(stf_factorize_meta)>("stf_factorize");
-  return op(weight, basis_size, nnz, gram, num_blocks, num_iterations);
+  return op(weight, basis_size, nnz, gram, row_gram, num_blocks, num_iterations);
 }
 
 }  // namespace torchops

@@ -6,52 +6,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What factorize_ goes by. A rival gets the same treatment, or the comparison says nothing.
+from torchops.nn._replay import Replay
+from torchops.nn.stf_calibration import Fit
+
 
 class LowRank(nn.Module):
-    """The best approximation of a linear layer's weight by two dense factors (truncated SVD).
+    """The best approximation of a linear layer by two dense factors of its weight (truncated SVD).
 
     Args:
         linear: stays as it is.
         rank: of the product of the factors.
-        gram: X^T X of inputs (``input_grams``): then not the weight is approximated, but what it computes of these.
+        fit: what the layer gets and should compute: then that is approximated (SVD-LLM), and not the weight.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, gram: Tensor | None = None) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, fit: Fit | None = None) -> None:
         super().__init__()
         weight = linear.weight.detach()
         matrix = weight.double()
-        if gram is not None:
+        if fit is not None:
+            matrix = fit.target(weight.to(fit.gram.dtype)).double()
+            gram = fit.gram.double()
             ridge = 1e-3 * gram.diagonal().mean() + 1e-12
             root = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
             matrix = matrix @ root
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         first, second = right[:rank], left[:, :rank] * values[:rank]
-        if gram is not None:
+        if fit is not None:
             first = torch.linalg.solve_triangular(root, first, upper=False, left=False)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        if fit is not None:
+            bias = fit.bias(linear, (second @ first).to(fit.gram.dtype))
         # Of equal size, so that an optimizer's steps suit both.
         scale = (second.norm(dim=0) / first.norm(dim=1)).sqrt()
         self.first = nn.Parameter((scale[:, None] * first).to(weight.dtype))
         self.second = nn.Parameter((second / scale).to(weight.dtype))
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(input, self.first), self.second, self.bias)
 
 
-@torch.no_grad()
-def input_grams(model: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
-    """X^T X of the inputs that each linear layer gets while ``run`` lets the model compute, by the layer's name."""
-    grams: dict[str, Tensor] = {}
+def lower_rank_(model: nn.Module, rank_of: Callable[[str, nn.Linear], int], run: Callable[[], Any]) -> nn.Module:
+    """Replaces every linear layer of a model by one of low rank, in the order of the forward, each fitted to the
+    outputs of the dense model for the inputs that it gets behind the layers replaced so far.
 
-    def watch(name: str, linear: nn.Linear) -> torch.utils.hooks.RemovableHandle:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].flatten(0, -2)
-            grams[name] = grams.get(name, 0) + (rows.T @ rows).double()
-
-        return linear.register_forward_pre_hook(add)
-
-    hooks = [watch(name, linear) for name, linear in model.named_modules() if type(linear) is nn.Linear]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return grams
+    Args:
+        rank_of: a layer's rank, by its name and the layer.
+        run: lets the model compute, the same each time.
+    """
+    names = {module: name for name, module in model.named_modules() if type(module) is nn.Linear}
+    replay = Replay(model, {layer: [name] for layer, name in names.items()}, run, in_sequence=True)
+    made = {}
+    for stage in replay.plan.stages:
+        moments = replay.moments(stage)
+        for layer in stage.layers:
+            fit = moments.fit(layer, layer.bias is not None)
+            made[layer] = LowRank(layer, rank_of(names[layer], layer), fit).train(layer.training)
+            replay.use(layer, made[layer])
+    for layer, replaced in made.items():
+        parent, _, attribute = names[layer].rpartition(".")
+        setattr(model.get_submodule(parent), attribute, replaced)
+    return model

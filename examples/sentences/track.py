@@ -1,15 +1,15 @@
 """The sentences track: a real sentence encoder whose linear layers are factored (DSFormer), and low-rank ones of as
 many bytes to compare with.
 
-Weights are compared first. Then models are: as converted, and after a short training in which each learns the
-hidden states of the dense model from plain sentences, the factored ones straight-through. How long they take is
-measured last.
+Weights are compared first. Then models are: as converted, with the same treatment of both kinds, and after a short
+training in which each learns the hidden states of the dense model from plain sentences, the factored ones
+straight-through. How long they take is measured last.
 """
 
 import copy
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import torchops
 
 from ..common import measurement
-from ..common.low_rank import LowRank, input_grams
+from ..common.low_rank import lower_rank_
 from ..common.report import Panel, Point, console, plot, print_table, write_results
 from ..common.training import train
 from .data import Texts, load
@@ -34,7 +34,8 @@ BATCH_SIZE = 32
 LEARNING_RATE = 5e-4
 LONGEST = 64  # tokens of a sentence
 # How long which variants are trained: one until it is as good as the dense model, or nearly so.
-STEPS = {"factored 2x": 1000, "factored 2.8x": 120, "factored 3.57x": 120, "low rank 2x": 120}
+STEPS = {f"{series} {ratio:g}x": 120 for series in ("factored", "low rank") for ratio in COMPRESSIONS}
+STEPS["factored 2x"] = 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"one sentence": (1, 16), "32 sentences": (32, 32)}  # sentences, tokens of each
 
@@ -135,34 +136,37 @@ def linear_weights(model: SentenceEncoder) -> dict[str, Tensor]:
     return {name: module.weight.detach() for name, module in layers if type(module) is nn.Linear}
 
 
+def reading(model: SentenceEncoder, batches: Sequence[Tensor]) -> None:
+    """Lets the model read, padding not counted."""
+    for tokens in batches:
+        with torchops.nn.ignored_padding(tokens.eq(0)):
+            model.embed(tokens)
+
+
 def factored(
     dense: SentenceEncoder, compression: float, batches: Sequence[Tensor] = ()
 ) -> tuple[SentenceEncoder, torchops.nn.FactorizationReport]:
     """A copy whose linear layers are factored: to be close to the weights, or to what is computed of batches of tokens.
-    The model is bfloat16 for as long as that takes, since bytes are counted: a mask weighs more beside numbers of 16
-    bits."""
-    model = copy.deepcopy(dense).bfloat16()
+    Bytes are those of bfloat16."""
+    model = copy.deepcopy(dense)
     fitted = " to what they compute" if batches else ""
-    with console.status(f"Factoring the layers to 1/{compression:g} of their bytes{fitted}"):
-        report = torchops.nn.factorize_(
-            model.layers(),
-            compression,
-            verbose=False,
-            calibration=(lambda _: [model.embed(tokens) for tokens in batches]) if batches else None,
-        )
-    model.float().load_state_dict(dense.state_dict(), strict=False)  # what is not factored was rounded
+    console.print(f"Factoring the layers to 1/{compression:g} of their bytes{fitted}.")
+    report = torchops.nn.factorize_(
+        model.layers(),
+        compression,
+        verbose=False,
+        calibration=(lambda _: reading(model, batches)) if batches else None,
+        stored_dtype=torch.bfloat16,
+    )
     return model, report
 
 
-def truncated(dense: SentenceEncoder, errors: Sequence[WeightError], grams: Mapping[str, Tensor]) -> SentenceEncoder:
+def truncated(dense: SentenceEncoder, errors: Sequence[WeightError], batches: Sequence[Tensor]) -> SentenceEncoder:
     """A copy whose linear layers are products of two dense ones, of the ranks that take as many bytes, fitted to what
     the layers compute."""
     model = copy.deepcopy(dense)
-    layers = model.layers()
-    for error in errors:
-        parent, _, attribute = error.layer.rpartition(".")
-        linear = layers.get_submodule(error.layer)
-        setattr(layers.get_submodule(parent), attribute, LowRank(linear, error.rank, grams[error.layer]))
+    ranks = {error.layer: error.rank for error in errors}
+    lower_rank_(model.layers(), lambda name, _: ranks[name], lambda: reading(model, batches))
     return model
 
 
@@ -406,10 +410,9 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
         model, report = factored(dense, compression, sample)
         variants.append(Variant("factored", compression, model, Result(report.total().packed_bytes)))
     variants += by_weights
-    grams = input_grams(dense.layers(), lambda: [dense.embed(tokens) for tokens in sample])
     for compression in compressions:
         bytes_of_ranks = sum(2 * error.rank * sum(weights[error.layer].shape) for error in by_bytes[compression])
-        model = truncated(dense, by_bytes[compression], grams)
+        model = truncated(dense, by_bytes[compression], sample)
         variants.append(Variant("low rank", compression, model, Result(bytes_of_ranks)))
     errors |= {f"{compression:g}x in bytes": found for compression, found in by_bytes.items()}
     show_table(table := error_table(errors))

@@ -12,7 +12,7 @@ from torch import nn
 import torchops
 from torchops.nn import RoutedFFN, STFLinear
 
-from ..common.low_rank import LowRank, input_grams
+from ..common.low_rank import LowRank, lower_rank_
 from ..common.report import console
 from . import routing
 
@@ -36,13 +36,9 @@ def pack(model: nn.Module) -> None:
 
 def lower_rank(model: nn.Module, compression: float, run: Callable[[], Any]) -> nn.Module:
     """Every linear layer becomes one of low rank."""
-    grams = input_grams(model, run)
-    for name, gram in grams.items():
-        parent, _, attribute = name.rpartition(".")
-        linear = model.get_submodule(name)
-        rank = max(1, int(linear.weight.numel() / compression / sum(linear.weight.shape)))
-        setattr(model.get_submodule(parent), attribute, LowRank(linear, rank, gram))
-    return model
+    return lower_rank_(
+        model, lambda _, linear: max(1, int(linear.weight.numel() / compression / sum(linear.weight.shape))), run
+    )
 
 
 def num_bytes(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ FULL_LAYERS = (0,)  # of the mixed variants
 MIXED = f"{len(FULL_LAYERS)} full +"  # what they are called
 SPAN = 256
 EXPORTED = f"{MIXED} windows {SPAN}"
-FACTORED = "full, factored 2x"
+FACTORED = "full, factored 3x"
 LORA = "full, LoRA"
 SPT = f"SPT: {MIXED} similar keys 1/8, routed, LoRA"
 BATCH_SIZE = 2
@@ -146,12 +146,12 @@ def build_variants(short: bool, passages: Tensor) -> list[Variant]:
         variants.append(Variant("full, routed, LoRA", f"{half} of {routing.BLOCKS}", with_lora, False))
     similar = attending_to_similar_keys(FULL_LAYERS, 1 / 8, passages)
     variants.append(Variant(SPT, "", then(similar, with_lora)))
-    for ratio in (2.0,) if short else (2.0, 3.0):
+    for ratio in (3.0,) if short else (3.0, 4.0):
         setting = f"{ratio:.0f}x"
         factored = compressed(compression.factor, ratio, passages)
         low_rank = compressed(compression.lower_rank, ratio, passages)
-        variants.append(Variant("full, factored", setting, then(factored, attending(full)), ratio == 2))
+        variants.append(Variant("full, factored", setting, then(factored, attending(full)), ratio == 3))
         variants.append(Variant("full, low rank", setting, then(low_rank, attending(full)), False))
-        if ratio == 2:
+        if ratio == 3:
             variants.append(Variant(f"{EXPORTED}, factored", setting, then(factored, window), not short))
     return variants

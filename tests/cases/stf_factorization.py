@@ -23,18 +23,29 @@ def whole_factors(rows: int, cols: int, basis_size: int, dtype: torch.dtype, dev
     return {"weight": random(rows, cols, dtype=dtype, device=device), "basis_size": basis_size, "nnz": basis_size}
 
 
+def gram_of_inputs(features: int, dtype: torch.dtype, device: str) -> Tensor:
+    """X^T X of some inputs, one of which is always zero, and 1. Its first row is ones, which expanded is a matrix of
+    squares, too."""
+    inputs = random(50, features, dtype=dtype, device=device, seed=1)
+    inputs[:, 0] = 0
+    return inputs.T @ inputs + 1
+
+
 def factorize_samples(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     for rows, cols, basis_size in ((9, 6, 3), (5, 8, 2), (1, 1, 1), (7, 40, 3), (0, 6, 2), (5, 0, 2)):
         yield Sample(f"R{rows}-C{cols}-K{basis_size}", whole_factors(rows, cols, basis_size, dtype, device))
     inputs = whole_factors(9, 12, 3, dtype, device)
     yield Sample("blocks", inputs | {"num_blocks": 3})
     yield Sample("no-iterations", inputs | {"num_iterations": 0})
-    inputs_of_layer = random(50, 12, dtype=dtype, device=device, seed=1)
-    inputs_of_layer[:, 0] = 0
-    # Its first row is ones, which expanded is a matrix of squares, too.
-    gram = inputs_of_layer.T @ inputs_of_layer + 1
+    gram = gram_of_inputs(12, dtype, device)
     yield Sample("gram", inputs | {"gram": gram})
     yield Sample("gram-blocks", inputs | {"gram": gram, "num_blocks": 2})
+    row_gram = gram_of_inputs(9, dtype, device)
+    yield Sample("row-gram", inputs | {"row_gram": row_gram})
+    yield Sample("row-gram-blocks", inputs | {"row_gram": row_gram, "num_blocks": 3})
+    yield Sample("both-grams", inputs | {"gram": gram, "row_gram": row_gram})
+    yield Sample("row-gram-nnz0", inputs | {"row_gram": row_gram, "nnz": 0})
+    yield Sample("row-gram-R0", whole_factors(0, 6, 2, dtype, device) | {"row_gram": row_gram[:0, :0]})
     yield Sample("nnz0", inputs | {"nnz": 0})
     yield Sample("zeros", inputs | {"weight": torch.zeros_like(inputs["weight"])})
     # Rows that one atom each gives exactly: the same atom for all, or one of a few.
@@ -80,28 +91,29 @@ def factorize_invalid(device: str) -> Iterator[Invalid]:
         good | {"num_blocks": 4},
         "expected weight's number of columns to be a multiple of num_blocks = 4, got 6",
     )
-    yield Invalid(
-        "gram-shape",
-        good | {"gram": torch.eye(7, device=device)},
-        "expected gram of shape [cols, cols] = [6, 6], got [7, 7]",
-    )
-    yield Invalid(
-        "gram-dtype",
-        good | {"gram": torch.eye(6, device=device).int()},
-        "expected gram of dtype Double, Float, BFloat16 or Half, got Int",
-    )
-    yield Invalid(
-        "gram-nan",
-        good | {"gram": torch.full((6, 6), math.nan, device=device)},
-        "expected gram to be finite, got a NaN or an infinity",
-        data_dependent=True,
-    )
-    yield Invalid(
-        "gram-indefinite",
-        good | {"gram": -torch.eye(6, device=device)},
-        "expected gram to be X^T X of inputs X, got a matrix with a negative square in block 0",
-        data_dependent=True,
-    )
+    for name, size, sizes in (("gram", 6, "[cols, cols] = [6, 6]"), ("row_gram", 7, "[rows, rows] = [7, 7]")):
+        yield Invalid(
+            f"{name}-shape",
+            good | {name: torch.eye(size + 1, device=device)},
+            f"expected {name} of shape {sizes}, got [{size + 1}, {size + 1}]",
+        )
+        yield Invalid(
+            f"{name}-dtype",
+            good | {name: torch.eye(size, device=device).int()},
+            f"expected {name} of dtype Double, Float, BFloat16 or Half, got Int",
+        )
+        yield Invalid(
+            f"{name}-nan",
+            good | {name: torch.full((size, size), math.nan, device=device)},
+            f"expected {name} to be finite, got a NaN or an infinity",
+            data_dependent=True,
+        )
+        yield Invalid(
+            f"{name}-indefinite",
+            good | {name: -torch.eye(size, device=device)},
+            f"expected {name} to be X^T X of inputs X, got a matrix with a negative square",
+            data_dependent=True,
+        )
 
 
 def factorize_sized(dtype: torch.dtype, device: str, length: int) -> Inputs:
@@ -188,7 +200,7 @@ CASES = [
         compared=product,
         output_tolerance=DECOMPOSITION_TOLERANCE,
         decomposes=True,
-        unbatched=("gram",),
+        unbatched=("gram", "row_gram"),
         least_batch=2,
     ),
     OpCase(

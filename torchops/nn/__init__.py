@@ -1,5 +1,6 @@
 """Modules on top of the operators, one file per family. All of them can be scripted."""
 
+from ._calibration import *  # noqa: F403
 from .routed_ffn import *  # noqa: F403
 from .routed_ffn_conversion import *  # noqa: F403
 from .routed_ffn_report import *  # noqa: F403

@@ -1,12 +1,49 @@
 """A model that computes typical inputs while some of its modules are looked at, and where clusters of those begin."""
 
 from contextlib import contextmanager
-from typing import Any, Callable, Iterable, Iterator, List
+from contextvars import ContextVar
+from typing import Any, Callable, Iterable, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
 
-__all__: List[str] = []  # for what is fitted to a model's inputs
+__all__ = ["ignored_padding"]
+
+_padding: ContextVar[Optional[Tensor]] = ContextVar("padding", default=None)
+
+
+@contextmanager
+def ignored_padding(padding_mask: Optional[Tensor]) -> Iterator[None]:
+    """Inside, padding does not count as a typical input: for the calibration of :func:`factorize_`.
+
+    Args:
+        padding_mask: bool [B, L], True for padding; None for none. It holds for layers whose inputs are
+            [B, L, features] or [B L, features], and not for others: those on pooled tokens, for example.
+
+    >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    >>> tokens, padding = torch.randn(8, 100, 64), torch.arange(100) >= torch.randint(50, 100, (8, 1))
+    >>> def run(model):
+    ...     with torchops.nn.ignored_padding(padding):
+    ...         model(tokens)
+    >>> report = torchops.nn.factorize_(model, 2.0, verbose=False, calibration=run)
+    """
+    token = _padding.set(padding_mask)
+    try:
+        yield
+    finally:
+        _padding.reset(token)
+
+
+def current_padding() -> Optional[Tensor]:
+    return _padding.get()
+
+
+def tokens_of(rows: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+    """A copy of a layer's inputs or outputs [..., features] as [n, features], without padding."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    if padding_mask is None or padding_mask.numel() != len(flat):
+        return flat.clone()
+    return flat[~padding_mask.flatten().to(flat.device)]
 
 
 @contextmanager

@@ -30,6 +30,11 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.sink = nn.Parameter(torch.zeros(num_heads)) if sink else None
 
+    def reset_parameters(self) -> None:
+        """Of this module alone: projections and what attends have their own."""
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
+
     def heads(self, projected: Tensor) -> Tensor:
         """[B, L, H D] -> [B, H, L, D]."""
         return projected.unflatten(-1, [-1, self.head_dim]).transpose(1, 2)

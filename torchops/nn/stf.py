@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..ops.stf import stf_factorize, stf_linear, stf_linear_packed, stf_linear_straight_through, stf_pack, stf_select
 from ..reference.stf import dense, stf_unpack
+from ._shared_tensors import as_the_first_has_it, fill
+from .stf_calibration import Fit, Moments
 from .stf_sizes import (
     FORMS,
     Sizes,
@@ -21,14 +23,6 @@ from .stf_sizes import (
 from .stf_weight import WeightOnDemand
 
 __all__ = ["STFLinear"]
-
-
-def gram_matrix(inputs: Tensor, diagonal: bool = False) -> Tensor:
-    """X^T X of [..., features], in at least float32, or its diagonal alone, in float64."""
-    rows = inputs.detach().reshape(-1, inputs.shape[-1])
-    # One product in 16 bits would round its sums.
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return wide.square().sum(0, dtype=torch.float64) if diagonal else wide.T @ wide
 
 
 class STFLinear(nn.Module):
@@ -136,7 +130,7 @@ class STFLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws a weight whose entries vary as those of ``nn.Linear`` do. Form and tensors stay."""
-        self.layout.copy_(torch.tensor(self.sizes().layout()))
+        fill(self.layout, torch.tensor(self.sizes().layout(), device=self.layout.device))
         if self.basis.is_meta:
             return
         width = self.basis.shape[2]
@@ -146,13 +140,13 @@ class STFLinear(nn.Module):
             nn.init.normal_(self.latent, std=std * standard_deviation_of_latent(self.basis_size, self.nnz))
         elif self.values is not None and self.indices is not None:
             nn.init.normal_(self.values, std=std)
-            self.indices.copy_(to_bytes(self._random_indices()))
+            fill(self.indices, to_bytes(self._random_indices()))
         elif self.packed_values is not None and self.mask is not None:
             indices = self._random_indices()
-            values = torch.randn(indices.shape, device=indices.device).mul_(std).to(self.packed_values.dtype)
-            packed_values, mask = stf_pack(values, indices, self.basis_size)
-            self.packed_values.copy_(packed_values)
-            self.mask.copy_(to_bytes(mask))
+            values = as_the_first_has_it(torch.randn(indices.shape, device=indices.device).mul_(std), self.basis)
+            packed_values, mask = stf_pack(values.to(self.packed_values.dtype), indices, self.basis_size)
+            fill(self.packed_values, packed_values)
+            fill(self.mask, to_bytes(mask))
         if self.bias is not None:
             bound = max(self.in_features, 1) ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
@@ -161,10 +155,7 @@ class STFLinear(nn.Module):
         """[rows, blocks, nnz], the same on all processes that share the layer (torch.distributed's DTensor)."""
         code = torch.rand(self.rows, self.num_blocks, self.basis_size, device=self.basis.device)
         indices = code.argsort(-1)[..., : self.nnz].sort(-1).values
-        mesh = getattr(self.basis, "device_mesh", None)
-        if mesh is not None:
-            for dim in range(mesh.ndim):
-                torch.distributed.broadcast(indices, group=mesh.get_group(dim), group_src=0)
+        indices = as_the_first_has_it(indices, self.basis)
         return indices.to(torch.uint8 if self.basis_size <= 256 else torch.int16)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -193,6 +184,7 @@ class STFLinear(nn.Module):
         calibration: Optional[Tensor] = None,
         sparse_side: Optional[str] = None,
         num_iterations: int = 20,
+        stored_dtype: Optional[torch.dtype] = None,
     ) -> "STFLinear":
         """Factors a dense layer's weight with :func:`torchops.stf_factorize`.
 
@@ -202,47 +194,50 @@ class STFLinear(nn.Module):
         Args:
             linear: stays as it is. Its mode and what is frozen in it are passed on, its hooks are not.
             compression: bytes of the dense weight for one of the packed one.
-            calibration: [..., in_features], typical inputs of the layer: what counts is then the error of its
-                outputs, not that of its weight. With the sparse factor on the input's side each feature counts by its
-                root mean square only, for correlations would couple the rows.
+            calibration: [..., in_features], typical inputs of the layer, more than it has features: what counts is
+                then the error of its outputs, not that of its weight, and the bias takes the mean error.
             sparse_side: "output" or "input"; None for that of the larger of the layer's features.
             num_iterations: of stf_factorize.
+            stored_dtype: for which bytes are counted, None for the weight's. Masks weigh more beside 16-bit numbers.
 
         Raises:
-            ValueError: no factors are that small, or calibration is of another size or not finite.
+            ValueError: no factors are that small, or calibration is of another size, without rows or not finite.
         """
-        gram = None
+        fit = None
         if calibration is not None:
             if calibration.dim() == 0 or calibration.shape[-1] != linear.in_features:
                 raise ValueError(
                     f"STFLinear.from_linear: expected calibration of shape [..., in_features = {linear.in_features}],"
                     f" got {list(calibration.shape)}"
                 )
-            if sparse_side is None:
-                sparse_side = "output" if linear.out_features >= linear.in_features else "input"
-            gram = gram_matrix(calibration.to(linear.weight.device), diagonal=sparse_side == "input")
-        return cls._from_gram(linear, compression, gram, sparse_side, num_iterations)
+            moments = Moments()
+            moments.add(calibration.to(linear.weight.device).flatten(0, -2))
+            if moments.count == 0:
+                raise ValueError("STFLinear.from_linear: expected calibration with at least one row, got none")
+            fit = moments.fit(linear, bias_is_free=linear.bias is not None)
+        return cls._fitted(linear, compression, fit, sparse_side, num_iterations, stored_dtype)
 
     @classmethod
-    def _from_gram(
+    @torch.no_grad()
+    def _fitted(
         cls,
         linear: nn.Linear,
         compression: float,
-        gram: Optional[Tensor],
+        fit: Optional[Fit],
         sparse_side: Optional[str],
         num_iterations: int,
+        stored_dtype: Optional[torch.dtype],
     ) -> "STFLinear":
-        """from_linear with X^T X of the inputs instead of these, or its diagonal where the sparse factor is on their
-        side."""
-        if gram is not None and not gram.isfinite().all():
+        """from_linear for what the layer should compute of its inputs, or for its weight."""
+        if fit is not None and not all(t.isfinite().all() for t in fit if isinstance(t, Tensor)):
             raise ValueError("STFLinear.from_linear: expected calibration of finite numbers, got NaN or infinity")
-        rows, cols = linear.out_features, linear.in_features
         if sparse_side is None:
-            sparse_side = "output" if rows >= cols else "input"
+            sparse_side = "output" if linear.out_features >= linear.in_features else "input"
+        rows, cols = linear.out_features, linear.in_features
         if sparse_side == "input":
             rows, cols = cols, rows
         weight = linear.weight.detach()
-        basis_size, nnz = choose_sizes(rows, cols, weight.element_size(), compression)
+        basis_size, nnz = choose_sizes(rows, cols, (stored_dtype or weight.dtype).itemsize, compression)
         # Nothing is drawn, since all of it is written below.
         layer = cls(
             linear.in_features,
@@ -255,26 +250,21 @@ class STFLinear(nn.Module):
             dtype=weight.dtype,
         ).to_empty(device=weight.device)
         # The factorization solves systems of equations: 16 bits are too few.
-        wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        matrix = (weight.T if layer.transpose else weight).to(wide)
-        if gram is not None and layer.transpose:
-            # Scaled rows have the same nonzeros. The ridge is that of stf_factorize.
-            squares = gram
-            scale = (squares + 1e-3 * squares.mean() + 1e-12).sqrt().to(wide)[:, None]
-            basis, values, indices = stf_factorize(matrix * scale, basis_size, nnz, 1, num_iterations)
-            values = values / scale[..., None]
-        else:
-            weighed_by = None if gram is None else gram.to(wide)
-            basis, values, indices = stf_factorize(matrix, basis_size, nnz, 1, num_iterations, weighed_by)
-        with torch.no_grad():
-            layer.basis.copy_(basis)
-            if layer.bias is not None:
-                layer.bias.copy_(linear.bias)
+        wide = weight.to(weight.dtype if weight.dtype == torch.float64 else torch.float32)
+        grams = {}
+        if fit is not None:
+            wide = fit.target(wide)
+            grams = {"row_gram" if layer.transpose else "gram": fit.gram.to(wide.dtype)}
+        matrix = wide.T if layer.transpose else wide
+        basis, values, indices = stf_factorize(matrix, basis_size, nnz, 1, num_iterations, **grams)
+        layer.basis.copy_(basis)
         layer._hold(values=values.to(weight.dtype), indices=indices).train(linear.training)
         assert layer.values is not None
         for factor in (layer.basis, layer.values):
             factor.requires_grad_(linear.weight.requires_grad)
-        if layer.bias is not None:
+        bias = linear.bias if fit is None else fit.bias(linear, layer.dense_weight().to(wide.dtype))
+        if layer.bias is not None and bias is not None:
+            layer.bias.copy_(bias)
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer
 
@@ -448,10 +438,12 @@ class STFLinear(nn.Module):
         weight = dense(self.basis, factor["values"], factor["indices"])
         return weight.T if self.transpose else weight
 
-    def num_bytes(self, form: Optional[str] = None) -> int:
-        """Bytes of the weight's factors, positions included and the bias not, in the module's form or another."""
-        factor = self._empty(form or self.form(), torch.device("meta"))
-        return self.basis.nbytes + sum(tensor.nbytes for tensor in factor.values())
+    def num_bytes(self, form: Optional[str] = None, dtype: Optional[torch.dtype] = None) -> int:
+        """Bytes of the weight's factors, positions included and the bias not, in the module's form and dtype or in
+        others."""
+        itemsize = (dtype or self.basis.dtype).itemsize
+        tensors = [self.basis, *self._empty(form or self.form(), torch.device("meta")).values()]
+        return sum(t.numel() * (itemsize if t.is_floating_point() else t.element_size()) for t in tensors)
 
     def extra_repr(self) -> str:
         return (

@@ -1,73 +1,121 @@
-"""What the inputs of layers were while a model computed."""
+"""What least squares needs of a layer's inputs and outputs."""
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
-from ._calibration import observed
-from .stf import gram_matrix
+from ._conversion import as_linear
 
-__all__: List[str] = []  # for factorize_ alone
-
-MOST_ROWS = 1024
+__all__: List[str] = []  # for STFLinear and factorize_ alone
 
 
-class InputStatistics:
-    """Of a layer's inputs X, what its factorization and the report need: X^T X, or its diagonal and a few rows.
+class Fit(NamedTuple):
+    """What a factored layer is fitted to, in at least float32.
 
-    The diagonal is all that a sparse factor on the input's side is weighed by, and such a layer has many features:
-    its X^T X would be the largest tensor of the model. The norm of an output X W^T is then taken from at most 1024
-    rows that are sums of X's with random signs: exact for as many inputs, and for more an estimate whose standard
-    deviation is 3% at the very most.
+    The layer gets inputs X, [n, in], and should compute Y, [n, out], which is X W^T + bias where the dense layer got
+    the same inputs. Where the bias takes the mean error, X and Y are relative to their means, else Y is without bias.
     """
 
-    def __init__(self, diagonal: bool) -> None:
-        self.diagonal = diagonal
-        self.moments: Optional[Tensor] = None
-        self._rows: Optional[Tensor] = None
-        self._count = 0
-        self._generator = torch.Generator().manual_seed(0)
+    gram: Tensor  # X^T X [in, in]
+    cross: Optional[Tensor] = None  # X^T Y [in, out], None for that of Y = X W^T
+    output_squares: float = 0.0  # |Y|^2, with cross
+    input_mean: Optional[Tensor] = None  # [in], where the bias takes the mean error
+    output_mean: Optional[Tensor] = None  # [out], with cross and with the bias
 
-    def add(self, inputs: Tensor) -> None:
+    def target(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] that comes closest to Y, to which nearer ones are nearer. Where inputs say little, it is
+        the given one."""
+        if self.cross is None:
+            return weight
+        ridge = 1e-3 * self.gram.diagonal().mean() + 1e-12
+        root = torch.linalg.cholesky(self.gram + ridge * torch.eye(len(self.gram)).to(self.gram))
+        return weight + torch.cholesky_solve(self.cross - self.gram @ weight.T, root).T
+
+    def bias(self, dense: nn.Linear, weight: Tensor) -> Optional[Tensor]:
+        """The bias beside another weight: it takes the mean error."""
+        if self.input_mean is None or dense.bias is None:
+            return dense.bias
+        output_mean = self.output_mean
+        if output_mean is None:
+            output_mean = dense.weight.to(weight.dtype) @ self.input_mean + dense.bias
+        return output_mean - weight @ self.input_mean
+
+    def norm(self, dense: Tensor) -> float:
+        """That of Y."""
+        return (self._squares(dense) if self.cross is None else self.output_squares) ** 0.5
+
+    def error(self, dense: Tensor, weight: Tensor) -> float:
+        """The norm of Y - X weight^T."""
+        if self.cross is None:
+            return self._squares(weight - dense) ** 0.5
+        both = (weight.T.double() * self.cross).sum().item()
+        return max(self._squares(weight) - 2 * both + self.output_squares, 0.0) ** 0.5
+
+    def _squares(self, weight: Tensor) -> float:
+        weight = weight.to(self.gram.dtype)
+        return ((weight @ self.gram).double() * weight).sum().clamp(min=0).item()
+
+
+class Moments:
+    """Sums over the inputs that some layers share, and over the outputs that each of them should have.
+
+    Numbers are taken relative to those of the first token: where a mean is large, sums of squares would cancel.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.paired = True
+        self._inputs: Optional[Tensor] = None
+        self._outputs: Dict[nn.Module, Tensor] = {}
+        self._sums: Dict[object, Tensor] = {}
+
+    def add(self, inputs: Tensor, outputs: Optional[Mapping[nn.Module, Tensor]] = None) -> None:
+        """Rows of inputs [n, in], and of each layer's outputs [n, out], None where they are what the dense layer makes
+        of these inputs."""
+        if not len(inputs):
+            return
         # The model may compute under autocast, which would round the sums.
         with torch.autocast(inputs.device.type, enabled=False):
-            moments = gram_matrix(inputs, self.diagonal)
-            self.moments = moments if self.moments is None else self.moments + moments
-            if self.diagonal:
-                self._add_rows(inputs.detach().reshape(-1, inputs.shape[-1]))
+            wide = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+            self._inputs = wide[0].clone() if self._inputs is None else self._inputs
+            moved = wide - self._inputs
+            self.count += len(moved)
+            self._sum("inputs", moved.sum(0, dtype=torch.float64))
+            self._sum("gram", moved.T @ moved)
+            self.paired &= outputs is not None
+            for layer, rows in (outputs or {}).items():
+                rows = rows.detach().to(wide.dtype)
+                to_rows = rows - self._outputs.setdefault(layer, rows[0].clone())
+                self._sum((layer, "outputs"), to_rows.sum(0, dtype=torch.float64))
+                self._sum((layer, "squares"), to_rows.square().sum(dtype=torch.float64))
+                self._sum((layer, "cross"), moved.T @ to_rows)
 
-    def _add_rows(self, inputs: Tensor) -> None:
-        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        if self._rows is None:
-            self._rows = inputs[:0].clone()
-        taken = MOST_ROWS - len(self._rows)
-        self._rows = torch.cat([self._rows, inputs[:taken]])
-        for more in inputs[taken:].split(MOST_ROWS):
-            signs = 2 * torch.randint(2, (len(more), 1), generator=self._generator) - 1
-            places = (torch.arange(len(more)) + self._count) % MOST_ROWS
-            self._rows[places.to(more.device)] += signs.to(more) * more
-            self._count += len(more)
+    def _sum(self, name: object, more: Tensor) -> None:
+        self._sums[name] = self._sums[name] + more if name in self._sums else more
 
-    def output_norm(self, weight: Tensor) -> float:
-        """The Frobenius norm of X weight^T."""
-        assert self.moments is not None
-        if self.diagonal:
-            assert self._rows is not None
-            return (self._rows.to(weight.dtype) @ weight.T).norm().item()
-        gram = self.moments.to(weight.dtype)
-        return (weight @ gram * weight).sum().clamp(min=0).sqrt().item()
-
-
-def input_statistics(
-    model: nn.Module, diagonal: Dict[nn.Module, bool], calibration: Callable[[nn.Module], Any]
-) -> Dict[nn.Module, InputStatistics]:
-    """Those of each layer, or of which the diagonal is enough, while the calibration lets the model compute."""
-    statistics = {layer: InputStatistics(only) for layer, only in diagonal.items()}
-
-    def add(layer: nn.Module, inputs: Tuple[Tensor, ...], named: Dict[str, Tensor]) -> None:
-        statistics[layer].add(inputs[0] if inputs else next(iter(named.values())))
-
-    with observed(model, statistics, add):
-        calibration(model)
-    return statistics
+    def fit(self, layer: nn.Module, bias_is_free: bool) -> Fit:
+        """For one of the layers. A bias that is free takes the mean error."""
+        assert self._inputs is not None
+        gram, origin, inputs = self._sums["gram"], self._inputs, self._sums["inputs"]
+        mean = inputs / self.count
+        # Sums around the mean, or around zero.
+        around = mean if bias_is_free else -origin.double()
+        gram = gram + (self.count * torch.outer(around - mean, around - mean) - torch.outer(mean, inputs)).to(gram)
+        input_mean = (origin + mean).to(origin.dtype) if bias_is_free else None
+        if not self.paired:
+            return Fit(gram, input_mean=input_mean)
+        outputs = self._sums[layer, "outputs"]
+        output_origin = self._outputs[layer]
+        output_mean = outputs / self.count
+        bias = as_linear(layer).bias
+        without = output_origin.double() if bias is None else output_origin.double() - bias.detach()
+        from_there = output_mean if bias_is_free else -without
+        cross = self._sums[layer, "cross"]
+        cross = cross + (
+            self.count * torch.outer(around - mean, from_there - output_mean) - torch.outer(mean, outputs)
+        ).to(cross)
+        squares = self._sums[layer, "squares"] - output_mean.dot(outputs)
+        squares = squares + self.count * (from_there - output_mean).square().sum()
+        mean_of_outputs = (output_origin + output_mean).to(origin.dtype) if bias_is_free else None
+        return Fit(gram, cross, squares.clamp(min=0).item(), input_mean, mean_of_outputs)

@@ -2,6 +2,7 @@
 
 from typing import Dict, List, Optional, Sequence, Set
 
+import torch
 from torch import Tensor, nn
 
 from ._conversion import (
@@ -24,7 +25,9 @@ from .stf import choose_sizes
 __all__: List[str] = []  # for factorize_ alone
 
 
-def find_candidates(model: nn.Module, skip: Sequence[str], compression: float) -> Candidates[nn.Module]:
+def find_candidates(
+    model: nn.Module, skip: Sequence[str], compression: float, stored_dtype: Optional[torch.dtype] = None
+) -> Candidates[nn.Module]:
     """Looks at every layer before the first is factored.
 
     Raises:
@@ -47,7 +50,7 @@ def find_candidates(model: nn.Module, skip: Sequence[str], compression: float) -
             # Under one name is under all: half of a shared layer would be another model.
             skipped.update(all_names)
             continue
-        problem = _problem(module, compression)
+        problem = _problem(module, compression, stored_dtype)
         if module in adapted:
             problem = (
                 f"peft adapts {adapted[module]}: factor the model first, then adapt it"
@@ -68,14 +71,14 @@ def find_candidates(model: nn.Module, skip: Sequence[str], compression: float) -
     return found
 
 
-def _problem(module: nn.Module, compression: float) -> Optional[str]:
+def _problem(module: nn.Module, compression: float, stored_dtype: Optional[torch.dtype]) -> Optional[str]:
     problem = problem_of(module)
     if problem or not is_plain_linear(module):
         return problem
     weight = module.weight
     assert isinstance(weight, Tensor)
     try:
-        choose_sizes(max(weight.shape), min(weight.shape), weight.element_size(), compression)
+        choose_sizes(max(weight.shape), min(weight.shape), (stored_dtype or weight.dtype).itemsize, compression)
     except ValueError as error:
         return str(error)
     return None

@@ -1,13 +1,15 @@
 """Factors the linear layers of whole models."""
 
-from typing import Any, Callable, Dict, Optional, Sequence
+from itertools import repeat
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import torch
 from torch import nn
 
-from ._conversion import HOOKS, as_linear, progress, show
+from ._conversion import HOOKS, as_linear, key, owners_of, progress, show
+from ._replay import Replay
 from .stf import STFLinear
-from .stf_calibration import InputStatistics, input_statistics
+from .stf_calibration import Fit
 from .stf_candidates import find_candidates
 from .stf_report import FactorizationReport, FactorizedLayer
 
@@ -21,13 +23,16 @@ def factorize_(
     num_iterations: int = 20,
     verbose: bool = True,
     calibration: Optional[Callable[[nn.Module], Any]] = None,
+    sequential: bool = True,
+    stored_dtype: Optional[torch.dtype] = None,
 ) -> FactorizationReport:
     """Replaces every ``nn.Linear`` inside a model by an :class:`STFLinear` made of its weight.
 
     All or nothing: layers are replaced when all of them have been factored, and an error leaves the model as it
     was. transformers' ``Conv1D`` (GPT-2's linear layer) is factored, too. A layer that stands in several places
-    stays one layer. A new layer has the old one's device, dtype, mode, hooks and bias, which is the same parameter,
-    and is frozen where the old weight was. Make optimizers afterwards: weights are other parameters now.
+    stays one layer. A new layer has the old one's device, dtype, mode and hooks, and is frozen where the old weight
+    was. Its bias is the same parameter; with a calibration it is a new one that takes the mean error, unless other
+    modules hold it, too. Make optimizers afterwards: weights are other parameters now.
 
     Stay dense, and stand in the report as such: layers whose weight another module holds as well (a language model's
     head on its embedding), and subclasses of ``nn.Linear`` (what is inside ``nn.MultiheadAttention``, for one).
@@ -43,9 +48,16 @@ def factorize_(
         num_iterations: of :func:`torchops.stf_factorize`.
         verbose: show progress and print the report. Both are nicer with rich installed.
         calibration: a function that lets the model it is given compute typical inputs, for example
-            ``lambda model: [model(batch) for batch in batches]``, a few thousand tokens or pixels in all. Layers are
-            then factored so that the errors of their outputs there are small, not those of their weights
-            (:meth:`STFLinear.from_linear`). It is called with the model in evaluation mode and without gradients.
+            ``lambda model: [model(batch) for batch in batches]``: several tokens for each feature of the widest
+            layer, or more. Layers are then factored so that the errors of their outputs there are small, not those of
+            their weights. It is called with the model in evaluation mode and without gradients, and more than once
+            where blocks cannot be run by themselves, those with a cache of keys among them: it must compute the same
+            each time. Padding does not count inside of :func:`ignored_padding`.
+        sequential: with a calibration, layers are factored in the order of the forward, and each is fitted to the
+            outputs of the dense model for the inputs that it gets behind the layers factored so far: it makes up for
+            some of their errors. False fits each to its inputs in the dense model.
+        stored_dtype: for which bytes are counted, None for that of the weights: bfloat16 for a model that is trained
+            in float32 and saved in bfloat16, for example.
 
     Returns:
         bytes and error of every layer.
@@ -66,30 +78,35 @@ def factorize_(
     >>> total.dense_bytes / total.packed_bytes > 2
     True
     """
-    candidates = find_candidates(model, skip, compression)
-    statistics: Dict[nn.Module, InputStatistics] = {}
+    candidates = find_candidates(model, skip, compression, stored_dtype)
+    replay = None
     if calibration is not None:
-        diagonal = {layer: _sparse_side(layer) == "input" for layer in candidates.layers}
-        statistics = input_statistics(model, diagonal, calibration)
-        missed = [names[0] for layer, names in candidates.layers.items() if statistics[layer].moments is None]
+        run = calibration
+        replay = Replay(model, candidates.layers, lambda: run(model), sequential)
+        missed = [names[0] for layer, names in candidates.layers.items() if layer not in replay.plan.calls]
         if missed:
             raise ValueError(
                 f"factorize_: expected calibration to run every layer to factor, got none of {', '.join(missed)}: let"
                 f" it run them, or add skip={missed}"
             )
+    in_order = candidates.layers
+    fits: Iterator[Optional[Fit]] = repeat(None)
+    if replay is not None:
+        in_order = {layer: candidates.layers[layer] for stage in replay.plan.stages for layer in stage.layers}
+        fits = _fits(replay, owners_of(model))
     factored: Dict[nn.Module, STFLinear] = {}
-    rows = []
-    for layer, names in progress(candidates.layers, "Factoring", verbose):
-        # Statistics of large layers take much memory: each lets go of its own.
-        moments = statistics.pop(layer, None)
+    rows: Dict[nn.Module, FactorizedLayer] = {}
+    for (layer, names), fit in zip(progress(in_order, "Factoring", verbose), fits, strict=False):
         try:
-            factored[layer] = _factor(layer, compression, moments, num_iterations)
+            factored[layer] = _factor(layer, compression, fit, num_iterations, stored_dtype)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise ValueError(
                 f"factorize_: {names[0]} cannot be factored (to leave it dense, add skip={names[:1]}): {error}"
             ) from error
-        rows.append(_compare(names[0], layer, factored[layer], moments))
-    report = FactorizationReport(rows, candidates.left)
+        rows[layer] = _compare(names[0], layer, factored[layer], fit, stored_dtype)
+        if replay is not None:
+            replay.use(layer, factored[layer])
+    report = FactorizationReport([rows[layer] for layer in candidates.layers], candidates.left)
     for layer, names in candidates.layers.items():
         for name in names:
             parent, _, attribute = name.rpartition(".")
@@ -99,14 +116,22 @@ def factorize_(
     return report
 
 
-def _sparse_side(layer: nn.Module) -> str:
-    linear = as_linear(layer)
-    return "output" if linear.out_features >= linear.in_features else "input"
+def _fits(replay: Replay, owners: Dict[int, Dict[nn.Module, str]]) -> Iterator[Optional[Fit]]:
+    """What each layer is fitted to, in the order of the forward, behind the layers that replay uses by then."""
+    for stage in replay.plan.stages:
+        moments = replay.moments(stage)
+        for layer in stage.layers:
+            bias = layer._parameters["bias"]
+            yield moments.fit(layer, bias is not None and len(owners[key(bias)]) == 1)
 
 
 @torch.inference_mode(False)
 def _factor(
-    layer: nn.Module, compression: float, statistics: Optional[InputStatistics], num_iterations: int
+    layer: nn.Module,
+    compression: float,
+    fit: Optional[Fit],
+    num_iterations: int,
+    stored_dtype: Optional[torch.dtype],
 ) -> STFLinear:
     """A factored layer in the place of that one."""
     linear = as_linear(layer)
@@ -116,11 +141,13 @@ def _factor(
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
     ):
-        moments = None if statistics is None else statistics.moments
-        factored = STFLinear._from_gram(linear, compression, moments, _sparse_side(layer), num_iterations)
+        factored = STFLinear._fitted(linear, compression, fit, None, num_iterations, stored_dtype)
     for parameter in factored.parameters():
         parameter.requires_grad_(linear.weight.requires_grad)
-    factored.bias = linear.bias
+    if fit is None or fit.input_mean is None:
+        factored.bias = linear.bias
+    elif factored.bias is not None:
+        factored.bias.requires_grad_(linear.bias.requires_grad)
     factored.train(layer.training)
     for name in HOOKS:
         setattr(factored, name, getattr(layer, name))
@@ -130,25 +157,27 @@ def _factor(
     return factored
 
 
-def _compare(name: str, layer: nn.Module, factored: STFLinear, inputs: Optional[InputStatistics]) -> FactorizedLayer:
+def _compare(
+    name: str, layer: nn.Module, factored: STFLinear, fit: Optional[Fit], stored_dtype: Optional[torch.dtype]
+) -> FactorizedLayer:
     weight = as_linear(layer).weight.detach()
     dense = weight.double()
-    difference = factored.dense_weight().double() - dense
+    found = factored.dense_weight().double()
     code_size = factored.rows * factored.num_blocks * factored.nnz
     norms = {}
-    if inputs is not None:
-        norms = {"output_norm": inputs.output_norm(dense), "output_error": inputs.output_norm(difference)}
+    if fit is not None:
+        norms = {"output_norm": fit.norm(dense), "output_error": fit.error(dense, found)}
     return FactorizedLayer(
         name,
         factored.sparse_side,
         factored.basis_size,
         factored.nnz,
-        dense_bytes=weight.nbytes,
-        indexed_bytes=factored.num_bytes("factored"),
-        packed_bytes=factored.num_bytes("packed"),
+        dense_bytes=weight.numel() * (stored_dtype or weight.dtype).itemsize,
+        indexed_bytes=factored.num_bytes("factored", stored_dtype),
+        packed_bytes=factored.num_bytes("packed", stored_dtype),
         dense_numbers=weight.numel(),
         stored_numbers=factored.basis.numel() + code_size,
         norm=dense.norm().item(),
-        error=difference.norm().item(),
+        error=(found - dense).norm().item(),
         **norms,
     )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .._namespace import operators
 from ..ops.stf import stf_factorize, stf_project
+from ._shared_tensors import whole
 from .stf import STFLinear, choose_sizes
 
 __all__ = ["STFProjectedLinear"]
@@ -60,8 +61,18 @@ class STFProjectedLinear(nn.Module):
         self.transpose = (linear.in_features > linear.out_features) if sparse_side is None else sparse_side == "input"
         self.weight = nn.Parameter(linear.weight.detach().clone())
         self.register_parameter("bias", None if linear.bias is None else nn.Parameter(linear.bias.detach().clone()))
-        basis = stf_factorize(self._matrix().detach(), basis_size, nnz, 1, num_iterations)[0]
+        basis = stf_factorize(self._whole_matrix(), basis_size, nnz, 1, num_iterations)[0]
         self.register_buffer("basis", basis)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws what ``nn.Linear`` would, and the basis that comes closest to it."""
+        bound = self.weight.shape[1] ** -0.5
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+        if not self.basis.is_meta:
+            self.basis.copy_(stf_factorize(self._whole_matrix(), self.basis.shape[1], self.nnz)[0])
 
     @classmethod
     def from_linear(
@@ -84,6 +95,10 @@ class STFProjectedLinear(nn.Module):
         """The weight with the sparse factor's rows first."""
         return self.weight.T if self.transpose else self.weight
 
+    def _whole_matrix(self) -> Tensor:
+        """That of all processes, where they share the weight (torch.distributed's DTensor), and without a gradient."""
+        return whole(self._matrix().detach())
+
     def forward(self, input: Tensor) -> Tensor:
         projected = stf_project(self._matrix(), self.basis, self.nnz, 0)[0]
         return nn.functional.linear(input, projected.T if self.transpose else projected, self.bias)
@@ -92,7 +107,7 @@ class STFProjectedLinear(nn.Module):
     def refresh(self, num_iterations: int = 1) -> "STFProjectedLinear":
         """Improves the basis for the weight as it is now. Call it after the optimizer's step, on every process of a
         data-parallel run. Returns the module."""
-        self.basis.copy_(stf_project(self._matrix(), self.basis, self.nnz, num_iterations)[1])
+        self.basis.copy_(stf_project(self._whole_matrix(), self.basis, self.nnz, num_iterations)[1])
         return self
 
     @torch.no_grad()
@@ -109,9 +124,9 @@ class STFProjectedLinear(nn.Module):
             dtype=self.weight.dtype,
         )
         basis, values, indices = operators._stf_project_to_factors(
-            self._matrix(), self.basis, self.nnz, num_iterations=0
+            self._whole_matrix(), self.basis, self.nnz, num_iterations=0
         )
         layer.basis.copy_(basis)
         if layer.bias is not None and self.bias is not None:
-            layer.bias.copy_(self.bias)
+            layer.bias.copy_(whole(self.bias))
         return layer._hold(values=values, indices=indices).train(self.training)

@@ -16,7 +16,8 @@ class FactorizedLayer:
     ``indexed_bytes`` are those of the form that trains, with 8 or 16 bits for the position of a nonzero;
     ``packed_bytes`` those of the form that infers, with a bit for every possible position. ``norm`` is that of the
     dense weight and ``error`` that of its difference to the factored one (Frobenius); ``output_norm`` and
-    ``output_error`` are the same of what the layer computed in the calibration, NaN without one.
+    ``output_error`` are those of what the dense layer computed in the calibration, around its mean where the bias takes
+    the mean error, and of its difference to what the new layer computes there; NaN without one.
     """
 
     name: str

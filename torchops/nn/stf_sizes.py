@@ -6,6 +6,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ._shared_tensors import whole
+
 __all__: List[str] = []
 
 ROWS_PER_GROUP = 16
@@ -108,7 +110,7 @@ class Sizes(NamedTuple):
         Raises:
             ValueError: it is no layout, or an average of some.
         """
-        numbers = layout.tolist()
+        numbers = whole(layout).tolist()
         if len(numbers) != 7 or numbers[0] != NEVER_AN_AVERAGE:
             raise ValueError(
                 "expected positions as they were made, got such as an average was taken of: average parameters only"

@@ -190,8 +190,13 @@ class PyraModulation(nn.Module):
         check_not_negative("PyraModulation", "r", r)
         self.norm = nn.LayerNorm(dim)
         self.a = nn.Parameter(torch.empty(r))
-        self.b = nn.Parameter(torch.zeros(dim))
+        self.b = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        r = self.a.shape[0]
         nn.init.normal_(self.a, std=r**-0.5 if r > 0 else 1.0)
+        nn.init.zeros_(self.b)
 
     def forward(self, input: Tensor, sources: Tensor, destinations: Tensor) -> Tensor:
         """input [B, N, C], sources and destinations int64 [B, R] of

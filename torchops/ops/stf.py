@@ -44,6 +44,7 @@ def stf_factorize(
     num_blocks: int = 1,
     num_iterations: int = 20,
     gram: Optional[Tensor] = None,
+    row_gram: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Factors a matrix: the basis, and for every row and block the nnz basis vectors that come closest.
 
@@ -60,6 +61,9 @@ def stf_factorize(
         num_iterations: how often both factors are improved, at most; it ends when nothing gets better.
         gram: [cols, cols], X^T X of inputs X of a layer with the sparse factor on the output's side: the error
             is then that of the layer's outputs.
+        row_gram: [rows, rows], the same for a layer with the sparse factor on the input's side. It couples the
+            rows: one makes up for what another misses. The basis is still a least-squares solution; nonzeros are
+            found by conjugate gradients for all rows at once.
 
     Returns:
         basis [blocks, K, cols / blocks] of vectors of length 1 (a power of 2 where a row of the weight is longer
@@ -67,7 +71,8 @@ def stf_factorize(
         :func:`stf_linear` takes them; indices increase.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, sizes that do not fit, or a NaN or an infinity in weight or gram.
+        ValueError: a wrong shape, dtype or device, sizes that do not fit, or a NaN or an infinity in weight, gram
+            or row_gram.
 
     >>> weight = torch.randn(64, 16)
     >>> basis, values, indices = torchops.stf_factorize(weight, basis_size=12, nnz=6)
@@ -75,7 +80,7 @@ def stf_factorize(
     (torch.Size([1, 12, 16]), torch.Size([64, 1, 6]), torch.uint8)
     """
     return operators.stf_factorize(
-        weight, basis_size, nnz, num_blocks=num_blocks, num_iterations=num_iterations, gram=gram
+        weight, basis_size, nnz, num_blocks=num_blocks, num_iterations=num_iterations, gram=gram, row_gram=row_gram
     )
 
 

@@ -1,6 +1,6 @@
 """Dense-sparse factorization of weights, in plain PyTorch: the factors are multiplied out."""
 
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -57,14 +57,24 @@ def _keep_largest(code: Tensor, nnz: int) -> Tensor:
     return torch.zeros_like(code).scatter(1, indices[:, 0].long(), values[:, 0])
 
 
-def _refined(weight: Tensor, basis: Tensor, nnz: int, num_iterations: int) -> Tuple[Tensor, Tensor]:
+def _refined(
+    weight: Tensor, basis: Tensor, nnz: int, num_iterations: int, row_root: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor]:
     """Basis and code: the largest entries of the least-squares code for the basis, then the least-squares basis
     for the code, and so on. The operator finds better codes, starts from several bases, and drops what is worse."""
     code = _keep_largest(weight @ torch.linalg.pinv(basis), nnz)
     for _ in range(num_iterations):
-        basis = torch.linalg.pinv(code) @ weight
+        weighed = (code, weight) if row_root is None else (row_root.T @ code, row_root.T @ weight)
+        basis = torch.linalg.pinv(weighed[0]) @ weighed[1]
         code = _keep_largest(weight @ torch.linalg.pinv(basis), nnz)
     return basis, code
+
+
+def _root(gram: Union[int, Tensor], like: Tensor) -> Tensor:
+    """L of gram + ridge = L L^T; of a size the identity, which weighs nothing."""
+    if isinstance(gram, int):
+        return torch.eye(gram, dtype=like.dtype, device=like.device)
+    return torch.linalg.cholesky(gram + torch.eye(len(gram)).to(gram) * (gram.diagonal().mean() * 1e-3 + 1e-12))
 
 
 def stf_factorize(
@@ -74,18 +84,18 @@ def stf_factorize(
     num_blocks: int = 1,
     num_iterations: int = 20,
     gram: Optional[Tensor] = None,
+    row_gram: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     rows, width = weight.shape[0], weight.shape[1] // max(num_blocks, 1)
     bases, codes = weight.new_zeros(num_blocks, basis_size, width), weight.new_zeros(rows, num_blocks, basis_size)
     for block, part in enumerate(weight.split(width, 1) if weight.numel() else ()):
-        # The error is that of part @ root, whose squares are those of the layer's outputs.
-        root = torch.eye(width, dtype=weight.dtype, device=weight.device)
-        if gram is not None:
-            own = gram[block * width : (block + 1) * width, block * width : (block + 1) * width]
-            root = torch.linalg.cholesky(own + (own.diagonal().mean() * 1e-3 + 1e-12) * root)
-        start = torch.linalg.svd(part @ root, full_matrices=False).Vh[:basis_size]
+        # The error is that of row_root.T @ part @ root, whose squares are those of the layer's outputs.
+        own = slice(block * width, (block + 1) * width)
+        root = _root(width if gram is None else gram[own, own], weight)
+        row_root = _root(rows if row_gram is None else row_gram, weight)
+        start = torch.linalg.svd(row_root.T @ part @ root, full_matrices=False).Vh[:basis_size]
         start = torch.cat([start, start.new_zeros(basis_size - len(start), width)])
-        basis, code = _refined(part @ root, start, nnz, num_iterations)
+        basis, code = _refined(part @ root, start, nnz, num_iterations, row_root)
         bases[block], codes[:, block] = basis @ torch.linalg.inv(root), code
     return (bases, *stf_select(codes, nnz))
 
