@@ -38,7 +38,7 @@ def test_gpt2_factors_its_transposed_layers_and_keeps_its_tied_head() -> None:
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
     model = transformers.GPT2LMHeadModel(config).eval()
     layer = model.transformer.h[0].mlp.c_fc
-    tokens, weight, bias = torch.arange(10)[None], layer.weight.detach().T, layer.bias
+    tokens, weight = torch.arange(10)[None], layer.weight.detach().T
     with torch.no_grad():
         expected = model(tokens).logits
         report = factorize_(model, 1.2, verbose=False, calibration=lambda given: given(tokens))
@@ -48,7 +48,7 @@ def test_gpt2_factors_its_transposed_layers_and_keeps_its_tied_head() -> None:
     ]
     assert report.left == [("lm_head", "its weight is that of transformer.wte, too")]
     factored = model.transformer.h[0].mlp.c_fc
-    assert isinstance(factored, STFLinear) and factored.bias is bias
+    assert isinstance(factored, STFLinear) and factored.bias is not None
     assert (factored.dense_weight() - weight).norm() < 0.6 * weight.norm()
     assert model.lm_head.weight is model.transformer.wte.weight
     assert (logits - expected).norm() < 0.1 * expected.norm()
