@@ -224,6 +224,33 @@ def test_experts_that_get_other_tokens_are_fitted_to_those_they_get() -> None:
     assert all(0 < layer.output_error < layer.output_norm for layer in report.layers)
 
 
+def test_an_expert_that_only_gets_tokens_behind_factored_layers() -> None:
+    """One run of its block calls it in the factored model alone."""
+
+    class Sometimes(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.expert, self.before = nn.Linear(16, 16), lambda: model.first
+
+        def forward(self, hidden: Tensor, always: bool) -> Tensor:
+            return self.expert(hidden) if always or isinstance(self.before(), STFLinear) else hidden
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.layers = nn.ModuleList([Sometimes(self)])
+
+        def forward(self, input: Tensor, always: bool) -> Tensor:
+            return self.layers[0](self.first(input), always)
+
+    torch.manual_seed(0)
+    model, inputs = Model(), torch.randn(200, 16)
+    run = lambda given: [given(inputs, always) for always in (False, True)]  # noqa: E731
+    report = factorize_(model, 1.5, verbose=False, calibration=run)
+    assert all(0 < layer.output_error < layer.output_norm for layer in report.layers)
+
+
 # ---- padding --------------------------------------------------------------------------------------
 
 

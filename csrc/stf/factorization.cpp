@@ -122,9 +122,9 @@ std::optional<Factorization> orthonormal_start(const Target& target, int64_t bas
       target.row_gram ? std::get<0>(at::linalg_cholesky_ex(*target.row_gram)).t().matmul(weight) : weight;
   auto basis = std::get<2>(at::linalg_svd(spanned, /*full_matrices=*/false)).narrow(0, 0, basis_size);
   auto code = keep_largest(weight.matmul(basis.t()), nnz);
+  const auto weighed = target.weighed(weight);
   for (int64_t round = 0; round < rounds && nnz < basis_size; ++round) {
-    const auto products = code.t().matmul(target.weighed(weight));
-    const auto [left, values, right] = at::linalg_svd(products, /*full_matrices=*/false);
+    const auto [left, values, right] = at::linalg_svd(code.t().matmul(weighed), /*full_matrices=*/false);
     basis = left.matmul(right);
     code = keep_largest(weight.matmul(basis.t()), nnz);
   }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 # What factorize_ goes by. A rival gets the same treatment, or the comparison says nothing.
+from torchops.nn._conversion import put_
 from torchops.nn._replay import Replay
 from torchops.nn.stf_calibration import Fit
 
@@ -26,9 +27,7 @@ class LowRank(nn.Module):
         matrix = weight.double()
         if fit is not None:
             matrix = fit.target(weight.to(fit.gram.dtype)).double()
-            gram = fit.gram.double()
-            ridge = 1e-3 * gram.diagonal().mean() + 1e-12
-            root = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+            root = fit.root(torch.float64)
             matrix = matrix @ root
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         first, second = right[:rank], left[:, :rank] * values[:rank]
@@ -65,6 +64,5 @@ def lower_rank_(model: nn.Module, rank_of: Callable[[str, nn.Linear], int], run:
             made[layer] = LowRank(layer, rank_of(names[layer], layer), fit).train(layer.training)
             replay.use(layer, made[layer])
     for layer, replaced in made.items():
-        parent, _, attribute = names[layer].rpartition(".")
-        setattr(model.get_submodule(parent), attribute, replaced)
+        put_(model, names[layer], replaced)
     return model

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Callable, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,11 @@ def observed(
             hook.remove()
         for module in were_training:
             module.training = True
+
+
+def first_argument(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tensor:
+    """What a layer was given, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def evenly_spaced(vectors: Tensor, rows: int) -> Tensor:

@@ -121,6 +121,12 @@ def nothing_found(
     )
 
 
+def put_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """A module in the place of the one of that name, in the order of modules."""
+    parent, _, attribute = name.rpartition(".")
+    model.get_submodule(parent)._modules[attribute] = module
+
+
 # ---- parameters and who holds them --------------------------------------------------------------
 
 

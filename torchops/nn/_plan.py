@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ._calibration import current_padding, ignored_padding, observed
+from ._calibration import current_padding, first_argument, ignored_padding, observed
 
 __all__: List[str] = []  # for factorize_ alone
 
@@ -113,10 +113,6 @@ def _around(model: nn.Module, name: str) -> Optional[nn.Module]:
     return None
 
 
-def first_argument(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 class Plan:
     """In which order layers are called, by what blocks, found in one run of the model.
 
@@ -162,11 +158,10 @@ class Plan:
             if all(other == flow for other in flows):
                 self.flows[block] = flow
 
-    def num_calls(self, stage: Stage) -> int:
-        """How often a run of the stage's block calls its layers, 0 where that differs."""
+    def is_called_once(self, stage: Stage) -> bool:
+        """Whether a run of the stage's block calls each of its layers once."""
         runs = 1 if stage.block is None else self._block_calls[stage.block]
-        per_run = {self.calls[layer] / runs for layer in stage.layers}
-        return int(per_run.pop()) if len(per_run) == 1 else 0
+        return all(self.calls[layer] == runs for layer in stage.layers)
 
     def _look(self, layer: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         input, block = first_argument(args, kwargs), self._blocks.get(layer)

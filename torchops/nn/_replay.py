@@ -3,13 +3,14 @@
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ._calibration import current_padding, observed, tokens_of
-from ._plan import Call, Plan, Stage, first_argument
+from ._calibration import current_padding, first_argument, observed, tokens_of
+from ._conversion import put_
+from ._plan import Call, Plan, Stage
 from .stf_calibration import Moments
 
 __all__: List[str] = []  # for factorize_ alone
@@ -61,30 +62,54 @@ class Replay:
             [(None, None)] if stage.block is None else list(zip(self._dense_calls, self._calls, strict=True))
         )
         for dense_call, call in calls:
-            inputs, outputs = self._look(stage, dense_call, False)
             if not changed:
-                for rows in inputs:
+                for rows in self._inputs(stage, dense_call, False):
                     moments.add(rows)
                 continue
-            inputs = self._look(stage, call, True)[0]
+            outputs, inputs = self._outputs(stage, dense_call), self._inputs(stage, call, True)
             shapes = [len(rows) for rows in inputs]
-            paired = all([len(rows) for rows in of_layer] == shapes for of_layer in outputs.values())
+            paired = all([len(rows) for rows in outputs[layer]] == shapes for layer in stage.layers)
             for place, rows in enumerate(inputs):
                 moments.add(rows, {layer: outputs[layer][place] for layer in stage.layers} if paired else None)
         return moments
 
-    def _look(self, stage: Stage, call: Optional[Call], changed: bool) -> Any:
-        """The inputs of the stage's layers in one run, and the outputs of each."""
+    def _inputs(self, stage: Stage, call: Optional[Call], changed: bool) -> List[Tensor]:
+        """What the stage's layers get in one run, time after time."""
         inputs: List[Tensor] = []
-        outputs: Dict[nn.Module, List[Tensor]] = defaultdict(list)
-        ends = call is not None and self.plan.num_calls(stage) == 1
 
-        # Copies, for the model may write to what a layer got and returned.
-        def look(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        def take(layer: nn.Module, input: Tensor, output: Tensor) -> None:
             if layer is stage.layers[0]:
-                inputs.append(tokens_of(first_argument(args, kwargs), current_padding()))
+                inputs.append(tokens_of(input, current_padding()))
+
+        self._watch(stage, call, changed, take)
+        return inputs
+
+    def _outputs(self, stage: Stage, call: Optional[Call]) -> Dict[nn.Module, List[Tensor]]:
+        """What each of the stage's layers returns in one run of the model as it was."""
+        outputs: Dict[nn.Module, List[Tensor]] = defaultdict(list)
+
+        def take(layer: nn.Module, input: Tensor, output: Tensor) -> None:
             outputs[layer].append(tokens_of(output, current_padding()))
-            if ends and len(outputs) == len(stage.layers):
+
+        self._watch(stage, call, False, take)
+        return outputs
+
+    def _watch(
+        self,
+        stage: Stage,
+        call: Optional[Call],
+        changed: bool,
+        take: Callable[[nn.Module, Tensor, Tensor], None],
+    ) -> None:
+        """Runs a block, or the model where there is no call, and hands over what the stage's layers get and return. The
+        model may write to that afterwards."""
+        seen: Set[nn.Module] = set()
+        ends = call is not None and self.plan.is_called_once(stage)
+
+        def look(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            take(layer, first_argument(args, kwargs), output)
+            seen.add(layer)
+            if ends and len(seen) == len(stage.layers):
                 raise _SeenAllError
 
         # Before hooks that change what the layer returned.
@@ -99,7 +124,6 @@ class Replay:
         finally:
             for hook in hooks:
                 hook.remove()
-        return inputs, outputs
 
     @contextmanager
     def _having(self, changed: bool) -> Iterator[None]:
@@ -108,15 +132,11 @@ class Replay:
         with observed(self._model):
             try:
                 for new, _, name in places if changed else ():
-                    self._put(name, new)
+                    put_(self._model, name, new)
                 yield
             finally:
                 for _, layer, name in places:
-                    self._put(name, layer)
-
-    def _put(self, name: str, layer: nn.Module) -> None:
-        parent, _, attribute = name.rpartition(".")
-        self._model.get_submodule(parent)._modules[attribute] = layer
+                    put_(self._model, name, layer)
 
     # ---- inputs of blocks -----------------------------------------------------------------------
 

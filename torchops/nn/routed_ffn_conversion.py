@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ._calibration import evenly_spaced, observed
+from ._calibration import evenly_spaced, first_argument, observed
 from ._conversion import Candidates, progress, refusal, show
 from .routed_ffn import RoutedFFN
 from .routed_ffn_calibration import MOST_ROWS, PATTERN_ROWS
@@ -143,7 +143,7 @@ def inputs_of(
     seen: Dict[FeedForward, List[Tensor]] = {layer: [] for layer in candidates.layers}
 
     def look(module: nn.Module, arguments: Tuple[Tensor, ...], named: Dict[str, Tensor]) -> None:
-        input = arguments[0] if arguments else next(iter(named.values()))
+        input = first_argument(arguments, named)
         seen[firsts[module]].append(evenly_spaced(input.detach().reshape(-1, input.shape[-1]), MOST_ROWS))
 
     with observed(model, firsts, look):

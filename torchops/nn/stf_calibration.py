@@ -5,8 +5,6 @@ from typing import Dict, List, Mapping, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from ._conversion import as_linear
-
 __all__: List[str] = []  # for STFLinear and factorize_ alone
 
 
@@ -28,9 +26,13 @@ class Fit(NamedTuple):
         the given one."""
         if self.cross is None:
             return weight
-        ridge = 1e-3 * self.gram.diagonal().mean() + 1e-12
-        root = torch.linalg.cholesky(self.gram + ridge * torch.eye(len(self.gram)).to(self.gram))
-        return weight + torch.cholesky_solve(self.cross - self.gram @ weight.T, root).T
+        return weight + torch.cholesky_solve(self.cross - self.gram @ weight.T, self.root(self.gram.dtype)).T
+
+    def root(self, dtype: torch.dtype) -> Tensor:
+        """L of X^T X + ridge = L L^T. The ridge is that of stf_factorize."""
+        gram = self.gram.to(dtype)
+        ridge = 1e-3 * gram.diagonal().mean() + 1e-12
+        return torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
 
     def bias(self, dense: nn.Linear, weight: Tensor) -> Optional[Tensor]:
         """The bias beside another weight: it takes the mean error."""
@@ -108,7 +110,7 @@ class Moments:
         outputs = self._sums[layer, "outputs"]
         output_origin = self._outputs[layer]
         output_mean = outputs / self.count
-        bias = as_linear(layer).bias
+        bias = layer._parameters["bias"]
         without = output_origin.double() if bias is None else output_origin.double() - bias.detach()
         from_there = output_mean if bias_is_free else -without
         cross = self._sums[layer, "cross"]

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from ._conversion import HOOKS, as_linear, key, owners_of, progress, show
+from ._conversion import HOOKS, as_linear, key, owners_of, progress, put_, show
 from ._replay import Replay
 from .stf import STFLinear
 from .stf_calibration import Fit
@@ -109,8 +109,7 @@ def factorize_(
     report = FactorizationReport([rows[layer] for layer in candidates.layers], candidates.left)
     for layer, names in candidates.layers.items():
         for name in names:
-            parent, _, attribute = name.rpartition(".")
-            model.get_submodule(parent)._modules[attribute] = factored[layer]
+            put_(model, name, factored[layer])
     if verbose:
         show(report)
     return report
@@ -142,12 +141,8 @@ def _factor(
         torch.autocast(device.type, enabled=False),
     ):
         factored = STFLinear._fitted(linear, compression, fit, None, num_iterations, stored_dtype)
-    for parameter in factored.parameters():
-        parameter.requires_grad_(linear.weight.requires_grad)
     if fit is None or fit.input_mean is None:
         factored.bias = linear.bias
-    elif factored.bias is not None:
-        factored.bias.requires_grad_(linear.bias.requires_grad)
     factored.train(layer.training)
     for name in HOOKS:
         setattr(factored, name, getattr(layer, name))
