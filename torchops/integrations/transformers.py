@@ -27,7 +27,6 @@ __all__ = ["apply_routed_experts", "apply_span_attention", "register_span_attent
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 IMPLEMENTATION = "span_attention"
-prepare["span_attention"] = lambda model: None  # spans have no tensors
 
 
 def register_span_attention() -> str:
@@ -129,6 +128,7 @@ def checked_spans(
             f"span_attention: expected spans for {config.num_hidden_layers} layers or None, got {len(spans)}"
         )
     known = {"block_size", "left", "right", "is_causal"}
+    number_layers(model)
     layers = {module.layer_idx for module in model.modules() if knows_its_layer(module, config)}
     for layer, span in enumerate(spans):
         if span is None:
@@ -146,6 +146,23 @@ def checked_spans(
                 "does not say which layer it is"
             )
     return [None if span is None else dict(span) for span in spans]
+
+
+def number_layers(model: Any) -> None:
+    """Tells attention layers which layer they are that have not been told: those of encoders, which have no cache."""
+    config = model.config.get_text_config()
+    for stack in model.modules():
+        # Where layers are shared, as in ALBERT, there are fewer of them.
+        if not isinstance(stack, nn.ModuleList) or len(stack) != config.num_hidden_layers:
+            continue
+        for index, layer in enumerate(stack):
+            found = [module for module in layer.modules() if takes_implementations(type(module))]
+            if len(found) == 1 and getattr(found[0], "config", None) is config and not hasattr(found[0], "layer_idx"):
+                found[0].layer_idx = index
+
+
+# Spans have no tensors, but a layer has to find its own.
+prepare["span_attention"] = number_layers
 
 
 def knows_its_layer(module: nn.Module, config: Any) -> bool:
