@@ -56,6 +56,24 @@ def test_calling_again_changes_r() -> None:
     assert state_of(model) == state_of(fresh)
 
 
+class Short(transformers.models.vit.modeling_vit.ViTLayer):
+    """Written otherwise."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        """Both halves."""
+        update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        tokens = hidden_states + self.dropout(update)
+        return tokens + self.dropout(self.mlp(self.layernorm_after(tokens)))
+
+
+def test_layers_written_otherwise() -> None:
+    model = make_encoder("ViT")
+    expected = features(apply_token_merging(make_encoder("ViT"), 8))
+    for layer in model.layers:
+        layer.__class__ = Short
+    torch.testing.assert_close(features(apply_token_merging(model, 8)), expected)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_halves_are_the_layer(name: str) -> None:
     """The same statements in the same order: the same bits, also where there is dropout."""
@@ -103,16 +121,15 @@ def test_saved_is_the_model_without_merging(tmp_path: Path) -> None:
 # ---- programs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hidden_states", [False, True])
-def test_compile(hidden_states: bool) -> None:
+def test_compile() -> None:
     torch._dynamo.reset()
     model = apply_token_merging(make_encoder("Dinov2WithRegisters"), [0, 9, 4])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     results = []
     for run in (model, compiled):
         model.zero_grad()
-        output = run(images(), output_hidden_states=hidden_states)
-        outputs = [output.last_hidden_state, *(output.hidden_states or ())]
+        output = run(images(), output_hidden_states=True)
+        outputs = [output.last_hidden_state, *output.hidden_states]
         sum(state.square().sum() for state in outputs).backward()
         results.append([*outputs, *(one.grad for one in model.parameters() if one.grad is not None)])
     torch.testing.assert_close(results[1], results[0])
@@ -157,24 +174,21 @@ class Parallel(ViTLayer):
         residual = hidden_states
         update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         hidden_states = residual + update
-        hidden_states = hidden_states + self.mlp(self.layernorm_after(residual))
-        return hidden_states
+        return hidden_states + self.mlp(self.layernorm_after(residual))
 
 
 class UsesMask(ViTLayer):
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + update
-        hidden_states = hidden_states + self.mlp(self.layernorm_after(hidden_states)) * (attention_mask is None)
-        return hidden_states
+        return hidden_states + self.mlp(self.layernorm_after(hidden_states)) * (attention_mask is None)
 
 
 class Positions(ViTLayer):
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, position=1, **kwargs)
         hidden_states = hidden_states + update
-        hidden_states = hidden_states + self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states
+        return hidden_states + self.mlp(self.layernorm_after(hidden_states))
 
 
 class Branch(ViTLayer):
@@ -183,8 +197,14 @@ class Branch(ViTLayer):
             return hidden_states
         update, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + update
-        hidden_states = hidden_states + self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states
+        return hidden_states + self.mlp(self.layernorm_after(hidden_states))
+
+
+class Pair(ViTLayer):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        update, weights = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + update
+        return hidden_states + self.mlp(self.layernorm_after(hidden_states)), None
 
 
 def with_convolution() -> nn.Module:
@@ -197,7 +217,7 @@ def of_transformers(name: str, model_name: str, **options: Any) -> Callable[[], 
     return lambda: getattr(transformers, model_name)(getattr(transformers, f"{name}Config")(**SIZE | options))
 
 
-MORE = "computes its MLP from more than the sum"
+MORE = "computes its MLP from more than the sum of attention and residual, or more than its output"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +228,10 @@ MORE = "computes its MLP from more than the sum"
         (of_transformers("DINOv3ViT", "DINOv3ViTModel"), "layer 0 of .*DINOv3ViTLayer, is given .*position_embeddings"),
         (of_transformers("Beit", "BeitModel"), r"BeitLayer, is given .*resolution"),
         (of_transformers("Yolos", "YolosModel", image_size=[32, 32]), r"YolosLayer, is given hidden_states, and not"),
-        (lambda: transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[1, 1])), "Swin"),
+        (
+            lambda: transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[1, 1])),
+            "Swin",
+        ),
         (with_patched_forward, r"layer 1 of layers, .*ViTLayer, has a forward of its own"),
         (with_convolution, "layer 2 of layers, .* mixes tokens by a Conv1d"),
         (lambda: with_other_layers(NoResidual), "does not add what attention returns to a residual"),
@@ -216,6 +239,7 @@ MORE = "computes its MLP from more than the sum"
         (lambda: with_other_layers(UsesMask), "does not give attention tokens and a mask, once and nothing besides"),
         (lambda: with_other_layers(Positions), "does not give attention tokens and a mask, once and nothing besides"),
         (lambda: with_other_layers(Branch), MORE),
+        (lambda: with_other_layers(Pair), MORE),
     ],
 )
 def test_other_models_are_refused(make_model: Callable[[], nn.Module], found: str) -> None:
@@ -279,7 +303,9 @@ def test_other_attention_is_refused() -> None:
         model.layers[1].attention(torch.randn(2, 65, 24, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("hook", [lambda layer, args, output: output.clone(), lambda layer, args, output: output[:, 1:]])
+@pytest.mark.parametrize(
+    "hook", [lambda layer, args, output: output.clone(), lambda layer, args, output: output[:, 1:]]
+)
 def test_tokens_from_elsewhere_are_refused(hook: Callable[..., Tensor]) -> None:
     model = apply_token_merging(make_encoder("ViT"), 8)
     expected = features(model)

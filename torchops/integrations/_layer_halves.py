@@ -43,7 +43,7 @@ def halves(layer: Any, attention: str) -> Union[Halves, str]:
     first, second, name = body[: cut + 1], body[cut + 1 :], body[cut].targets[0].id
     known = {*stored(first), *given, arguments.kwarg.arg} - {"self", name}
     if used(second) & known or not ends_with_return(first, second):
-        return "computes its MLP from more than the sum of attention and residual"
+        return "computes its MLP from more than the sum of attention and residual, or more than its output"
 
     function = inspect.unwrap(layer.forward)
     if function.__code__.co_freevars:
@@ -103,7 +103,7 @@ def used(statements: Iterable[ast.stmt]) -> Set[str]:
 def ends_with_return(first: List[ast.stmt], second: List[ast.stmt]) -> bool:
     """Of one value, and nowhere else."""
     returns = [node for statement in first + second for node in ast.walk(statement) if isinstance(node, ast.Return)]
-    return bool(second) and returns == second[-1:] and isinstance(returns[0].value, ast.Name)
+    return bool(second) and returns == second[-1:] and not isinstance(returns[0].value, (ast.Tuple, type(None)))
 
 
 def compiled(head: str, body: List[ast.stmt], original: Any) -> Callable[..., Any]:

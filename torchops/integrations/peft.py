@@ -9,6 +9,7 @@ try:
     from peft import LoraConfig, TaskType
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
@@ -97,18 +98,21 @@ def linear_names(model: nn.Module, task_type: Optional[str] = None) -> List[str]
     >>> linear_names(nn.Sequential(torchops.nn.STFLinear(8, 20, 6, 3), nn.ReLU(), nn.Linear(20, 8)))
     ['0', '2']
     """
-    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     head = None
     if isinstance(model, PreTrainedModel):
         head = model.get_output_embeddings()
         if head is None and task_type == TaskType.SEQ_CLS:
             head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
-    names = []
+    names: List[str] = []
+    left_out: Tuple[str, ...] = ()
     for name, module in model.named_modules():
+        if name.startswith(left_out):
+            continue
+        if module is head or isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            left_out += (f"{name}.",)
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, (nn.Linear, Conv1D, STFLinear)) and module is not head:
-            if not any(name.startswith(f"{outer}.") for outer in adapted):
-                names.append(name)
+        if module is not head and isinstance(layer, (nn.Linear, Conv1D, STFLinear)):
+            names.append(name)
     return names
 
 

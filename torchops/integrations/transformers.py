@@ -75,7 +75,8 @@ def apply_span_attention(
     Args:
         model: changed in place. ``model.set_attn_implementation("eager")`` is the way back to its own attention.
         spans: for each layer block_size, left and right as in :func:`torchops.span_attention`, or None to
-            leave the layer as it is. :func:`torchops.nn.mixed_span` makes such a list. is_causal may be
+            leave the layer as it is. :func:`torchops.nn.mixed_span` makes such a list. Positions are those of the
+            sequence, of which an image encoder's class token is the first. is_causal may be
             given, and must be what the model does. None for the spans in the config of the model, if it has
             any. False takes them out: all layers as the model has them.
 
@@ -86,7 +87,8 @@ def apply_span_attention(
         TypeError: the model, or a part of it, does not take attention implementations from outside, makes or reads the
             mask of its attention itself (sparse attention with an indexer), adds position biases, soft-caps scores,
             or has heads of more than 256 features. With spans:
-            it has cross-attention, or a layer with a span whose attention does not say which layer it is.
+            it has cross-attention, or a layer with a span whose attention does not say which layer it is and that
+            runs several times (ALBERT).
         ValueError: a list of another length than the model has layers, an unknown key, or something else than
             integers; in the forward pass, a span for a layer that has a window or chunks already or differs in
             causality, and everything that :func:`register_span_attention` lists.
@@ -156,7 +158,7 @@ def number_layers(model: Any) -> None:
         if not isinstance(stack, nn.ModuleList) or len(stack) != config.num_hidden_layers:
             continue
         for index, layer in enumerate(stack):
-            found = [module for module in layer.modules() if takes_implementations(type(module))]
+            found: List[Any] = [module for module in layer.modules() if takes_implementations(type(module))]
             if len(found) == 1 and getattr(found[0], "config", None) is config and not hasattr(found[0], "layer_idx"):
                 found[0].layer_idx = index
 

@@ -68,8 +68,9 @@ def apply_token_merging(
             a hook: what they stand for is unknown.
 
     Layers with merging compute attention by :func:`torchops.span_attention`, whichever of transformers' implementations
-    the model has (``"sdpa"``, ``"eager"``, flash or flex attention). Gradient checkpointing, deepcopy, pickling, torch.compile and
-    torch.export work. ``save_pretrained`` writes the model that it was: apply again behind ``from_pretrained``.
+    the model has (``"sdpa"``, ``"eager"``, flash or flex attention). Gradient checkpointing, deepcopy, pickling,
+    torch.compile and torch.export work. ``save_pretrained`` writes the model that it was: apply again behind
+    ``from_pretrained``.
 
     Source: Bolya et al., Token Merging: Your ViT But Faster, 2023.
 
@@ -90,10 +91,12 @@ def apply_token_merging(
     AttentionInterface.register(IMPLEMENTATION, token_merging_attention)
     for part in parts_with_images(encoder.tower):
         part.register_forward_pre_hook(refuse_mask, with_kwargs=True)
-    for index in range(next(index for index, removed in enumerate(r_per_layer) if removed), len(r_per_layer)):
-        layer = encoder.layers[index]
+    layer: Any
+    for index, layer in enumerate(encoder.layers):
+        if not any(r_per_layer[: index + 1]):
+            continue
         attention = attention_of(layer)
-        switch_class(layer, merging_class(type(layer), attention_part(layer)))
+        switch_class(layer, merging_class(layer.__class__, attention_part(layer)))
         layer.attention_config = attention.config
         attention.config = MergingConfig(attention.config)
         layer.token_merger = TokenMerger(r_per_layer[index], encoder.num_prefix_tokens)
@@ -121,7 +124,7 @@ def remove_token_merging(model: Model) -> Model:
     """
     for module in list(model.modules()):
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is refuse_mask]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]  # type: ignore[attr-defined]
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
         if isinstance(module, TokenMergingLayer):
             attention_of(module).config = module.attention_config
             switch_class(module, original_class(module))
@@ -363,13 +366,13 @@ class TokenMergingLayer(nn.Module):
 
 @functools.cache
 def merging_class(cls: Any, attention: str) -> Any:
-    attention_half, mlp_half = halves(cls, attention)
+    cut: Any = halves(cls, attention)
     members = {
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "original_class": cls,
-        "attention_half": attention_half,
-        "mlp_half": mlp_half,
+        "attention_half": cut.attention,
+        "mlp_half": cut.mlp,
     }
     # By its name a class of layers is found where models are sharded.
     return type(cls.__name__, (TokenMergingLayer, cls), members)

@@ -42,16 +42,16 @@ def merge_attention(outputs: List[Tensor], logsumexps: List[Tensor]) -> Tuple[Te
             "merge_attention: expected outputs and logsumexps to be lists of one part or more, of the same length, got "
             f"{len(outputs)} and {len(logsumexps)}"
         )
-    for output, logsumexp in zip(outputs, logsumexps):
-        if output.shape != outputs[0].shape or logsumexp.shape != output.shape[:-1]:
+    for part in range(len(outputs)):
+        if outputs[part].shape != outputs[0].shape or logsumexps[part].shape != outputs[0].shape[:-1]:
             raise ValueError(
-                f"merge_attention: expected outputs of one shape, [..., Dv], and logsumexps of shape [...], got "
-                f"{list(output.shape)} and {list(logsumexp.shape)} beside {list(outputs[0].shape)}"
+                "merge_attention: expected outputs of one shape, [..., Dv], and logsumexps of shape [...], got "
+                f"{list(outputs[part].shape)} and {list(logsumexps[part].shape)} beside {list(outputs[0].shape)}"
             )
     weights, largest, total = merge_weights(logsumexps, [torch.ones_like(logsumexp) for logsumexp in logsumexps])
     merged = weights[0].unsqueeze(-1) * outputs[0]
-    for weight, output in zip(weights[1:], outputs[1:]):
-        merged = merged + weight.unsqueeze(-1) * output
+    for part in range(1, len(outputs)):
+        merged = merged + weights[part].unsqueeze(-1) * outputs[part]
     saw_nothing = total == 0
     # log(0) has an infinite gradient, also where it is then replaced.
     logsumexp = (largest + total.masked_fill(saw_nothing, 1.0).log()).masked_fill(saw_nothing, -torch.inf)
@@ -64,9 +64,9 @@ def merge_weights(largest: List[Tensor], total: List[Tensor]) -> Tuple[List[Tens
     reference = largest[0]
     for other in largest[1:]:
         reference = torch.maximum(reference, other)
-    # Finite, for -inf - -inf would be NaN. It cancels, so it needs no gradient.
-    reference = reference.detach().clamp(min=torch.finfo(reference.dtype).min)
-    parts = [t * torch.exp(l - reference) for l, t in zip(largest, total)]
+    # -inf - -inf would be NaN: the lowest finite number in its place. It cancels, so it needs no gradient.
+    reference = reference.detach().nan_to_num(nan=torch.nan, posinf=torch.inf)
+    parts = [total[part] * torch.exp(largest[part] - reference) for part in range(len(total))]
     sum = parts[0]
     for part in parts[1:]:
         sum = sum + part
