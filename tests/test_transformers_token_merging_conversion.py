@@ -123,7 +123,7 @@ def test_saved_is_the_model_without_merging(tmp_path: Path) -> None:
 
 def test_compile() -> None:
     torch._dynamo.reset()
-    model = apply_token_merging(make_encoder("Dinov2WithRegisters"), [0, 9, 4])
+    model = apply_token_merging(make_encoder("Dinov2WithRegisters", num_hidden_layers=2), [9, 4])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     results = []
     for run in (model, compiled):
@@ -167,6 +167,18 @@ class NoResidual(ViTLayer):
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         hidden_states, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         return self.mlp(self.layernorm_after(hidden_states))
+
+
+class InPlace(ViTLayer):
+    """The sum that is found is that behind the MLP."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        residual = hidden_states
+        hidden_states, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states += residual
+        update = self.mlp(self.layernorm_after(hidden_states))
+        hidden_states = hidden_states + update
+        return hidden_states  # noqa: RET504
 
 
 class Parallel(ViTLayer):
@@ -232,9 +244,11 @@ MORE = "computes its MLP from more than the sum of attention and residual, or mo
             lambda: transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[1, 1])),
             "Swin",
         ),
-        (with_patched_forward, r"layer 1 of layers, .*ViTLayer, has a forward of its own"),
-        (with_convolution, "layer 2 of layers, .* mixes tokens by a Conv1d"),
+        (lambda: make_encoder("Dinov2").encoder, "Dinov2Encoder does not say which part of it embeds the patches"),
+        (with_patched_forward, r"layer 1 of ViTModel\.layers, .*ViTLayer, has a forward of its own"),
+        (with_convolution, "layer 2 of ViTModel.layers, .* mixes tokens by a Conv1d"),
         (lambda: with_other_layers(NoResidual), "does not add what attention returns to a residual"),
+        (lambda: with_other_layers(InPlace), "does not add what attention returns to a residual"),
         (lambda: with_other_layers(Parallel), MORE),
         (lambda: with_other_layers(UsesMask), "does not give attention tokens and a mask, once and nothing besides"),
         (lambda: with_other_layers(Positions), "does not give attention tokens and a mask, once and nothing besides"),

@@ -38,7 +38,7 @@ def halves(layer: Any, attention: str) -> Union[Halves, str]:
     if len(calls) != 1 or not hands_on_mask_only(body, calls[0], attention):
         return f"does not give {attention} tokens and a mask, once and nothing besides"
     cut = next((index for index in range(calls[0], len(body)) if is_sum(body[index])), None)
-    if cut is None:
+    if cut is None or not any("self." in ast.unparse(statement) for statement in body[cut + 1 :]):
         return f"does not add what {attention} returns to a residual, in a statement of its own"
     first, second, name = body[: cut + 1], body[cut + 1 :], body[cut].targets[0].id
     known = {*stored(first), *given, arguments.kwarg.arg} - {"self", name}

@@ -149,7 +149,12 @@ class Encoder(NamedTuple):
 def checked_encoder(model: nn.Module) -> Encoder:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"token merging: model is a {full_name(type(model))}. {SUPPORTED}")
-    found = [(name, *stack) for name, stack in stacks(model)]
+    found = [
+        (f"{type(tower).__name__}.{name}", tower, stack)
+        for tower in image_encoders(model)
+        for name, stack in tower.named_modules()
+        if isinstance(stack, nn.ModuleList) and any(attention_of(layer) for layer in stack)
+    ]
     if len(found) != 1:
         where = f"several lists of layers, {', '.join(name for name, *_ in found)}" if found else "none"
         raise TypeError(
@@ -165,18 +170,11 @@ def checked_encoder(model: nn.Module) -> Encoder:
     return Encoder(tower, layers, num_prefix_tokens(tower))
 
 
-def stacks(model: PreTrainedModel) -> Iterator[Tuple[str, Tuple[PreTrainedModel, nn.ModuleList]]]:
-    """Lists of layers with attention in the parts of a model that see images only, by name."""
-    prefixes: Dict[str, PreTrainedModel] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and tuple(module.input_modalities) == ("image",):
-            prefixes.setdefault(name, module)
-        if not isinstance(module, nn.ModuleList) or not any(attention_of(layer) for layer in module):
-            continue
-        for prefix, tower in prefixes.items():
-            if not prefix or name.startswith(f"{prefix}."):
-                yield name, (tower, module)
-                break
+def image_encoders(part: nn.Module) -> List[PreTrainedModel]:
+    """The outermost parts that see images and nothing else."""
+    if isinstance(part, PreTrainedModel) and part.input_modalities in ("image", ("image",)):
+        return [part]
+    return [found for child in part.children() for found in image_encoders(child)]
 
 
 def attention_of(layer: nn.Module) -> Any:
@@ -217,9 +215,15 @@ def attention_part(layer: nn.Module) -> str:
 
 def num_prefix_tokens(tower: PreTrainedModel) -> int:
     """How many tokens stand before the patches: parameters of the module that embeds the patches."""
-    patches = tower.get_input_embeddings()
+    try:
+        patches = tower.get_input_embeddings()
+        embeddings = next(module for module in tower.modules() if patches in module.children())
+    except (NotImplementedError, StopIteration):
+        raise TypeError(
+            f"token merging: {type(tower).__name__} does not say which part of it embeds the patches. {SUPPORTED}"
+        ) from None
     count = 0
-    for name, parameter in next(m for m in tower.modules() if patches in m.children()).named_parameters(recurse=False):
+    for name, parameter in embeddings.named_parameters(recurse=False):
         if name in PREFIX_TOKENS:
             count += parameter.numel() // parameter.shape[-1]
         elif "token" in name and name != "mask_token":
