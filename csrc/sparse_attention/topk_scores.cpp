@@ -69,7 +69,7 @@ ScoresGradients empty_score_gradients(const ScoresBackward& args) {
   if (args.output_mask[1]) {
     check.given("query", args.query, "key's gradient is asked for");
     check.rank("query", *args.query, "[B, Hq, Lq, D]");
-    const auto num_kv_heads = grad.sym_size(1) / args.group_size;
+    const auto num_kv_heads = args.key ? args.key->sym_size(1) : grad.sym_size(1) / args.group_size;
     grad_key = at::empty_symint({grad.sym_size(0), num_kv_heads, args.num_keys, args.query->sym_size(3)},
                                 args.query->options());
   }
@@ -77,8 +77,10 @@ ScoresGradients empty_score_gradients(const ScoresBackward& args) {
     const at::Tensor& query = args.query ? *args.query : grad_query;
     const at::Tensor& key = args.key ? *args.key : grad_key;
     check_topk_scores(op, query, key, args.indices, args.options);
-    check.equal("grad's heads / group_size", grad.sym_size(1) / args.group_size, "key's number of heads",
-                key.sym_size(1));
+    if (grad.sym_size(1) != 0) {
+      check.equal("grad's heads / group_size", grad.sym_size(1) / args.group_size, "key's number of heads",
+                  key.sym_size(1));
+    }
     check.equal("num_keys", args.num_keys, "key's third dimension", key.sym_size(2));
     check.shape("grad", grad, "[B, Hq, Lq, k block_size]",
                 {{query.sym_size(0), query.sym_size(1), query.sym_size(2),
@@ -118,13 +120,15 @@ struct TopkScores : torch::autograd::Function<TopkScores> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto scores = call_topk_scores(query, key, indices, options);
     const auto needed = [](bool is_needed, const at::Tensor& tensor) { return is_needed ? tensor : at::Tensor(); };
-    ctx->save_for_backward({needed(key.requires_grad(), query), needed(query.requires_grad(), key), indices,
-                            value_or_undefined(options.query_start), value_or_undefined(options.key_start)});
+    // Without queries' heads there is no group, and keys say how many of theirs there are.
+    const bool has_groups = query.sym_size(1) != 0;
+    ctx->save_for_backward({needed(key.requires_grad(), query), needed(query.requires_grad() || !has_groups, key),
+                            indices, value_or_undefined(options.query_start), value_or_undefined(options.key_start)});
     ctx->saved_data["block_size"] = options.block_size;
     ctx->saved_data["query_block"] = options.query_block;
     ctx->saved_data["is_causal"] = options.is_causal;
     ctx->saved_data["scale"] = options.scale;
-    ctx->saved_data["group_size"] = query.sym_size(1) / key.sym_size(1);
+    ctx->saved_data["group_size"] = has_groups ? query.sym_size(1) / key.sym_size(1) : 1;
     ctx->saved_data["num_keys"] = key.sym_size(2);
     return scores;
   }

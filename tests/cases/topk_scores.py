@@ -123,7 +123,7 @@ def backward_inputs(inputs: Inputs, grad: Tensor | None = None) -> Inputs:
         **OPTIONS,
         **none("query_start", "key_start"),
         **inputs,
-        "group_size": inputs["query"].shape[1] // inputs["key"].shape[1],
+        "group_size": max(1, inputs["query"].shape[1] // inputs["key"].shape[1]),
         "num_keys": inputs["key"].shape[2],
         "output_mask": [True, True],
     }
