@@ -5,7 +5,10 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from torch import nn
 
-try:
+from ..nn.stf import STFLinear
+from ._requirements import imports_of
+
+with imports_of(__name__, "peft", "0.21"):
     from peft import LoraConfig, TaskType
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -13,10 +16,6 @@ try:
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
-except ImportError as error:
-    raise ImportError("torchops.integrations.peft needs peft: pip install peft") from error
-
-from ..nn.stf import STFLinear
 
 __all__ = ["LoraSTFLinear", "linear_names", "register_stf_linear"]
 

@@ -17,10 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..nn.tokens import TokenMerger, proportional_attention_bias
 from ..ops.span_attention import span_attention
 from ..ops.tokens import unmerge_tokens
-from ._attention_interface import NOT_OFFERED, AttentionInterface, PreTrainedModel, not_offered, records_attentions
-from ._attention_layers import own_mask, takes_implementations
-from ._layer_halves import halves
+from ._requirements import imports_of
 from ._token_merging import Merged, full_name, marked, parse_r, set_merged, switch_class
+
+with imports_of(__name__, "transformers", "5.23"):
+    from ._attention_interface import NOT_OFFERED, AttentionInterface, PreTrainedModel, not_offered, records_attentions
+    from ._attention_layers import own_mask, takes_implementations
+    from ._layer_halves import halves
 
 __all__ = ["apply_token_merging", "remove_token_merging"]
 
@@ -66,6 +69,7 @@ def apply_token_merging(
             transformers.
         RuntimeError: in the forward pass, tokens that are not the previous layer's output, for example replaced by
             a hook: what they stand for is unknown.
+        ImportError: on import, when transformers is not installed.
 
     Layers with merging compute attention by :func:`torchops.span_attention`, whichever of transformers' implementations
     the model has (``"sdpa"``, ``"eager"``, flash or flex attention). Gradient checkpointing, deepcopy, pickling,
