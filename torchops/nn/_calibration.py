@@ -14,7 +14,8 @@ _padding: ContextVar[Optional[Tensor]] = ContextVar("padding", default=None)
 
 @contextmanager
 def ignored_padding(padding_mask: Optional[Tensor]) -> Iterator[None]:
-    """Inside, padding does not count as a typical input: for the calibration of :func:`factorize_`.
+    """Inside, padding does not count as a typical input: for the calibration of :func:`factorize_` and
+    :func:`route_ffn_`.
 
     Args:
         padding_mask: bool [B, L], True for padding; None for none. It holds for layers whose inputs are
