@@ -18,14 +18,15 @@ from .errors import CommandError, need, user_errors
 
 HELP = "measure torchops against its rivals in plain PyTorch"
 DESCRIPTION = """\
-Measures torchops against its rivals in plain PyTorch, interleaved in one process,
-and prints ratios of their times. Results are compared before the timing. A row
-that fails does not stop the others; the exit status then is 1.
+Measures torchops against its rivals in plain PyTorch, interleaved in one
+process, and prints ratios of their times. Results are compared before the
+timing. A row that fails does not stop the others; the exit status then is 1.
 
-In a checkout a complete run also writes docs/figures/FAMILY-DEVICE-PROCESSOR.json,
-a page of it, the page's plots in docs/images, and the marked section of
-docs/FAMILY.md. A partial one (--shape, --quick, --filter, --dtype, --threads), or
-one of an installed package, prints only, unless --output names a file."""
+In a checkout a complete run also writes a record of the machine and its page,
+docs/figures/FAMILY-DEVICE-PROCESSOR.json and .md, the page's plots in
+docs/images, and the marked section of docs/FAMILY.md. A partial one (--shape,
+--quick, --filter, --dtype, --threads), or one of an installed package, prints
+only, unless --output names a file."""
 EXAMPLES = """\
 examples:
   python -m torchops bench tokens --quick
@@ -39,7 +40,7 @@ MAY_BE_ZERO = ("transpose", "warm", "protected")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("family", nargs="?", choices=FAMILIES, help="what to measure")
+    parser.add_argument("family", nargs="?", choices=FAMILIES, metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument(
         "--shape",
         nargs="+",
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a first look: few rows, few samples")
     parser.add_argument("--full", action="store_true", help="also the rows that need much time or memory")
     parser.add_argument("--filter", metavar="REGEX", help='only rows like "merge_tokens, B=1 .*, bfloat16, forward"')
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32 bfloat16; CUDA: float16 float32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
     parser.add_argument("--threads", type=int, metavar="N", help="default: one for each core")
     parser.add_argument("--device", choices=DEFAULT_DTYPES, default="cpu", help="default: cpu")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the figures there, page and plots beside")

@@ -10,13 +10,13 @@ from .errors import CommandError, user_errors
 HELP = "factor the linear layers of a transformers model (DSFormer)"
 DESCRIPTION = """\
 Replaces the linear layers of a model of transformers by factored ones
-(torchops.nn.factorize_), prints what became of each, and saves the model so that
-from_pretrained reads it. With --calibration layers are fitted to what they compute,
-without it to their weights only."""
+(torchops.nn.factorize_), prints what became of each, and saves the model so
+that from_pretrained reads it. With --calibration layers are fitted to what they
+compute, without it to their weights only."""
 EXAMPLES = """\
 example:
   python -m torchops factorize bert/ -o bert-half/ --compression 2 \\
-      --calibration texts.txt --skip cls pooler"""
+      --calibration texts.txt --skip cls"""
 
 FORMS = {"packed": STFLinear.pack, "factored": STFLinear.factored, "straight-through": STFLinear.straight_through}
 

@@ -16,15 +16,15 @@ from .errors import CommandError, need, user_errors
 HELP = "export a timm Vision Transformer that merges its tokens (ToMe)"
 DESCRIPTION = """\
 Lets each block of a timm Vision Transformer merge its most similar tokens
-(torchops.integrations.timm.apply_token_merging), and saves the model as a program.
-Merging has no weights, so that no checkpoint can carry it: OUT.pt2 is a program of
-torch.export, OUT.pt one of TorchScript, both for any batch size. Who loads one
-imports torchops first, or loads libtorchops (torchops.utils.library_path)."""
+(torchops.integrations.timm.apply_token_merging), and saves the model as a
+program. Merging has no weights, so that no checkpoint can carry it: OUT.pt2 is
+a program of torch.export, OUT.pt one of TorchScript, both for any batch size.
+Who loads one imports torchops first, or loads torchops.utils.library_path."""
 EXAMPLES = """\
 examples:
   python -m torchops merge vit_base_patch16_224 -o merged.pt2 --r 16
-  python -m torchops merge vit_tiny_patch16_224 -o merged.pt --r 8 8 8 8 4 4 4 4 0 0 0 0 \\
-      --checkpoint weights.pth --model-kwargs num_classes=10"""
+  python -m torchops merge vit_tiny_patch16_224 -o merged.pt --r 8 \\
+      --checkpoint own.pth --model-kwargs num_classes=10"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

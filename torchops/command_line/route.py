@@ -11,8 +11,8 @@ DESCRIPTION = """\
 Replaces the feed-forward layers of a model of transformers by routed ones
 (torchops.nn.route_ffn_), of whose blocks every token computes some, prints what
 became of each, and saves the model so that from_pretrained reads it. With
---calibration blocks and routers are fitted to what layers compute, without it they
-are cut as they come. Train the model afterwards."""
+--calibration blocks and routers are fitted to what layers compute, without it
+they are cut as they come. Train the model afterwards."""
 EXAMPLES = """\
 example:
   python -m torchops route gpt2/ -o gpt2-routed/ --blocks 4 --top-k 2 \\

@@ -88,13 +88,17 @@ def calibration(arguments: argparse.Namespace, model: Any, enough: int) -> Calla
     """Lets the model read the texts, padding not counted; with a remark where there are fewer than enough tokens."""
     if arguments.calibration is None:
         return None
+    from tqdm import tqdm  # transformers has it
+
     batches = list(tokenized(arguments, model))
     num_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     remark = "" if num_tokens >= enough else f", which are few: {enough} and more are better"
     print(f"Calibration: {num_tokens} tokens{remark}")
 
+    passes = iter([tqdm(batches, "Reading texts", leave=False)])  # the first one, behind which other bars are shown
+
     def read(model: Any) -> None:
-        for batch in batches:
+        for batch in next(passes, batches):
             with ignored_padding(batch["attention_mask"] == 0):
                 model(**batch)
 
@@ -113,6 +117,10 @@ def tokenized(arguments: argparse.Namespace, model: Any) -> Iterator[dict[str, A
         tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     except Exception as error:  # of many kinds, none of which says that there is none
         raise CommandError(f"--calibration: {arguments.model} has no tokenizer that can be loaded: {error}") from error
+    # Of some classes there is one without any file, to which all words are unknown.
+    files = ("tokenizer.json", "tokenizer_config.json", *tokenizer.vocab_files_names.values())
+    if not any((arguments.model / file).is_file() for file in files):
+        raise CommandError(f"--calibration: {arguments.model} has no tokenizer: expected one of {', '.join(files)}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     longest = min(arguments.max_length, getattr(model.config, "max_position_embeddings", None) or arguments.max_length)
