@@ -24,7 +24,7 @@ build:
 
 FAMILY ?= tokens
 bench:
-	@PY=$$(tools/setup.sh examples) && $$PY -m benchmarks $(FAMILY) $(ARGS)
+	@PY=$$(tools/setup.sh bench) && $$PY -m torchops bench $(FAMILY) $(ARGS)
 
 lint:
 	@PY=$$(tools/setup.sh lint) && tools/lint.sh $$PY check

@@ -193,9 +193,26 @@ def test_report_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     model, input = sequential()
     report = route_ffn_(model, top_k=1, lora_rank=2, calibration=lambda model: model(input))
     lines = str(report).splitlines()
-    assert lines[1].split()[:8] == ["0", "gelu", "16", "x", "64", "1", "of", "4"] and lines[-1].startswith("2 layers")
-    assert "gelu" in capsys.readouterr().out
+    assert lines[1].split()[:7] == ["0", "16", "x", "64", "1", "of", "4"] and lines[-1].startswith("2 layers")
+    assert "16 x 64" in capsys.readouterr().out
+    assert report.rows()[0][:4] == ["0", "gelu", "16 x 64", "1 of 4"]
     first, second = report.layers
     assert (first.weights, first.computed) == (2 * 16 * 64, 2 * 16 * 16)
     assert first.trained == 16 * 4 + 4 + 2 * 2 * (16 + 64) and 0.25 <= first.busiest <= 1
     assert report.total().weights == first.weights + second.weights
+
+
+def test_padding_does_not_count() -> None:
+    torch.manual_seed(0)
+    padding = torch.arange(30) >= torch.tensor([[30], [7], [19]])
+    tokens = torch.randn(3, 30, 16).masked_fill(padding[..., None], 50.0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+    other = copy.deepcopy(model)
+
+    def run(given: nn.Module) -> None:
+        with ignored_padding(padding):
+            given(tokens)
+
+    report = convert(model, calibration=run)
+    expected = convert(other, calibration=lambda given: given(tokens[~padding]))
+    assert torch.equal(model[0].w1, other[0].w1) and report == expected

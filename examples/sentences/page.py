@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import torchops
-from benchmarks.harness.machine import cpu_name
+from torchops.benchmarks.harness.machine import cpu_name
 
 BEGIN, END = "<!-- figures: python -m examples.sentences --docs -->", "<!-- end of figures -->"
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from .harness import (
     Contender,
     Curves,
     Finding,
+    Operation,
     Options,
     Report,
     Row,
+    Sizes,
     contender,
     machine,
 )
@@ -92,18 +95,26 @@ class Shape:
     heads: int = 4  # H
     features: int = 64  # D
     key_heads: int | None = None  # Hkv, if not H
+    batch: int = 1  # B
 
     def __str__(self) -> str:
         grouped = f" Hkv={self.key_heads}" if self.key_heads else ""
-        return f"H={self.heads}{grouped} D={self.features}"
+        batch = f" B={self.batch}" if self.batch > 1 else ""
+        return f"H={self.heads}{grouped} D={self.features}{batch}"
 
     @property
     def parameters(self) -> dict[str, int]:
-        return {"n": self.tokens, "H": self.heads, "Hkv": self.key_heads or self.heads, "D": self.features}
+        heads = {"H": self.heads, "Hkv": self.key_heads or self.heads}
+        return {"B": self.batch, "n": self.tokens, **heads, "D": self.features}
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """Of a query and of the output."""
+        return (self.batch, self.heads, self.tokens, self.features)
 
     def operations(self, pairs: int, backward: bool) -> float:
         """Two products of matrices in the forward pass, five in the backward."""
-        return 4.0 * pairs * self.heads * self.features * (3.5 if backward else 1)
+        return 4.0 * pairs * self.batch * self.heads * self.features * (3.5 if backward else 1)
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,8 @@ class Targets:
 NO_TARGETS = Targets({})
 LENGTHS = (512, 1024, 1536, 2048, 4096, 8192, 16384, 32768, 65536)
 SPANS = (64, 128, 256, 2048)  # and 1024, which is among the lengths
+VISION = Shape(197, heads=12, batch=8)
+WEIGHTED_VISION = "Vision Transformer, merged tokens weighted"
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -138,7 +151,7 @@ def rows(options: Options) -> Iterator[Row]:
                 yield full_row(Shape(tokens), dtype, direction, options)
             for tokens in (197, 577):
                 for weighted in (False, True):
-                    yield vision_row(tokens, weighted, dtype, direction, options)
+                    yield vision_row(replace(VISION, tokens=tokens), weighted, dtype, direction, options)
         yield from decoding_rows(dtype, options)
 
 
@@ -190,7 +203,7 @@ def span_contenders(
 ) -> dict[str, Contender | Absent]:
     tokens, grouped = shape.tokens, shape.key_heads is not None
     inputs = make_inputs(shape, dtype, device, backward)
-    grad = randn((1, shape.heads, tokens, shape.features), 3, dtype, device)
+    grad = randn(shape.size, 3, dtype, device)
     targets = span_targets(shape, span, dtype, backward)
     attend = own_attention(span)
 
@@ -210,7 +223,7 @@ def span_contenders(
     full = against(FULL_CAUSAL, lambda: partial(eager.causal_sdpa, grouped=grouped))
     result[FULL_CAUSAL] = replace(full, align=None) if isinstance(full, Contender) else full
     if dtype == torch.bfloat16:
-        in_float32 = [input.detach().float().requires_grad_(backward) for input in inputs]
+        in_float32 = Inputs(*(input.detach().float().requires_grad_(backward) for input in inputs))
         result[OWN_FLOAT32] = contender(
             lambda: (attend(*in_float32),), in_float32, grad.float(), target=targets.ratios.get(OWN_FLOAT32)
         )
@@ -282,7 +295,7 @@ def full_row(shape: Shape, dtype: torch.dtype, direction: str, options: Options)
 
     def contenders() -> dict[str, Contender | Absent]:
         inputs = make_inputs(shape, dtype, options.device, backward)
-        grad = randn((1, shape.heads, shape.tokens, shape.features), 3, dtype, options.device)
+        grad = randn(shape.size, 3, dtype, options.device)
         # How long short sequences take is what a call costs at all: only long ones have a target.
         target = None if shape.tokens < 512 else 1.6 if multiplies_on_tiles(dtype) and shape.tokens >= 4096 else 1.0
         sdpa = contender(lambda: (eager.causal_sdpa(*inputs),), inputs, grad, target=target)
@@ -302,17 +315,17 @@ def full_row(shape: Shape, dtype: torch.dtype, direction: str, options: Options)
     )
 
 
-def vision_row(tokens: int, weighted: bool, dtype: torch.dtype, direction: str, options: Options) -> Row:
+def vision_row(shape: Shape, weighted: bool, dtype: torch.dtype, direction: str, options: Options) -> Row:
     """Full attention in a Vision Transformer; weighted by how many patches a merged token stands for (ToMe's
     proportional attention). Its storage is [B, L, H, D], as it comes out of the projections."""
-    batch, shape = 8, Shape(tokens, heads=12)
+    batch, tokens = shape.batch, shape.tokens
     backward = direction == FORWARD_BACKWARD
 
     def contenders() -> dict[str, Contender | Absent]:
         size = (batch, tokens, shape.heads, shape.features)
-        inputs = [
-            randn(size, seed, dtype, options.device).transpose(1, 2).requires_grad_(backward) for seed in range(3)
-        ]
+        inputs = Inputs(
+            *(randn(size, seed, dtype, options.device).transpose(1, 2).requires_grad_(backward) for seed in range(3))
+        )
         grad = randn(size, 3, dtype, options.device).transpose(1, 2)
         patches = torch.randint(1, 5, (batch, tokens), generator=torch.Generator().manual_seed(4))
         # As bfloat16 has it, so that all contenders add the same.
@@ -325,13 +338,13 @@ def vision_row(tokens: int, weighted: bool, dtype: torch.dtype, direction: str, 
         }
 
     return Row(
-        "Vision Transformer, merged tokens weighted" if weighted else "Vision Transformer",
-        f"B={batch} n={tokens} {shape}",
+        WEIGHTED_VISION if weighted else "Vision Transformer",
+        f"B={batch} n={tokens} {replace(shape, batch=1)}",
         dtype,
         direction,
         contenders,
-        {"B": batch, **shape.parameters},
-        round_seconds=2 * batch * shape.operations(tokens**2, backward) / OPERATIONS_PER_SECOND[options.device.type],
+        shape.parameters,
+        round_seconds=2 * shape.operations(tokens**2, backward) / OPERATIONS_PER_SECOND[options.device.type],
     )
 
 
@@ -347,14 +360,18 @@ def decoding_rows(dtype: torch.dtype, options: Options) -> Iterator[Row]:
     if options.quick:
         shapes = [(Shape(1024), 1024)]
     for shape, span in shapes:
-        yield Row(
-            "decoding, one query",
-            f"Lk={shape.tokens} W={span} {shape}",
-            dtype,
-            FORWARD,
-            partial(decoding_contenders, shape, span, dtype, options.device),
-            {**shape.parameters, "span": span},
-        )
+        yield decoding_row(shape, span, dtype, options)
+
+
+def decoding_row(shape: Shape, span: int, dtype: torch.dtype, options: Options) -> Row:
+    return Row(
+        "decoding, one query",
+        f"Lk={shape.tokens} W={span} {shape}",
+        dtype,
+        FORWARD,
+        partial(decoding_contenders, shape, span, dtype, options.device),
+        {**shape.parameters, "span": span},
+    )
 
 
 def decoding_contenders(
@@ -374,16 +391,63 @@ def decoding_contenders(
     }
 
 
+# ---- sizes of the command line ------------------------------------------------------------------
+
+
+def window_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return span_row("causal window", shape_of(sizes), Window(sizes["W"]), dtype, direction, options)
+
+
+def blocks_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return span_row("causal blocks", shape_of(sizes), Block(sizes["b"]), dtype, direction, options)
+
+
+def full_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return full_row(shape_of(sizes), dtype, direction, options)
+
+
+def decoding_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    shape = shape_of({**sizes, "n": sizes["Lk"]})
+    return decoding_row(shape, sizes["W"] or shape.tokens, dtype, options)
+
+
+def vision_of(weighted: bool, sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return vision_row(shape_of(sizes), weighted, dtype, direction, options)
+
+
+def shape_of(sizes: Sizes) -> Shape:
+    return Shape(sizes["n"], sizes["H"], sizes["D"], sizes.get("Hkv"), sizes["B"])
+
+
+HEADS = {"B": 1, "H": 4, "D": 64}
+VISION_SIZES = {"B": VISION.batch, "n": VISION.tokens, "H": VISION.heads, "D": VISION.features}
+OPERATIONS = {
+    "causal window": Operation({"n": 4096, "W": 1024, **HEADS, "Hkv": None}, window_of),
+    "causal blocks": Operation({"n": 4096, "b": 1024, **HEADS, "Hkv": None}, blocks_of),
+    "full causal": Operation({"n": 4096, **HEADS}, full_of),
+    "Vision Transformer": Operation(VISION_SIZES, partial(vision_of, False)),
+    WEIGHTED_VISION: Operation(VISION_SIZES, partial(vision_of, True)),
+    "decoding, one query": Operation({"Lk": 8192, "W": None, **HEADS, "Hkv": None}, decoding_of, (FORWARD,)),
+}
+
+
 # ---- inputs -------------------------------------------------------------------------------------
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, backward: bool = False) -> list[Tensor]:
-    """Query, key and value."""
+class Inputs(NamedTuple):
+    query: Tensor  # [B, H, n, D]
+    key: Tensor  # [B, Hkv, n, D]
+    value: Tensor  # [B, Hkv, n, D]
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, backward: bool = False) -> Inputs:
     key_heads = shape.key_heads or shape.heads
-    return [
-        randn((1, heads, shape.tokens, shape.features), seed, dtype, device).requires_grad_(backward)
-        for seed, heads in enumerate((shape.heads, key_heads, key_heads))
-    ]
+    return Inputs(
+        *(
+            randn((shape.batch, heads, shape.tokens, shape.features), seed, dtype, device).requires_grad_(backward)
+            for seed, heads in enumerate((shape.heads, key_heads, key_heads))
+        )
+    )
 
 
 def randn(size: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:

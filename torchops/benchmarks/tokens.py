@@ -1,8 +1,8 @@
 """Matching, merging and pruning of tokens against the usual compositions of PyTorch's operators."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 import torchops
 
 from .eager import tokens as eager
-from .harness import FORWARD, FORWARD_BACKWARD, Contender, Options, Row, Tensors, contender
+from .harness import FORWARD, FORWARD_BACKWARD, Contender, Operation, Options, Row, Sizes, Tensors, contender
 
 NOTES = """\
 Forward is without autograd. Forward + backward is the forward pass with autograd, then the gradient of the \
@@ -38,6 +38,7 @@ class Shape:
     features: int  # K, of the metric
     r: int
     num_protected: int = 1  # 1 for a class token, or 0
+    keep_rate: float = EVIT_KEEP_RATE
 
     @property
     def groups(self) -> int:
@@ -47,7 +48,7 @@ class Shape:
     @property
     def kept(self) -> int:
         """k, when tokens are pruned."""
-        return math.ceil(EVIT_KEEP_RATE * (self.tokens - self.num_protected))
+        return math.ceil(self.keep_rate * (self.tokens - self.num_protected))
 
 
 VIT_B = Shape(32, 197, 768, 64, 16)  # metric: keys averaged over heads, as ToMe has it
@@ -57,6 +58,7 @@ VIT_B_ONE_IMAGE = Shape(1, 197, 768, 64, 16)
 VIT_L_LARGE_IMAGE = Shape(4, 1024, 1024, 64, 64)
 DIFFUSION = Shape(2, 4096, 320, 320, 2048, num_protected=0)  # a U-Net's first level, half of it merged
 WITH_TARGETS = {VIT_B, VIT_B_LARGE_BATCH}
+WITH_SIZE_GRADIENT = "merge_tokens with gradients to tokens and sizes"
 
 
 class Inputs(NamedTuple):
@@ -73,34 +75,18 @@ def rows(options: Options) -> Iterator[Row]:
     if options.full or options.device.type == "cuda":
         shapes += [VIT_B_LARGE_BATCH]
     matched_shapes = shapes if options.quick else [VIT_B, VIT_B_ALL_FEATURES, *shapes[1:]]
-    both = [FORWARD, FORWARD_BACKWARD]
-    plan = [
-        ("matching", matching, "N={0.tokens} K={0.features} r={0.r}", matched_shapes, [FORWARD]),
-        ("merge_tokens", merge, "N={0.tokens} C={0.channels} r={0.r}", shapes, both),
-        (
-            "merge_tokens with gradients to tokens and sizes",
-            partial(merge, size_gradient=True),
-            "N={0.tokens} C={0.channels} r={0.r}",
-            [VIT_B],
-            [FORWARD_BACKWARD],
-        ),
-        (
-            "matching + merge",
-            matching_and_merge,
-            "N={0.tokens} C={0.channels} K={0.features} r={0.r}",
-            matched_shapes,
-            both,
-        ),
-        ("unmerge_tokens", unmerge, "N={0.tokens} C={0.channels} r={0.r}", shapes, both),
-        ("top-k, others dropped", partial(prune, fuse=False), "N={0.tokens} C={0.channels} k={0.kept}", shapes, both),
-        ("top-k, others fused", partial(prune, fuse=True), "N={0.tokens} C={0.channels} k={0.kept}", shapes, both),
-    ]
-    for operation, contenders, label, its_shapes, directions in plan:
-        for shape in its_shapes:
+    shapes_of = {"matching": matched_shapes, "matching + merge": matched_shapes, WITH_SIZE_GRADIENT: [VIT_B]}
+    for operation in KINDS:
+        for shape in shapes_of.get(operation, shapes):
             for dtype in options.dtypes:
-                for direction in directions:
-                    make = partial(contenders, shape, dtype, options.device, direction == FORWARD_BACKWARD)
-                    yield Row(operation, f"B={shape.batch} {label.format(shape)}", dtype, direction, make)
+                for direction in KINDS[operation].directions:
+                    yield token_row(operation, shape, dtype, direction, options)
+
+
+def token_row(operation: str, shape: Shape, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    kind = KINDS[operation]
+    make = partial(kind.contenders, shape, dtype, options.device, direction == FORWARD_BACKWARD)
+    return Row(operation, f"B={shape.batch} {kind.label.format(shape)}", dtype, direction, make)
 
 
 # ---- contenders by operation --------------------------------------------------------------------
@@ -251,3 +237,54 @@ def assignment_of(matching: eager.TomeMatching, num_tokens: int) -> Tensor:
     stays = torch.ones(len(sources), num_tokens, dtype=torch.int64, device=sources.device).scatter(1, sources, 0)
     assign = stays.cumsum(1) - 1
     return assign.scatter(1, sources, assign.gather(1, destinations))
+
+
+# ---- operations ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An operation: its contenders, its label of a shape, and the names of its sizes."""
+
+    contenders: Callable[[Shape, torch.dtype, torch.device, bool], dict[str, Contender]]
+    label: str
+    sizes: str
+    directions: Sequence[str] = (FORWARD, FORWARD_BACKWARD)
+
+
+MERGED, KEPT = "N={0.tokens} C={0.channels} r={0.r}", "N={0.tokens} C={0.channels} k={0.kept}"
+KINDS = {
+    "matching": Kind(matching, "N={0.tokens} K={0.features} r={0.r}", "B N K r protected", (FORWARD,)),
+    "merge_tokens": Kind(merge, MERGED, "B N C r protected"),
+    WITH_SIZE_GRADIENT: Kind(partial(merge, size_gradient=True), MERGED, "B N C r protected", (FORWARD_BACKWARD,)),
+    "matching + merge": Kind(
+        matching_and_merge, "N={0.tokens} C={0.channels} K={0.features} r={0.r}", "B N C K r protected"
+    ),
+    "unmerge_tokens": Kind(unmerge, MERGED, "B N C r protected"),
+    "top-k, others dropped": Kind(partial(prune, fuse=False), KEPT, "B N C keep protected"),
+    "top-k, others fused": Kind(partial(prune, fuse=True), KEPT, "B N C keep protected"),
+}
+FIELDS = {
+    "B": "batch",
+    "N": "tokens",
+    "C": "channels",
+    "K": "features",
+    "r": "r",
+    "keep": "keep_rate",
+    "protected": "num_protected",
+}
+
+
+def row_of(operation: str, sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    if sizes["protected"] not in (0, 1):
+        raise ValueError(f"expected protected=0 or protected=1, for a class token, got {sizes['protected']}")
+    shape = replace(VIT_B, **{FIELDS[name]: size for name, size in sizes.items()})
+    return token_row(operation, shape, dtype, direction, options)
+
+
+OPERATIONS = {
+    name: Operation(
+        {size: getattr(VIT_B, FIELDS[size]) for size in kind.sizes.split()}, partial(row_of, name), kind.directions
+    )
+    for name, kind in KINDS.items()
+}

@@ -12,7 +12,21 @@ from torch.nn.functional import linear
 import torchops
 
 from .eager import stf as eager
-from .harness import FORWARD, FORWARD_BACKWARD, Contender, Curves, Finding, Options, Report, Row, contender, machine
+from .harness import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    Contender,
+    Curves,
+    Finding,
+    Operation,
+    Options,
+    Report,
+    Row,
+    Sizes,
+    Tensors,
+    contender,
+    machine,
+)
 
 NOTES = """\
 T: tokens. A layer is in x out; "sparse factor on the output" (or the input) says on which side its nnz numbers a row \
@@ -33,6 +47,7 @@ DENSE = "dense"
 LOW_RANK = "low rank"
 DENSE_CODE = "dense code"
 FACTORED = "stf_linear"
+WITH_THE_CHOICE = "linear layer, training with the choice"
 
 CURVES = (
     Curves(
@@ -150,7 +165,7 @@ def layer_row(
     seconds = 2 * tokens * weights * (3 if backward else 1) / OPERATIONS_PER_SECOND[options.device.type]
     seconds += 4 * weights / BYTES_PER_SECOND[options.device.type]
     return Row(
-        "linear layer, training with the choice" if straight_through else "linear layer",
+        WITH_THE_CHOICE if straight_through else "linear layer",
         f"T={tokens}{' warm' if warm else ''} {layer}",
         dtype,
         direction,
@@ -168,6 +183,24 @@ def layer_row(
         round_seconds=3 * seconds,
     )
 
+
+def row_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return layer_row(layer_of(sizes), sizes["T"], dtype, direction, options, warm=bool(sizes["warm"]))
+
+
+def trained_row_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return layer_row(layer_of(sizes), sizes["T"], dtype, direction, options, straight_through=True)
+
+
+def layer_of(sizes: Sizes) -> Layer:
+    return Layer(sizes["in"], sizes["out"], bool(sizes["transpose"]), sizes["compression"])
+
+
+LAYER_SIZES = {"T": 512, "in": 1024, "out": 1024, "transpose": 0, "compression": 2}
+OPERATIONS = {
+    "linear layer": Operation({**LAYER_SIZES, "warm": 0}, row_of),
+    WITH_THE_CHOICE: Operation(LAYER_SIZES, trained_row_of, (FORWARD_BACKWARD,)),
+}
 
 Weights = tuple[Tensor, ...]
 
@@ -221,10 +254,10 @@ def contenders(
 
     if torchops.utils.cpu_capability() == "amx":
         targets = TRAINING_TARGETS_WITH_TILES if backward else FORWARD_TARGETS_WITH_TILES
-        dtypes = (torch.float32, torch.bfloat16)
+        dtypes = [torch.float32, torch.bfloat16]
     else:
         targets = TRAINING_TARGETS if backward else FORWARD_TARGETS
-        dtypes = (torch.float32,)
+        dtypes = [torch.float32]
     has_target = layer.is_target and dtype in dtypes and not (warm or straight_through)
     dense = make(linear, (weight,), targets.get(tokens) if has_target else None)
     # Another weight has no gradients to compare: those of the factors are compared by the tests.
@@ -246,17 +279,17 @@ def contenders(
     return result
 
 
-def first(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def first(results: Tensors) -> Tensors:
     """The output."""
     return results[:1]
 
 
-def first_two(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def first_two(results: Tensors) -> Tensors:
     """The output and the gradient to the input."""
     return results[:2]
 
 
-def with_blocks(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def with_blocks(results: Tensors) -> Tensors:
     """Everything, with the code's gradient, the last, in the shape of the latent's."""
     return (*results[:-1], results[-1][:, None])
 

@@ -13,7 +13,8 @@ import torch
 
 import torchops
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
+"""The checkout that the package lies in; anything where it is installed."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -44,10 +45,11 @@ class OtherLoad:
 
     def share(self) -> float | None:
         """Between 0 and 1, or None where the system does not tell."""
-        if self.others is None:
+        others = self.seconds_of_others()
+        if self.others is None or others is None:
             return None
         core_seconds = (time.perf_counter() - self.start) * (os.cpu_count() or 1)
-        return round(max(0.0, self.seconds_of_others() - self.others) / core_seconds, 2)
+        return round(max(0.0, others - self.others) / core_seconds, 2)
 
     @staticmethod
     def seconds_of_others() -> float | None:
@@ -103,17 +105,24 @@ def slug(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{cpu_name().partition(' (family')[0]} {torchops.utils.config()['CPU level'].split()[0]}"
+        name = f"{cpu_name().partition(' (family')[0]} {torchops.utils.cpu_capability()}"
     name = re.sub(r"\(R\)|\(TM\)|\bCPU\b|\bProcessor\b|@\s*\S+", " ", name)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def is_checkout() -> bool:
+    return (REPOSITORY / "csrc").is_dir()
+
+
 def commit() -> str | None:
-    """The commit checked out, marked where the operators' sources differ from it; None without git."""
+    """The commit checked out, marked where the operators' sources differ from it; None without git or a checkout."""
+    if not is_checkout():
+        return None
     git = ["git", "-C", str(REPOSITORY)]
+    sources = ["csrc", "torchops", ":!torchops/benchmarks"]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "--", "csrc", "torchops"], capture_output=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "--", *sources], capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + (" with changes" if changes.stdout else "")

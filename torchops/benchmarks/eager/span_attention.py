@@ -97,8 +97,10 @@ def reshaped_sdpa(block_size: int) -> Attention:
     length is a multiple of the block."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        blocks = (x.unflatten(2, (-1, block_size)).flatten(1, 2) for x in (query, key, value))
-        output = scaled_dot_product_attention(*blocks, is_causal=True)
+        query_blocks, key_blocks, value_blocks = (
+            x.unflatten(2, (-1, block_size)).flatten(1, 2) for x in (query, key, value)
+        )
+        output = scaled_dot_product_attention(query_blocks, key_blocks, value_blocks, is_causal=True)
         return output.unflatten(1, (query.shape[1], -1)).flatten(2, 3)
 
     return attend

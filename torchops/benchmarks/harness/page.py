@@ -8,7 +8,7 @@ from . import tables
 from .results import TORCHOPS, Report, RowResult
 from .rows import Finding
 
-BEGIN, END = "<!-- figures: python -m benchmarks -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: python -m torchops bench -->", "<!-- end of figures -->"
 
 
 def write(report: Report, findings: Sequence[Finding], images: Sequence[Path], path: Path) -> None:
@@ -42,7 +42,7 @@ def insert(report: Report, findings: Sequence[Finding], images: Sequence[Path], 
 
 def whole(report: Report, findings: Sequence[Finding], images: Sequence[Path], path: Path) -> Iterator[str]:
     yield f"# {report.family}: figures\n"
-    yield f"Written by `python -m benchmarks {report.family}`. {machine(report)}\n"
+    yield f"Written by `python -m torchops bench {report.family}`. {machine(report)}\n"
     yield from (f"{paragraph}\n" for paragraph in report.notes.splitlines())
     yield from image_links(images, path)
     yield "## Targets and losses\n"

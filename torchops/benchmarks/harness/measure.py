@@ -116,13 +116,17 @@ def check_agreement(row: Row, name: str, results: Tensors, expected: Tensors) ->
     assert 0 < len(results) <= len(expected), f"{name} has {len(results)} results, torchops {len(expected)}"
     for position, (actual, wanted) in enumerate(zip(results, expected, strict=False)):
         tolerance = TOLERANCE[row.dtype] if wanted.is_floating_point() else 0.0
+
+        def message(reason: str, position: int = position) -> str:
+            return f"{name} and torchops disagree in result {position}: {reason}"
+
         torch.testing.assert_close(
             actual,
             wanted,
             rtol=tolerance,
             atol=tolerance * wanted.abs().max().item(),
             check_dtype=False,
-            msg=lambda reason, position=position: f"{name} and torchops disagree in result {position}: {reason}",
+            msg=message,
         )
 
 

@@ -2,6 +2,7 @@
 
 from .results import Report
 from .rows import FORWARD, FORWARD_BACKWARD, Absent, Contender, Curves, Finding, Options, Row, Tensors, contender
+from .sizes import Operation, Sizes, rows_of
 
 __all__ = [
     "FORWARD",
@@ -10,9 +11,12 @@ __all__ = [
     "Contender",
     "Curves",
     "Finding",
+    "Operation",
     "Options",
     "Report",
     "Row",
+    "Sizes",
     "Tensors",
     "contender",
+    "rows_of",
 ]

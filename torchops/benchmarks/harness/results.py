@@ -158,5 +158,5 @@ class Report:
 
 
 def contender(document: dict[str, Any]) -> ContenderResult:
-    quartiles = {name: Quartiles(**document.pop(name)) for name in ("seconds", "ratio")}
-    return ContenderResult(**document, **quartiles)
+    seconds, ratio = (Quartiles(**document.pop(name)) for name in ("seconds", "ratio"))
+    return ContenderResult(seconds=seconds, ratio=ratio, **document)

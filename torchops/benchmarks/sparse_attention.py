@@ -10,7 +10,20 @@ from torch.nn.functional import scaled_dot_product_attention
 import torchops
 
 from .eager import sparse_attention as eager
-from .harness import FORWARD, FORWARD_BACKWARD, Absent, Contender, Curves, Finding, Options, Report, Row, contender
+from .harness import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    Absent,
+    Contender,
+    Curves,
+    Finding,
+    Operation,
+    Options,
+    Report,
+    Row,
+    Sizes,
+    contender,
+)
 from .span_attention import (
     FULL_CAUSAL,
     MASKED,
@@ -54,6 +67,7 @@ CURVES = (
 # (share of n that is listed, forward, forward + backward) against SDPA full causal, on a processor without a second
 # 512-bit unit.
 TARGETS = {8: (2.5, 2.5), 16: (4.0, None), 32: (7.0, None)}
+NO_TARGETS = (None, None)
 BLOCK_TARGET = 3.5
 # The same for the forward pass with the choice by codes in it.
 CHOSEN_TARGETS = {8: 2.2, 16: 3.5, 32: 5.0}
@@ -118,7 +132,7 @@ def list_contenders(
     )
     target = None
     if tokens == 8192:
-        target = BLOCK_TARGET if block * query_block > 1 else TARGETS[share][backward]
+        target = BLOCK_TARGET if block * query_block > 1 else TARGETS.get(share, NO_TARGETS)[backward]
     full = contender(lambda: (scaled_dot_product_attention(*inputs, is_causal=True),), inputs, grad, target=target)
     own = contender(lambda: (torchops.span_attention(*inputs, is_causal=True),), inputs, grad)
     masked: Contender | Absent
@@ -158,7 +172,7 @@ def scores_row(
         # Its gradients to keys are added up in their dtype.
         gathered: Contender | Absent = of(eager.scores_of_gathered)
         if backward and dtype.itemsize < 4:
-            gathered = replace(gathered, align=None)
+            gathered = replace(of(eager.scores_of_gathered), align=None)
         size = shape.heads * tokens * listed * shape.features * dtype.itemsize
         if size > 2**30:
             gathered = Absent(f"copies of keys would take {size / 2**30:.0f} GiB")
@@ -302,7 +316,7 @@ def chosen_row(shape: Shape, share: int, dtype: torch.dtype, direction: str, opt
         def in_two_steps() -> tuple[torch.Tensor]:
             return (torchops.topk_attention(*inputs, torchops.pq_topk(*codes, k, is_causal=True), is_causal=True),)
 
-        target = None if backward else CHOSEN_TARGETS[share]
+        target = None if backward else CHOSEN_TARGETS.get(share)
         full = contender(lambda: (scaled_dot_product_attention(*inputs, is_causal=True),), inputs, grad, target=target)
         own = contender(lambda: (torchops.span_attention(*inputs, is_causal=True),), inputs, grad)
         return {
@@ -320,6 +334,69 @@ def chosen_row(shape: Shape, share: int, dtype: torch.dtype, direction: str, opt
         contenders,
         {**shape.parameters, "share": share},
     )
+
+
+# ---- sizes of the command line ------------------------------------------------------------------
+
+
+def lists_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    lists = sizes.get("b", 1), sizes.get("c", 1)
+    return list_row(shape_of(sizes), sizes["share"], *lists, dtype, direction, options)
+
+
+def scores_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return scores_row(shape_of(sizes), sizes["share"], dtype, direction, options, list_heads=sizes["Hkv"])
+
+
+def decoding_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return decoding_row(shape_of({**sizes, "n": sizes["Lk"]}), sizes["share"], dtype, options)
+
+
+def encoding_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return encoding_row(shape_of(sizes), dtype, options)
+
+
+def loss_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return loss_row(shape_of(sizes), dtype, direction, options)
+
+
+def choice_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return choice_row(shape_of(sizes), sizes["share"], options)
+
+
+def score_choice_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return score_choice_row(shape_of(sizes), sizes["share"], dtype, options)
+
+
+def indexer_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return indexer_row(replace(shape_of(sizes), key_heads=1), sizes["share"], dtype, options)
+
+
+def chosen_of(sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    return chosen_row(shape_of(sizes), sizes["share"], dtype, direction, options)
+
+
+def shape_of(sizes: Sizes) -> Shape:
+    return Shape(sizes["n"], sizes["H"], sizes["D"])
+
+
+HEADS = {"H": 4, "D": 64}
+LISTS = {"n": 8192, "share": 8, **HEADS}
+OPERATIONS = {
+    "lists of keys": Operation(LISTS, lists_of),
+    "lists for blocks": Operation({**LISTS, "b": 64, "c": 64}, lists_of),
+    "decoding, one query": Operation({"Lk": 8192, "share": 8, **HEADS}, decoding_of, (FORWARD,)),
+    "scores of lists": Operation({**LISTS, "Hkv": None}, scores_of),
+    "codes of rows": Operation({"n": 8192, **HEADS}, encoding_of, (FORWARD,)),
+    "loss of codes": Operation({"n": 8192, **HEADS}, loss_of),
+    "choice by codes": Operation(LISTS, choice_of, (FORWARD,)),
+    "choice by scores": Operation(LISTS, score_choice_of, (FORWARD,)),
+    "choice by an indexer": Operation({"n": 2048, "share": 8, "H": 64, "D": 128}, indexer_of, (FORWARD,)),
+    "choice by codes and attention": Operation(LISTS, chosen_of),
+}
+
+
+# ---- findings -----------------------------------------------------------------------------------
 
 
 def findings(report: Report) -> list[Finding]:

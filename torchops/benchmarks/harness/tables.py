@@ -1,6 +1,6 @@
-"""A report in the terminal: ratios first, then times and memory, findings, targets, and where torchops loses."""
+"""A report in the terminal: times, ratios and memory, findings, targets, and where torchops loses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -18,16 +18,18 @@ def show(report: Report, findings: Sequence[Finding], console: Console) -> None:
     for name, value in report.conditions.items():
         shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
         console.print(f"{name}: {shown}", highlight=False, markup=False)
-    console.rule("time / torchops's time (above 1 torchops is faster): median and quartiles")
+    console.rule("ratio of times (above 1: torchops is faster), time of a call, memory")
+    width = max((len(name) for row in report.rows for name in row.contenders), default=0)
     for operation, rows in report.operations().items():
-        console.print(table(operation, rows, ratio_cell, without=TORCHOPS))
-    console.rule("time of one call: median and quartiles; peak extra memory; on a GPU, what it launches")
-    for operation, rows in report.operations().items():
-        console.print(table(operation, rows, cost_cell))
+        console.print(Text(operation, "bold"))
+        for row in rows:
+            console.print(f"{row.shape}, {row.dtype}, {row.direction}", highlight=False, markup=False)
+            console.print(row_table(row, width))
     for finding in findings:
         console.print(finding_table(finding))
-    console.rule("targets")
-    console.print(target_table(report))
+    if any(report.targets()):
+        console.rule("targets")
+        console.print(target_table(report))
     for paragraph in (
         report.notes,
         f"Where torchops loses: {'; '.join(losses(report)) or NO_LOSSES}.",
@@ -36,16 +38,25 @@ def show(report: Report, findings: Sequence[Finding], console: Console) -> None:
         console.print(paragraph, highlight=False, markup=False)
 
 
-def table(title: str, rows: list[RowResult], cell: Callable[[ContenderResult], Text], without: str = "") -> Table:
-    """A column for each contender of any row."""
-    names = [name for name in dict.fromkeys(name for row in rows for name in row.contenders) if name != without]
-    result = Table("shape", "dtype", "", title=title, title_justify="left", title_style="bold")
-    for name in names:
-        result.add_column(name, justify="right")
-    for row in rows:
-        cells = (cell(row.contenders[name]) if name in row.contenders else Text() for name in names)
-        result.add_row(row.shape, row.dtype, row.direction, *cells)
+def row_table(row: RowResult, width: int) -> Table:
+    """A line for each contender, whose name takes so many columns: medians, and quartiles in brackets."""
+    result = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    result.add_column(min_width=width)
+    result.add_column(justify="right", min_width=len("1.23 [1.23 1.23]"))
+    result.add_column(justify="right", min_width=len("1.23 [1.23 1.23] ms"))
+    result.add_column(justify="right")
+    for name, contender in row.contenders.items():
+        memory = f"{contender.peak_extra_bytes / 1e6:.1f} MB"
+        launches = "" if contender.launches is None else f", {contender.launches} launches"
+        ratio = Text() if name == TORCHOPS else ratio_of(contender)
+        result.add_row(Text(name), ratio, Text(duration(contender.seconds)), Text(memory + launches))
     return result
+
+
+def ratio_of(contender: ContenderResult) -> Text:
+    ratio = contender.ratio
+    style = "red" if contender.is_loss else "default" if contender.is_bound else "green"
+    return Text(f"{three_digits(ratio.median)} [{three_digits(ratio.lower)} {three_digits(ratio.upper)}]", style)
 
 
 def finding_table(finding: Finding) -> Table:
@@ -61,21 +72,6 @@ def target_table(report: Report) -> Table:
         verdict = Text("met", "green") if target.is_met else Text("not met", "red")
         result.add_row(target.row.label, target.what, target.wanted, target.reached, verdict)
     return result
-
-
-def ratio_cell(contender: ContenderResult) -> Text:
-    ratio = contender.ratio
-    style = "red" if contender.is_loss else "default" if contender.is_bound else "green"
-    cell = Text(f"{ratio.median:.2f} [{ratio.lower:.2f} {ratio.upper:.2f}]", style)
-    if contender.target is not None:
-        verdict = ("not met", "red") if contender.misses_target else ("met", "green")
-        cell.append(f" target {contender.target:.2f} ", "dim").append(*verdict)
-    return cell
-
-
-def cost_cell(contender: ContenderResult) -> Text:
-    launches = "" if contender.launches is None else f"  {contender.launches} launches"
-    return Text(f"{duration(contender.seconds)}  {contender.peak_extra_bytes / 1e6:.1f} MB{launches}")
 
 
 def duration(seconds: Quartiles) -> str:

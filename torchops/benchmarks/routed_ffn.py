@@ -1,6 +1,6 @@
 """Routed feed-forward layers and experts of mixtures against dense layers, loops and torch's grouped product."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 import torchops
 
 from .eager import routed_ffn as eager
-from .harness import FORWARD, FORWARD_BACKWARD, Contender, Finding, Options, Report, Row, contender
+from .harness import FORWARD, FORWARD_BACKWARD, Contender, Finding, Operation, Options, Report, Row, Sizes, contender
 
 NOTES = """\
 Forward is without autograd. Forward + backward is the forward pass with autograd, then the gradients of tokens, gates \
@@ -37,6 +37,9 @@ class Layer:
     def share(self) -> float:
         return self.slots / self.blocks
 
+    def __str__(self) -> str:
+        return f"T={self.tokens} d={self.size} D={self.hidden} {self.slots} of {self.blocks}"
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -45,6 +48,9 @@ class Experts:
     size: int  # d
     hidden: int  # I, of each
     slots: int  # k
+
+    def __str__(self) -> str:
+        return f"T={self.tokens} E={self.experts} d={self.size} I={self.hidden} k={self.slots}"
 
 
 SPT = Layer(2048, 768, 3072, 4, 2)
@@ -71,25 +77,24 @@ def rows(options: Options) -> Iterator[Row]:
     experts = SMALL_EXPERTS[:1] if options.quick else [*SMALL_EXPERTS, *MANY_EXPERTS[:1], *LARGE_EXPERTS]
     if options.full or options.device.type == "cuda":
         experts += MANY_EXPERTS[1:]
-    both = [FORWARD, FORWARD_BACKWARD]
-    layer_label = "T={0.tokens} d={0.size} D={0.hidden} {0.slots} of {0.blocks}"
-    expert_label = "T={0.tokens} E={0.experts} d={0.size} I={0.hidden} k={0.slots}"
     adapted = [Experts(tokens, 32, 1024, 512, 8) for tokens in (64, 512)]
-    plan = [
-        ("routed FFN", routed, layer_label, layers, both),
-        ("routed FFN, frozen, with LoRA", routed_with_lora, layer_label, layers, [FORWARD_BACKWARD]),
-        ("experts", experts_of_mixture, expert_label, experts, both),
-        ("experts, one token", experts_of_mixture, expert_label, DECODING, [FORWARD]),
-        ("experts, frozen, with LoRA", experts_with_lora, expert_label, adapted, [FORWARD_BACKWARD]),
-    ]
-    for operation, contenders, label, shapes, directions in plan:
-        for shape in shapes:
+    shapes: dict[str, Sequence[Layer | Experts]] = {
+        "routed FFN": layers,
+        "routed FFN, frozen, with LoRA": layers,
+        "experts": experts,
+        "experts, one token": DECODING,
+        "experts, frozen, with LoRA": adapted,
+    }
+    for operation, kind in KINDS.items():
+        for shape in shapes[operation]:
             for dtype in options.dtypes:
-                for direction in directions:
-                    make = partial(contenders, shape, dtype, options.device, direction == FORWARD_BACKWARD)
-                    yield Row(
-                        operation, label.format(shape), dtype, direction, make, round_seconds=seconds(shape, direction)
-                    )
+                for direction in kind.directions:
+                    yield ffn_row(operation, shape, dtype, direction, options)
+
+
+def ffn_row(operation: str, shape: Layer | Experts, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    make = partial(KINDS[operation].contenders, shape, dtype, options.device, direction == FORWARD_BACKWARD)
+    return Row(operation, str(shape), dtype, direction, make, round_seconds=seconds(shape, direction))
 
 
 def seconds(shape: Layer | Experts, direction: str) -> float:
@@ -103,7 +108,7 @@ def seconds(shape: Layer | Experts, direction: str) -> float:
 
 class Inputs(NamedTuple):
     x: Tensor  # [T, d]
-    index: Tensor  # [T, k]
+    chosen: Tensor  # [T, k]
     gate: Tensor  # [T, k], float32
     grad: Tensor  # [T, d]
 
@@ -247,6 +252,48 @@ def experts_with_lora(shape: Experts, dtype: torch.dtype, device: torch.device, 
         "torchops": contender(ours, [x, *factors, gate], grad),
         "merged factors": contender(merged, [x, *factors, gate], grad, target=MERGED.get(dtype, {}).get(shape.tokens)),
     }
+
+
+# ---- operations ---------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What makes the contenders of an operation, and the directions in which they are measured."""
+
+    contenders: Callable[..., dict[str, Contender]]
+    directions: Sequence[str] = (FORWARD, FORWARD_BACKWARD)
+
+
+KINDS = {
+    "routed FFN": Kind(routed),
+    "routed FFN, frozen, with LoRA": Kind(routed_with_lora, (FORWARD_BACKWARD,)),
+    "experts": Kind(experts_of_mixture),
+    "experts, one token": Kind(experts_of_mixture, (FORWARD,)),
+    "experts, frozen, with LoRA": Kind(experts_with_lora, (FORWARD_BACKWARD,)),
+}
+
+
+def layer_of(operation: str, sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    layer = Layer(*(sizes[name] for name in ("T", "d", "D", "G", "k")))
+    return ffn_row(operation, layer, dtype, direction, options)
+
+
+def experts_of(operation: str, sizes: Sizes, dtype: torch.dtype, direction: str, options: Options) -> Row:
+    experts = Experts(*(sizes[name] for name in ("T", "E", "d", "I", "k")))
+    return ffn_row(operation, experts, dtype, direction, options)
+
+
+LAYER_SIZES = {"T": 2048, "d": 768, "D": 3072, "G": 4, "k": 2}
+EXPERT_SIZES = {"T": 512, "E": 32, "d": 1024, "I": 512, "k": 8}
+OPERATIONS = {
+    name: Operation(
+        LAYER_SIZES if name.startswith("routed") else EXPERT_SIZES,
+        partial(layer_of if name.startswith("routed") else experts_of, name),
+        kind.directions,
+    )
+    for name, kind in KINDS.items()
+    if name != "experts, one token"  # experts with T=1
+}
 
 
 # ---- findings -----------------------------------------------------------------------------------
