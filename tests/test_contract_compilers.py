@@ -40,6 +40,7 @@ def assert_as_inductor_has_it(case: OpCase, actual: list[Tensor], expected: list
         assert_close(one, other.double(), torch.float32, what)
 
 
+@pytest.mark.way("torch.compile")
 @PUBLIC_OPS
 def test_compile(case: OpCase, device: str) -> None:
     """fullgraph, forward and backward: every sample. Sizes 0 and 1 and absent tensors compile anew."""
@@ -62,6 +63,7 @@ def test_compile_for_every_selection_of_gradients(case: OpCase, device: str) -> 
         assert_as_inductor_has_it(case, actual, run_with_gradients(case.op, inputs, names), f"gradients to {names}")
 
 
+@pytest.mark.way("torch.compile")
 @PUBLIC_OPS
 def test_compile_once_for_all_lengths(case: OpCase, device: str) -> None:
     torch._dynamo.reset()
@@ -74,6 +76,7 @@ def test_compile_once_for_all_lengths(case: OpCase, device: str) -> None:
         assert_same_bits(actual, run_with_gradients(case.op, inputs, names), f"length {length}")
 
 
+@pytest.mark.way("torch.compile")
 @PUBLIC_OPS
 def test_compile_inductor(case: OpCase, device: str) -> None:
     torch._dynamo.reset()

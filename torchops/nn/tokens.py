@@ -163,15 +163,18 @@ def first_entries(a: Tensor, num_pairs: int) -> Tensor:
 
 
 class PyraModulation(nn.Module):
-    """PYRA's parallel yielding re-activation: sources learn what to bring along before they merge.
+    r"""PYRA's parallel yielding re-activation: a learned modulation of the sources before they merge.
 
-    With src and dst the tokens of the R pairs in descending similarity, p = LayerNorm(src + dst)::
+    With s and d [B, R, C] the source and destination tokens of the R pairs, in descending similarity:
 
-        w1 = 2 sigmoid(a^T p)        [B, 1, C]
-        w2 = 2 sigmoid(p b^T) - 1    [B, R, 1]
-        src' = src + (src * w1) * w2
+    .. math::
 
-    b starts at zero, so the module starts as the identity. Pairs without a destination (dropped
+        p = \text{LayerNorm}(s + d) \qquad
+        w_1 = 2\,\sigma(a^T p) \qquad
+        w_2 = 2\,\sigma(p\,b^T) - 1 \qquad
+        s' = s + s \odot w_1 \odot w_2
+
+    w_1 is [B, 1, C] and w_2 [B, R, 1]. b starts at zero, so the module starts as the identity. Pairs without a destination (dropped
     padding) stay as they are, and what is in them reaches no other token.
 
     Args:

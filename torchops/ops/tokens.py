@@ -2,8 +2,7 @@
 
 All of it is one idea: an *assignment* of N tokens to M groups. ``assign[b, i]`` is the group of token i
 of row b, or -1 when the token is dropped. An operator either makes an assignment or moves data along
-one; token merging, pruning and routing methods are short compositions of the two
-(:mod:`torchops.nn.tokens`).
+one; token merging, pruning and routing methods are short compositions of the two (:mod:`torchops.nn`).
 """
 
 from typing import Optional, Tuple
@@ -157,12 +156,15 @@ def merge_tokens(
     weight: Optional[Tensor] = None,
     normalize: bool = True,
 ) -> Tuple[Tensor, Tensor]:
-    """Adds up, or averages, the tokens of each group.
+    r"""Adds up, or averages, the tokens of each group.
 
-    With S_m the sum of the weights of group m's members, in ascending token order::
+    The members i of group m are the tokens with ``assign[b, i] == m``:
 
-        total[b, m]  = S_m
-        merged[b, m] = sum of weight[b, i] * input[b, i] over assign[b, i] = m,   / S_m if normalize
+    .. math::
+
+        \text{total}_{b,m} = \sum_i \text{weight}_{b,i} \qquad
+        \text{merged}_{b,m} = \sum_i \text{weight}_{b,i} \, \text{input}_{b,i}
+        \;\; \left( / \, \text{total}_{b,m} \text{ if normalize} \right)
 
     An empty group gives zeros and total 0; a group whose total is 0 is not divided. A normalised group
     of one member, of a finite weight, is a copy of it, bit for bit. Sums are taken in float32 (float64
