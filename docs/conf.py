@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import site_pages
 
 project = "torchops"
-author = "the authors of torchops"
+
 version = release = (site_pages.PACKAGE / "version.txt").read_text().strip()
 
 root_doc = "docs/index"
@@ -28,11 +28,12 @@ napoleon_use_rtype = False  # what is returned has several parts, each with a sh
 python_maximum_signature_line_length = 100
 nitpicky = True
 nitpick_ignore = [("py:class", "torchops.nn.stf_sizes.Sizes")]  # internal, in the signature of a public method
-nitpick_ignore_regex = [(r"py:.*", r"(?!torchops\b).*")]  # other libraries' names
+nitpick_ignore_regex = [(r"py:class", r"(?!torchops\b).*")]  # other libraries' types
 
 html_theme = "furo"
 html_title = f"torchops {version}"
 html_copy_source = False
+html_show_copyright = False
 html_extra_path = ["_redirect"]
 
 

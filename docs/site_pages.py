@@ -48,8 +48,8 @@ def write_api() -> list[str]:
     families["integrations"] = page("integrations", "torchops.integrations", integrations)
     shared = public_of("torchops", [PACKAGE / "decompositions.py"])
     shared |= public_of("torchops.nn", [PACKAGE / "nn" / "_calibration.py"])
-    families["utils"] = page("utils", "torchops.utils", {"For all families": shared})
-    families["utils"] += "\n.. automodule:: torchops.utils\n   :no-index:\n\n.. automodule:: torchops.flops\n"
+    families["utils"] = page("utils", "torchops.flops", {"For all families": shared})
+    families["utils"] += "\n.. automodule:: torchops.utils\n"
 
     pages = families | {name: object_page(name, node) for name, node in public.items()}
     modules = "\n.. py:module:: torchops.nn\n\n.. py:module:: torchops.reference\n\n.. automodule:: torchops\n"
@@ -82,15 +82,17 @@ def public_of(package: str, paths: Sequence[Path]) -> Public:
 def family_page(title: str, module: str, sections: dict[str, Public]) -> str:
     text = f"{heading(title, '=')}\n.. automodule:: {module}\n   :no-members:\n"
     for name, members in sections.items():
+        package = next(iter(members)).rpartition(".")[0]  # in which sentences name their neighbours
         lines = [f"- :py:obj:`~{full}`: {first_sentence(node)}\n" for full, node in members.items()]
-        text += f"\n{heading(name, '-')}\n{''.join(lines)}{toctree(members)}"
+        text += f"\n{heading(name, '-')}\n.. currentmodule:: {package}\n\n{''.join(lines)}{toctree(members)}"
     return text
 
 
 def object_page(name: str, node: ast.FunctionDef | ast.ClassDef) -> str:
     module, _, short = name.rpartition(".")
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
-    return f"{heading(short.replace('_', chr(92) + '_'), '=')}\n.. currentmodule:: {module}\n\n.. auto{kind}:: {short}\n"
+    title = heading(short.replace("_", r"\_"), "=")
+    return f"{title}\n.. currentmodule:: {module}\n\n.. auto{kind}:: {short}\n"
 
 
 def first_sentence(node: ast.FunctionDef | ast.ClassDef) -> str:

@@ -45,10 +45,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shown = {item: export_matrix.shown_by(item) for item in items}
     for item in items:
-        item.user_properties.append((export_matrix.SHOWN, export_matrix.shown_by(item)))
+        item.user_properties.append((export_matrix.SHOWN, shown[item]))
     if config.option.export_matrix:
-        items[:] = [item for item in items if item.get_closest_marker("way")]
+        items[:] = [item for item in items if shown[item]]
     if cuda_on_host.ACTIVE:
         # test_contract.py says when the CUDA half of an operator is missing.
         cases = {item: item.callspec.params.get("case") for item in items if hasattr(item, "callspec")}
@@ -82,8 +83,9 @@ def one_thread():
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.option.export_matrix:
-        reports = [report for outcome in ("passed", "failed", "skipped") for report in terminalreporter.getreports(outcome)]
-        export_matrix.write(config.option.export_matrix, export_matrix.cells_of(reports))
+        outcomes = ("passed", "failed", "skipped")
+        reports = [report for outcome in outcomes for report in terminalreporter.getreports(outcome)]
+        export_matrix.write(config.option.export_matrix, reports)
     if FOR_ONE_LEVEL:
         return  # a run for one level, started by test_levels.py
     if cuda_on_host.ACTIVE:

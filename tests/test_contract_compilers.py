@@ -40,7 +40,6 @@ def assert_as_inductor_has_it(case: OpCase, actual: list[Tensor], expected: list
         assert_close(one, other.double(), torch.float32, what)
 
 
-@pytest.mark.way("torch.compile")
 @PUBLIC_OPS
 def test_compile(case: OpCase, device: str) -> None:
     """fullgraph, forward and backward: every sample. Sizes 0 and 1 and absent tensors compile anew."""

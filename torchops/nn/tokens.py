@@ -56,11 +56,11 @@ def proportional_attention_bias(size: Tensor) -> Tensor:
 
 
 def group_padding_mask(assign: Tensor, num_groups: int, padding_mask: Tensor) -> Tensor:
-    """Which groups no token went to but padding: the padding mask behind :func:`torchops.merge_tokens`.
+    """Which groups have no token except padding: the padding mask after :func:`torchops.merge_tokens`.
 
     Args:
         assign: int64 [B, N], values in -1..M-1.
-        num_groups: M.
+        num_groups: the number of groups, M.
         padding_mask: bool [B, N], True for padding.
 
     Returns:
@@ -174,11 +174,11 @@ class PyraModulation(nn.Module):
         w_2 = 2\,\sigma(p\,b^T) - 1 \qquad
         s' = s + s \odot w_1 \odot w_2
 
-    w_1 is [B, 1, C] and w_2 [B, R, 1]. b starts at zero, so the module starts as the identity. Pairs without a destination (dropped
-    padding) stay as they are, and what is in them reaches no other token.
+    w_1 is [B, 1, C] and w_2 [B, R, 1]. b starts at zero, so the module starts as the identity. Pairs without a
+    destination (dropped padding) are unchanged, and their values reach no other token.
 
     Args:
-        dim: C.
+        dim: the number of channels, C.
         r: number of pairs that a is made for; calls with fewer pairs use its first entries.
 
     Raises:
@@ -306,7 +306,7 @@ class MixtureOfDepths(nn.Module):
 
     Args:
         block: module from [B, M, C] to [B, M, C].
-        dim: C.
+        dim: the number of channels, C.
         ratio: share of the tokens to run, of those that are not protected, rounded down; a product less than
             1e-6 below a whole number is that number (0.29 of 100 are 29). 1 or more runs the block on all of
             them without a router.

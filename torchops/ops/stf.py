@@ -4,7 +4,7 @@ A matrix M [rows, cols], whose columns are split into equal blocks, is written a
 
 .. math::
 
-    M_{r,\,\text{block } b} = \sum_{e < \text{nnz}} \text{values}_{r,b,e} \; \text{basis}_{b,\,\text{indices}_{r,b,e},\,:}
+    M_{r,\text{block } b} = \sum_{e < \text{nnz}} \text{values}_{r,b,e} \, \text{basis}_{b,\text{indices}_{r,b,e},:}
 
 so every row of a block is a combination of nnz of the block's K basis vectors, its *atoms*. The sparse
 factor stands on either side of a layer, better on the larger one:
@@ -195,7 +195,7 @@ def stf_pack(values: Tensor, indices: Tensor, basis_size: int) -> Tuple[Tensor, 
         values: [rows, blocks, nnz], float64, float32, bfloat16 or float16.
         indices: uint8 or int16 [rows, blocks, nnz], increasing in every row and block, as
             :func:`stf_select` makes them.
-        basis_size: K.
+        basis_size: the number of basis vectors of a block, K.
 
     Returns:
         packed_values [ceil(rows / 16), blocks, 16 * nnz], the values of a group and block in the order of

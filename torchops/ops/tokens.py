@@ -162,9 +162,9 @@ def merge_tokens(
 
     .. math::
 
-        \text{total}_{b,m} = \sum_i \text{weight}_{b,i} \qquad
-        \text{merged}_{b,m} = \sum_i \text{weight}_{b,i} \, \text{input}_{b,i}
-        \;\; \left( / \, \text{total}_{b,m} \text{ if normalize} \right)
+        \text{total}_{b,m} &= \sum_i \text{weight}_{b,i} \\
+        \text{merged}_{b,m} &= \sum_i \text{weight}_{b,i} \, \text{input}_{b,i}
+        \;\; (/ \, \text{total}_{b,m} \text{ if normalize})
 
     An empty group gives zeros and total 0; a group whose total is 0 is not divided. A normalised group
     of one member, of a finite weight, is a copy of it, bit for bit. Sums are taken in float32 (float64
@@ -173,7 +173,7 @@ def merge_tokens(
     Args:
         input: [B, N, C], float64, float32, bfloat16 or float16.
         assign: int64 [B, N], values in -1..M-1; -1 takes no part.
-        num_groups: M.
+        num_groups: the number of groups, M.
         weight: [B, N], any floating dtype; None for ones. With the sizes of ToMe, a token that stands
             for several counts as several.
         normalize: divide by the total.
