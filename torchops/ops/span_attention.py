@@ -6,10 +6,10 @@ after itself. A key at position t is seen if
 
 .. math::
 
-    \lfloor p / \text{block\_size} \rfloor - \text{left}
-    \le \lfloor t / \text{block\_size} \rfloor
-    \le \lfloor p / \text{block\_size} \rfloor + \text{right}
-    \quad \text{and} \quad (t \le p \text{ if is\_causal})
+    \lfloor p / \mathrm{block\_size} \rfloor - \text{left}
+    \le \lfloor t / \mathrm{block\_size} \rfloor
+    \le \lfloor p / \mathrm{block\_size} \rfloor + \text{right}
+    \quad \text{and} \quad (t \le p \text{ if } \mathrm{is\_causal})
 
 =========================================  ==========  ====  =====  =========
 attention                                  block_size  left  right  is_causal
