@@ -1,4 +1,4 @@
-"""Span attention in Hugging Face's transformers: the attention of their models, as they have it or mixed.
+"""Span attention in Hugging Face's transformers: a model's own attention, or a mixture of full and local layers.
 
 ``apply_routed_experts`` is here, too; other integrations have modules of their own.
 """
@@ -37,7 +37,7 @@ def register_span_attention() -> str:
 
     From then on ``attn_implementation="span_attention"`` is understood by ``from_pretrained`` and
     ``from_config``, and ``model.set_attn_implementation("span_attention")`` switches a model. A model then
-    computes what it computes with ``"eager"``: causal and bidirectional attention, sliding windows to one or
+    gives the results of ``"eager"``: causal and bidirectional attention, sliding windows to one or
     both sides, attention chunks, grouped heads, attention sinks, padding on either side, dynamic, sliding and
     static caches, ``generate``.
 

@@ -11,7 +11,7 @@ __all__ = ["RoutedLayer", "RoutingReport"]
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """What became of a feed-forward layer: its name and activation, and its sizes.
+    """What a conversion did to one feed-forward layer: its name, activation, sizes and error.
 
     ``weights`` are the numbers in its weights, ``computed`` those of them that compute a token, ``trained`` the numbers
     that train afterwards. ``output_norm`` is that of what the dense layer computed in the calibration, ``output_error``

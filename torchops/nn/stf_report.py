@@ -11,7 +11,7 @@ __all__ = ["FactorizationReport", "FactorizedLayer"]
 
 @dataclass(frozen=True)
 class FactorizedLayer:
-    """What became of a linear layer, without its bias: names, bytes and error.
+    """What a conversion did to one linear layer, without its bias: names, bytes and error.
 
     ``indexed_bytes`` are those of the form that trains, with 8 or 16 bits for the position of a nonzero;
     ``packed_bytes`` those of the form that infers, with a bit for every possible position. ``norm`` is that of the

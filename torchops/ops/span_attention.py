@@ -1,11 +1,15 @@
-"""Attention over a span of keys: full, in blocks or in a sliding window, by one rule.
+r"""Attention over a span of keys: full, in blocks or in a sliding window, by one rule.
 
-With absolute positions p of a query and t of a key, counted in blocks of ``block_size`` positions, a
-query sees the keys of its own block, of ``left`` blocks before it and of ``right`` blocks behind it;
--1 lifts a bound, and ``is_causal`` hides keys behind the query::
+A query at the absolute position p sees the keys in its own block of ``block_size`` positions, in ``left``
+blocks before it and in ``right`` blocks after it. -1 removes a bound. With ``is_causal`` it sees no key
+after itself. A key at position t is seen if
 
-    floor(p / block_size) - left <= floor(t / block_size) <= floor(p / block_size) + right
-    t <= p   if is_causal
+.. math::
+
+    \lfloor p / \mathrm{block\_size} \rfloor - \text{left}
+    \le \lfloor t / \mathrm{block\_size} \rfloor
+    \le \lfloor p / \mathrm{block\_size} \rfloor + \text{right}
+    \quad \text{and} \quad (t \le p \text{ if } \mathrm{is\_causal})
 
 =========================================  ==========  ====  =====  =========
 attention                                  block_size  left  right  is_causal
@@ -115,8 +119,7 @@ def span_attention_lse(
     one part only.
 
     Args:
-        query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start:
-            as in :func:`span_attention`.
+        query, key, value, block_size, ..., key_start: as in :func:`span_attention`.
 
     Returns:
         output [B, Hq, Lq, Dv], and logsumexp [B, Hq, Lq] in float32 (float64 for float64), -inf for a

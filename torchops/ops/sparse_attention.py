@@ -117,8 +117,7 @@ def topk_attention_lse(
     :func:`span_attention_lse` among them: NSA's window and list, for example.
 
     Args:
-        query, key, value, indices, block_size, query_block, is_causal, scale, key_bias, pair_bias, sink, query_start,
-            key_start: as in :func:`topk_attention`.
+        query, key, value, indices, ..., key_start: as in :func:`topk_attention`.
 
     Returns:
         output [B, Hq, Lq, Dv], and logsumexp [B, Hq, Lq] in float32 (float64 for float64), -inf for a
@@ -317,8 +316,7 @@ def pq_attention_lse(
     Results over parts of the keys are merged with it, as those of :func:`topk_attention_lse` are.
 
     Args:
-        query, key, value, query_codes, key_codes, k, is_causal, scale, sink_keys, local_keys, key_bias, sink,
-            query_start, key_start: as in :func:`pq_attention`.
+        query, key, value, query_codes, ..., key_start: as in :func:`pq_attention`.
 
     Returns:
         output [B, Hq, Lq, Dv], and logsumexp [B, Hq, Lq] in float32 (float64 for float64), -inf for a

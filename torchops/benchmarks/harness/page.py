@@ -18,14 +18,14 @@ def write(report: Report, findings: Sequence[Finding], images: Sequence[Path], p
 
 
 def insert(report: Report, findings: Sequence[Finding], images: Sequence[Path], whole: Path, path: Path) -> bool:
-    """Its targets and losses, images, findings for this page, how many rows failed, and links to the whole page and
-    those of other machines, between the two marks of a page that has them."""
+    """Its targets and losses in short, images, findings for this page, how many rows failed, and links to the whole
+    page and those of other machines, between the two marks of a page that has them."""
     text = path.read_text() if path.exists() else ""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         return False
-    section = [f"{machine(report)}\n", *image_links(images, path), *target_table(report), *loss_list(report)]
+    section = [f"{machine(report)}\n", *image_links(images, path), *target_count(report), *loss_summary(report)]
     for finding in findings:
         if finding.on_family_page:
             section += [f"{finding.title}:\n", *table(finding.header, finding.lines)]
@@ -47,7 +47,7 @@ def whole(report: Report, findings: Sequence[Finding], images: Sequence[Path], p
     yield from image_links(images, path)
     yield "## Targets and losses\n"
     yield from target_table(report)
-    yield from loss_list(report)
+    yield from loss_table(report)
     for finding in findings:
         yield f"## {finding.title}\n"
         yield from table(finding.header, finding.lines)
@@ -84,10 +84,34 @@ def target_table(report: Report) -> Iterator[str]:
         yield from table(["row", "what", "target", "reached", ""], targets)
 
 
-def loss_list(report: Report) -> Iterator[str]:
+def target_count(report: Report) -> Iterator[str]:
+    are_met = [target.is_met for target in report.targets()]
+    if are_met:
+        yield f"Targets met: {sum(are_met)} of {len(are_met)}.\n"
+
+
+def loss_table(report: Report) -> Iterator[str]:
     yield "Where torchops loses:\n"
-    yield from (f"- {loss}" for loss in tables.losses(report) or [tables.NO_LOSSES])
-    yield ""
+    losses = [[row.label, name, f"{loser.ratio.median:.2f}"] for row, name, loser in report.losses()]
+    yield from table(["row", "faster", "its time / torchops's"], losses) if losses else [f"{tables.NO_LOSSES}\n"]
+
+
+def loss_summary(report: Report) -> Iterator[str]:
+    """A line for all rows in which the same rival competes."""
+    yield "Where torchops loses:\n"
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for row in report.rows:
+        for name, contender in row.others():
+            if not contender.is_bound:
+                key = (row.operation, f"{row.dtype}, {row.direction}", name)
+                groups.setdefault(key, []).append(contender.ratio.median)
+    lines = [
+        [*key, f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
+        for key, ratios in groups.items()
+        if min(ratios) < 1
+    ]
+    header = ["operation", "", "faster", "in rows", "its time / torchops's, all rows"]
+    yield from table(header, lines) if lines else [f"{tables.NO_LOSSES}\n"]
 
 
 def relative(target: Path, page: Path) -> str:
