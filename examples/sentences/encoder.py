@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..common.encoders import Encoder
 
 # The package is a third party's: these are the weights that sentence-transformers published.
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -18,16 +20,12 @@ MISSING = """python -m examples.sentences needs transformers and a package with 
 """
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(Encoder):
     """A BERT model whose last hidden states, averaged, are the meaning of a sentence.
 
     Shapes: forward(tokens int64 [B, L]) -> hidden states of all layers [B, layers, L, C], zeros at padding, which
     is token 0.
     """
-
-    def __init__(self, bert: nn.Module) -> None:
-        super().__init__()
-        self.bert = bert
 
     def forward(self, tokens: Tensor) -> Tensor:
         real = tokens.ne(0)
@@ -39,9 +37,6 @@ class SentenceEncoder(nn.Module):
         real = tokens.ne(0)
         states = self.bert(tokens, attention_mask=real).last_hidden_state
         return F.normalize((states * real.unsqueeze(2)).sum(1), dim=1)
-
-    def layers(self) -> nn.ModuleList:
-        return self.bert.encoder.layer
 
 
 class Tokenizer:
