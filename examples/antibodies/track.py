@@ -1,13 +1,13 @@
-"""The antibodies track: a masked language model whose linear layers are factored (DSFormer), and low-rank ones of as many
-bytes to compare with, both fitted to what the layers compute of typical sequences, and to the weights alone.
+"""The antibodies track: a masked language model whose linear layers are factored (DSFormer), and low-rank ones of as
+many bytes to compare with, both fitted to what the layers compute of typical sequences, and to the weights alone.
 
 Nothing is trained. How well a model tells amino acids that are masked is measured on sequences of other genes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from . import data
 from .model import FIRST, MASK, PAD, MaskedLanguageModel, load, tokenize
 
 COMPRESSIONS = (2.0, 2.8, 3.57)  # the paper's
+SERIES = ("dense", "factored", "factored by weights", "low rank", "low rank by weights")
 BATCH_SIZE = 32
 MASKED = 0.15  # of each sequence, as in BERT
 MASKINGS = 2  # of each sequence held out
@@ -57,21 +58,20 @@ def standard_error(ours: Sequence[float], others: Sequence[float]) -> float:
 
 
 @dataclass
-class Result:
-    """What is found out about a variant. Bytes are those of its encoder's linear layers in bfloat16, biases not;
-    seconds are those that it took to make it."""
-
-    num_bytes: int
-    seconds: float | None = None
-    quality: Quality | None = None
-
-
-@dataclass
 class Variant:
+    """A model and what is found out about it.
+
+    Args:
+        series, compression: what it is called.
+        num_bytes: of its encoder's linear layers in bfloat16, biases not.
+        seconds: of one core, that it took to make it.
+    """
+
     series: str
     compression: float
-    model: MaskedLanguageModel
-    result: Result
+    num_bytes: int
+    seconds: float
+    quality: Quality
 
     @property
     def name(self) -> str:
@@ -139,40 +139,45 @@ class Examination:
 
 
 def quality_table(variants: Sequence[Variant], num_typical: int, num_masked: int) -> Table:
-    dense = variants[0].result
-    rows = []
-    for variant in variants:
-        result, quality = variant.result, variant.result.quality
-        row = [
-            variant.name,
-            f"{result.num_bytes / 1e6:.2f} ({dense.num_bytes / result.num_bytes:.2f}x)",
-            f"{quality.loss:.3f}",
-            f"{quality.accuracy:.1f}",
-            f"{quality.cosine:.3f}",
-        ]
-        if variant is variants[0]:
-            rows.append([*row[:3], "", row[3], "", row[4], ""])
-            continue
-        losses = f"{quality.loss - dense.quality.loss:+.3f} ±{standard_error(quality.losses, dense.quality.losses):.3f}"
-        error = 100 * standard_error(quality.hits, dense.quality.hits)
-        hits = f"{quality.accuracy - dense.quality.accuracy:+.1f} ±{error:.1f}"
-        rows.append([*row[:3], losses, row[3], hits, row[4], f"{result.seconds:.0f}"])
+    dense, *others = variants
+    loss, accuracy = dense.quality.loss, dense.quality.accuracy
+    rows = [["dense", size(dense, dense), f"{loss:.3f}", "", f"{accuracy:.1f}", "", "1.000", ""]]
+    for variant in others:
+        quality = variant.quality
+        loss_error = standard_error(quality.losses, dense.quality.losses)
+        accuracy_error = 100 * standard_error(quality.hits, dense.quality.hits)
+        rows.append(
+            [
+                variant.name,
+                size(variant, dense),
+                f"{quality.loss:.3f}",
+                f"{quality.loss - loss:+.3f} ±{loss_error:.3f}",
+                f"{quality.accuracy:.1f}",
+                f"{quality.accuracy - accuracy:+.1f} ±{accuracy_error:.1f}",
+                f"{quality.cosine:.3f}",
+                f"{variant.seconds:.0f}",
+            ]
+        )
     return Table(
         "Quality",
-        f"On {len(dense.quality.losses)} sequences held out, of which {num_masked} amino acids are masked. Cross entropy: "
-        "of these, in nats, a mean over sequences; accuracy: how often the most likely one is right, in percent; and "
-        "their differences to dense with the standard errors of these. Cosine: of the last hidden states with the dense "
-        f"model's, a mean over all tokens. Fitted to {num_typical} other sequences, or to the weights alone. Seconds: to make "
-        "the variant.",
+        f"On {len(dense.quality.losses)} sequences held out, of which {num_masked} amino acids are masked. Cross "
+        "entropy: of these, in nats, a mean over sequences; accuracy: how often the most likely one is right, in "
+        "percent; and their differences to dense with the standard errors of these. Cosine: of the last hidden states "
+        f"with the dense model's, a mean over all tokens. Fitted to {num_typical} other sequences, or to the weights "
+        "alone. Seconds: of one core, to make the variant.",
         ["variant", "linear layers, MB", "cross entropy", "to dense", "accuracy", "to dense", "cosine", "seconds"],
         rows,
     )
 
 
+def size(variant: Variant, dense: Variant) -> str:
+    return f"{variant.num_bytes / 1e6:.2f} ({dense.num_bytes / variant.num_bytes:.2f}x)"
+
+
 def draw(variants: Sequence[Variant], path: Path) -> None:
     def panel(title: str, y_label: str, value: Callable[[Quality], float], error: float | None) -> Panel:
-        points = [Point(one.series, "", one.compression, value(one.result.quality)) for one in variants[1:]]
-        dense = value(variants[0].result.quality)
+        points = [Point(one.series, "", one.compression, value(one.quality)) for one in variants[1:]]
+        dense = value(variants[0].quality)
         band = None if error is None else (dense - error, dense + error)
         return Panel(title, "compression in bytes", y_label, points, band=band, x_ticks=COMPRESSIONS)
 
@@ -195,7 +200,7 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
         the table, and the plot's file.
     """
     compressions = COMPRESSIONS[:1] if short else COMPRESSIONS
-    num_typical, num_held_out = (16, 16) if short else (128, 200)
+    num_typical, num_held_out = (16, 16) if short else (128, 128)
     folder = output / "antibodies"
     folder.mkdir(parents=True, exist_ok=True)
     dense, table = load()
@@ -212,24 +217,32 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
         f"{sum(tokens.ne(PAD).sum().item() for tokens in typical)} tokens; {num_held_out} to test."
     )
 
-    variants = [Variant("dense", 1, dense, Result(num_bytes))]
+    variants = [Variant("dense", 1, num_bytes, 0, examination.examine(dense))]
+
+    def add(series: str, compression: float, num_bytes: int, seconds: float, model: MaskedLanguageModel) -> None:
+        variants.append(Variant(series, compression, num_bytes, seconds, examination.examine(model)))
+        quality = variants[-1].quality
+        console.print(
+            f"{variants[-1].name}: cross entropy {quality.loss:.3f}, accuracy {quality.accuracy:.1f} %, cosine "
+            f"{quality.cosine:.3f}, made in {seconds:.0f} s of one core."
+        )
+
     spectra = Spectra(weights)
     errors: dict[float, list[WeightError]] = {}
     for suffix, batches in ((" by weights", []), ("", typical)):
         for compression in compressions:
-            start = perf_counter()
+            start = process_time()
             model, report = factored(dense, compression, batches)
-            result = Result(report.total().packed_bytes, perf_counter() - start)
-            variants.append(Variant("factored" + suffix, compression, model, result))
-            if not batches:
-                errors[compression] = errors_by_bytes(report, weights, spectra)
-        for compression in compressions:
-            ranks = sum(2 * error.rank * sum(weights[error.layer].shape) for error in errors[compression])
-            start = perf_counter()
-            model = truncated(dense, errors[compression], batches)
-            variants.append(Variant("low rank" + suffix, compression, model, Result(ranks, perf_counter() - start)))
-    for variant in variants:
-        variant.result.quality = examination.examine(variant.model)
+            seconds = process_time() - start
+            add("factored" + suffix, compression, report.total().packed_bytes, seconds, model)
+            # Sizes are the same with and without sequences; of the errors those are shown that know of none.
+            of_layers = errors.setdefault(compression, errors_by_bytes(report, weights, spectra))
+            start = process_time()
+            model = truncated(dense, of_layers, batches)
+            seconds = process_time() - start
+            num_bytes = sum(2 * error.rank * sum(weights[error.layer].shape) for error in of_layers)
+            add("low rank" + suffix, compression, num_bytes, seconds, model)
+    variants.sort(key=lambda variant: SERIES.index(variant.series))
     tables = [
         error_table({f"{compression:g}x in bytes": found for compression, found in errors.items()}),
         quality_table(variants, num_typical, examination.num_masked()),
@@ -237,7 +250,7 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
     for one in tables:
         one.show()
     results, image = folder / "results.json", folder / "antibodies.png"
-    write_results({variant.name: variant.result for variant in variants}, results)
+    write_results({variant.name: variant for variant in variants}, results)
     draw(variants, image)
     console.print(f"Wrote {results} and {image}.")
     return tables, image

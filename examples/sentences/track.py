@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import torchops
-
 from ..common import measurement
 from ..common.encoders import factored, in_form, linear_weights, truncated
 from ..common.page import Table
@@ -327,7 +325,9 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
         model = truncated(dense, by_bytes[compression], sample)
         variants.append(Variant("low rank", compression, model, Result(bytes_of_ranks)))
     errors |= {f"{compression:g}x in bytes": found for compression, found in by_bytes.items()}
-    remark = " Numbers: the size is chosen by numbers stored, as the paper counts, with K = 2 nnz; bytes: by `factorize_`."
+    remark = (
+        " Numbers: the size is chosen by numbers stored, as the paper counts, with K = 2 nnz; bytes: by `factorize_`."
+    )
     tables = [error_table(errors, remark)]
     tables[-1].show()
 
