@@ -1,6 +1,7 @@
 """Operators on DTensors: every rule of torchops.distributed, on the contract's calls of every operator."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -184,15 +185,20 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def what_is_not_divided(rank: int) -> None:
-    """It is computed as a whole by every process."""
+    """It takes whole tensors, and refuses others by name."""
     mesh = init_device_mesh("cpu", (2,))
-    index = integers(0, 4, 6, 2, device="cpu")
-    for actual, expected in zip(
-        torchops.route(distributed(index, mesh, Shard(0)), 4), torchops.route(index, 4), strict=True
-    ):
-        assert actual.placements == (Replicate(),)
-        assert_whole(actual, expected, "route")
-    assert isinstance(RULES["route"], str)
+    index, weight = integers(0, 4, 6, 2, device="cpu"), numbers(6, 4)
+    calls = {torchops.route: ("index", index, 4), torchops.stf_factorize: ("weight", weight, 3, 2)}
+    assert {op.__name__ for op in calls} == {name for name, rule in RULES.items() if isinstance(rule, str)}
+    for op, (name, tensor, *numbers_) in calls.items():
+        for actual, expected in zip(
+            op(distributed(tensor, mesh, Replicate()), *numbers_), op(tensor, *numbers_), strict=True
+        ):
+            assert actual.placements == (Replicate(),)
+            assert_whole(actual, expected, op.__name__)
+        expected = f"{op.__name__}: expected {name} whole on every process, for {RULES[op.__name__]}, got [Shard(dim=0)]"
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(expected)):
+            op(distributed(tensor, mesh, Shard(0)), *numbers_)
 
 
 def units_whose_rows_stand_apart(rank: int) -> None:
