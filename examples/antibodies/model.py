@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.encoders import Encoder
-from ..common.packages import file_in
+from ..common.packages import file_in, module
 
 MISSING = """python -m examples.antibodies needs transformers, a package with the weights of AntiBERTy (97 MB), and one
 with antibodies:
@@ -59,12 +59,11 @@ def tokenize(sequences: Iterable[str]) -> Tensor:
 def load() -> tuple[MaskedLanguageModel, Path]:
     """The model and the table of sequences, of installed packages."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        from transformers import BertForMaskedLM, utils
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"{error}.\n{MISSING}") from None
     weights, sequences = file_in(*WEIGHTS, MISSING), file_in(*SEQUENCES, MISSING)
-    utils.logging.disable_progress_bar()
-    utils.logging.set_verbosity_error()  # the heads for species and chains are left out on purpose
-    model = BertForMaskedLM.from_pretrained(weights.parent, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    transformers = module("transformers", MISSING)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # the heads for species and chains are left out on purpose
+    model = transformers.BertForMaskedLM.from_pretrained(
+        weights.parent, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     return MaskedLanguageModel(model.bert, model.cls).eval(), sequences

@@ -1,18 +1,26 @@
-"""Files that packages carry, of which nothing is imported."""
+"""What packages of third parties carry that the examples do not require."""
 
 import hashlib
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+
+
+def module(package: str, missing: str) -> ModuleType:
+    """An installed package. What fails while it is imported is shown as it is.
+
+    Args:
+        missing: what to say where it is not installed: how it gets there.
+    """
+    if find_spec(package) is None:
+        raise SystemExit(f"No package {package!r}.\n{missing}")
+    return import_module(package)
 
 
 def file_in(package: str, name: str, sha256: str, missing: str) -> Path:
-    """A file of an installed package, after checking that it is the one that figures were made with.
-
-    Args:
-        package, name: where it is.
-        sha256: of its bytes.
-        missing: what to say where the package is not installed: how it gets there.
-    """
+    """A file of an installed package, of which nothing is imported, after checking that it is the one that figures were
+    made with."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"No package {package!r}.\n{missing}")

