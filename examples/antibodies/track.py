@@ -197,7 +197,7 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
         output: folder to write to.
 
     Returns:
-        the table, and the plot's file.
+        the tables, and the plot's file.
     """
     compressions = COMPRESSIONS[:1] if short else COMPRESSIONS
     num_typical, num_held_out = (16, 16) if short else (128, 128)
@@ -210,14 +210,14 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
     typical = [batch.masked for batch in batches_of(sequences.typical, 1, seed=0)]
     examination = Examination(sequences.held_out, dense)
     weights = linear_weights(dense)
-    num_bytes = sum(2 * weight.numel() for weight in weights.values())
+    dense_bytes = sum(2 * weight.numel() for weight in weights.values())
     console.print(
         f"AntiBERTy: {len(weights)} linear layers in {len(dense.layers())} layers of the encoder, "
-        f"{num_bytes / 2e6:.1f} M numbers. {num_typical} sequences to fit layers to, "
+        f"{dense_bytes / 2e6:.1f} M numbers. {num_typical} sequences to fit layers to, "
         f"{sum(tokens.ne(PAD).sum().item() for tokens in typical)} tokens; {num_held_out} to test."
     )
 
-    variants = [Variant("dense", 1, num_bytes, 0, examination.examine(dense))]
+    variants = [Variant("dense", 1, dense_bytes, 0, examination.examine(dense))]
 
     def add(series: str, compression: float, num_bytes: int, seconds: float, model: MaskedLanguageModel) -> None:
         variants.append(Variant(series, compression, num_bytes, seconds, examination.examine(model)))
@@ -240,8 +240,8 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
             start = process_time()
             model = truncated(dense, of_layers, batches)
             seconds = process_time() - start
-            num_bytes = sum(2 * error.rank * sum(weights[error.layer].shape) for error in of_layers)
-            add("low rank" + suffix, compression, num_bytes, seconds, model)
+            bytes_of_ranks = sum(2 * error.rank * sum(weights[error.layer].shape) for error in of_layers)
+            add("low rank" + suffix, compression, bytes_of_ranks, seconds, model)
     variants.sort(key=lambda variant: SERIES.index(variant.series))
     tables = [
         error_table({f"{compression:g}x in bytes": found for compression, found in errors.items()}),
