@@ -12,7 +12,7 @@ from . import run
 PAGE = Page(
     DOCS / "factored_antiberty.md",
     "python -m examples.antibodies --docs",
-    "Cross entropy, accuracy and cosine over compression",
+    "Cross entropy and cosine over compression",
 )
 
 if __name__ == "__main__":

@@ -175,16 +175,28 @@ def size(variant: Variant, dense: Variant) -> str:
 
 
 def draw(variants: Sequence[Variant], path: Path) -> None:
-    def panel(title: str, y_label: str, value: Callable[[Quality], float], error: float | None) -> Panel:
-        points = [Point(one.series, "", one.compression, value(one.quality)) for one in variants[1:]]
-        dense = value(variants[0].quality)
-        band = None if error is None else (dense - error, dense + error)
-        return Panel(title, "compression in bytes", y_label, points, band=band, x_ticks=COMPRESSIONS)
+    dense, *others = variants
 
+    def points(value: Callable[[Quality], float]) -> list[Point]:
+        return [Point(one.series, "", one.compression, value(one.quality)) for one in others]
+
+    x_label, loss = "compression in bytes", dense.quality.loss
     panels = [
-        panel("masked amino acids (shaded: 0.02 around dense)", "cross entropy, nats", lambda q: q.loss, 0.02),
-        panel("masked amino acids (shaded: a point around dense)", "told right, in %", lambda q: q.accuracy, 1.0),
-        panel("last hidden states", "cosine with dense", lambda q: q.cosine, None),
+        Panel(
+            "masked amino acids (shaded: 0.02 around dense)",
+            x_label,
+            "cross entropy, nats",
+            points(lambda quality: quality.loss),
+            band=(loss - 0.02, loss + 0.02),
+            x_ticks=COMPRESSIONS,
+        ),
+        Panel(
+            "last hidden states",
+            x_label,
+            "cosine with dense",
+            points(lambda quality: quality.cosine),
+            x_ticks=COMPRESSIONS,
+        ),
     ]
     plot("AntiBERTy with factored linear layers", panels, path)
 
