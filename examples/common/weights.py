@@ -10,7 +10,8 @@ from torch import Tensor
 
 import torchops
 
-from ..common.report import console
+from .page import Table
+from .report import Panel, Point, console
 
 BYTES_PER_NUMBER = 2  # bfloat16
 ROWS_PER_GROUP = 16  # a bit for each in a mask of 16
@@ -121,3 +122,47 @@ def by_kind(errors: Sequence[WeightError]) -> dict[str, list[WeightError]]:
 
 def mean(errors: Sequence[WeightError], value: Callable[[WeightError], float]) -> float:
     return sum(map(value, errors)) / len(errors)
+
+
+def error_table(errors: Mapping[str, Sequence[WeightError]], remark: str = "") -> Table:
+    """A row for every kind of layer and size; ``errors`` by what was asked for."""
+    columns = ["out x in", "asked for", "bytes", "K", "nnz", "rank", "error", "SVD", "below SVD"]
+    is_timed = any(error.seconds is not None for of_all in errors.values() for error in of_all)
+    rows = []
+    for asked, of_all in errors.items():
+        for kind, of_kind in by_kind(of_all).items():
+            first = of_kind[0]
+            times = [error.seconds for error in of_kind if error.seconds is not None]
+            row = [
+                kind,
+                asked,
+                f"{first.dense_bytes / first.packed_bytes:.2f}x",
+                f"{first.basis_size}",
+                f"{first.nnz}",
+                f"{first.rank}",
+                f"{mean(of_kind, lambda error: error.factored):.3f}",
+                f"{mean(of_kind, lambda error: error.svd):.3f}",
+                f"{sum(error.factored < error.svd for error in of_kind)} of {len(of_kind)}",
+            ]
+            if is_timed:
+                row.append(f"{sum(times) / len(times):.2f}" if times else "")
+            rows.append(row)
+    return Table(
+        "Weights",
+        "Error relative to the norm of the weight, a mean over layers, beside that of a truncated SVD whose two dense "
+        f"factors take as many bytes. Bytes are those of bfloat16, masks included.{remark}",
+        columns + ["s per layer"] * is_timed,
+        rows,
+    )
+
+
+def error_panel(errors: Mapping[float, Sequence[WeightError]]) -> Panel:
+    """Of a figure: errors over the compression in bytes."""
+    points = [
+        Point(kind + suffix, "", compression, mean(of_kind, value))
+        for compression, of_all in errors.items()
+        for kind, of_kind in by_kind(of_all).items()
+        for suffix, value in (("", lambda error: error.factored), (", SVD", lambda error: error.svd))
+    ]
+    title = "weights, by kind of layer (out x in)"
+    return Panel(title, "compression in bytes", "relative error", points, x_ticks=list(errors))
