@@ -35,7 +35,6 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 ROOT = Path(__file__).resolve().parent
 
 
-
 def version_of(torch: str) -> str:
     """'2.13.0', from the headers: such a torch need not be one that this Python can import."""
     header = Path(torch, "include", "torch", "headeronly", "version.h").read_text()

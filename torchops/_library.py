@@ -1,4 +1,4 @@
-"""Finds the libtorchops for the torch at hand and loads it, or says in one sentence why it cannot and what repairs it."""
+"""Loads the libtorchops for the torch at hand, or says in one sentence why it cannot and what repairs it."""
 
 import os
 import re
