@@ -40,4 +40,4 @@ TORCHOPS_TORCH_DIRS=$(IFS=:; echo "${folders[*]}") FORCE_CUDA=0 \
 # the tag that it gives.
 auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*.so*' --wheel-dir dist "$work"/torchops-*.whl
 ls -l dist
-echo "To try it with each torch: WHEEL=\"$(ls "$PWD"/dist/*.whl)\" tools/torch_versions.sh $*"
+echo "To try it with each torch: WHEEL=\$(ls dist/*.whl) tools/torch_versions.sh $*"
