@@ -17,7 +17,7 @@ def publish(report: Report, family: ModuleType, record: Path) -> list[Path]:
     """A page beside a report's record, and plots: where the record is one of the documentation, among its images, and
     the marked section of the family's page has them, too. Returns what was written."""
     # Measuring needs no matplotlib.
-    from . import plot
+    from . import heat_map, plot
 
     published = record.resolve().parent == RECORDS
     stem = IMAGES / f"benchmark-{record.stem}" if published else record.with_suffix("")
@@ -27,7 +27,7 @@ def publish(report: Report, family: ModuleType, record: Path) -> list[Path]:
             images.append(stem.with_name(f"{stem.name}-{curves.name}.png"))
             plot.draw_curves(report, curves, images[-1])
     images.append(stem.with_name(f"{stem.name}.png"))
-    plot.draw_ratios(report, images[-1])
+    heat_map.draw_ratios(report, images[-1])
     text = record.with_suffix(".md")
     page.write(report, findings_of(family, report), images, text)
     written = [text, *images]
