@@ -50,9 +50,16 @@ def draw_curves(report: Report, curves: Curves, path: Path) -> None:
 
 def name_at_ends(axes: Axes) -> None:
     for curve in axes.lines:
-        place, value = curve.get_xydata()[-1]
-        style = {"color": curve.get_color(), "fontsize": 9, "va": "center"}
-        axes.annotate(f"{curve.get_label()}", (place, value), (7, 0), textcoords="offset points", **style)
+        place, value = np.asarray(curve.get_xydata())[-1]
+        axes.annotate(
+            f"{curve.get_label()}",
+            (place, value),
+            (7, 0),
+            textcoords="offset points",
+            color=curve.get_color(),
+            fontsize=9,
+            va="center",
+        )
     axes.margins(x=0.02)
     axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
 
@@ -105,5 +112,7 @@ def palette(shades: Sequence[Sequence[float]]) -> Image.Image:
     colors = [to_rgb(name) for name in dict.fromkeys(("black", WIN, LOSS, BOUND, *CURVES))]
     tints = [1 - share * (1 - channel) for color in colors for share in (1, 0.75, 0.5, 0.25, 0) for channel in color]
     image = Image.new("P", (1, 1))
-    image.putpalette([round(255 * channel) for channel in [*tints, *(c for shade in shades for c in to_rgb(shade))]])
+    image.putpalette(
+        [round(255 * channel) for channel in [*tints, *(channel for shade in shades for channel in shade[:3])]]
+    )
     return image
