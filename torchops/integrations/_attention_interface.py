@@ -8,23 +8,13 @@ implementation, which reads the tensor by :func:`visible_keys`. No mask of queri
 function is read is in ``_mask_functions.py``, how the span travels in ``_mask_carrier.py``.
 """
 
-import inspect
 from typing import Any, Callable, Dict, NoReturn, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-try:
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
-    from transformers.utils.output_capturing import _active_collector
-
-    if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
-        raise ImportError("the installed transformers is too old")
-except ImportError as error:
-    raise ImportError(
-        "torchops.integrations.transformers needs transformers 5.23 or newer: pip install transformers"
-    ) from error
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.utils.output_capturing import _active_collector
 
 from ._attention_files import remember
 from ._attention_layers import own_mask, takes_implementations

@@ -5,14 +5,13 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from torch import nn
 
-try:
+from ..nn.stf import STFLinear
+from ._requirements import imports_of
+
+with imports_of(__name__, "peft", "0.21"):
     from peft import LoraConfig
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-except ImportError as error:
-    raise ImportError("torchops.integrations.peft needs peft: pip install peft") from error
-
-from ..nn.stf import STFLinear
 
 __all__ = ["LoraSTFLinear", "register_stf_linear"]
 

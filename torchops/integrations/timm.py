@@ -18,21 +18,14 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-try:
-    from timm.layers.attention import Attention
-    from timm.models.vision_transformer import Block, VisionTransformer
-
-    if "is_causal" not in inspect.signature(Attention.forward).parameters:
-        raise ImportError("the installed timm is too old", name="timm")
-except ImportError as error:
-    # timm's own imports fail too, for example of Pillow: then theirs is the reason.
-    if (error.name or "").partition(".")[0] != "timm":
-        raise ImportError(f"torchops.integrations.timm cannot import timm: {error}", name=error.name) from error
-    raise ImportError("torchops.integrations.timm needs timm 1.0.26 or newer: pip install timm", name="timm") from error
-
 from ..nn.tokens import TokenMerger, merge_schedule, proportional_attention_bias
 from ..ops.span_attention import span_attention
 from ..ops.tokens import unmerge_tokens
+from ._requirements import imports_of
+
+with imports_of(__name__, "timm", "1.0.26"):
+    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
 
 __all__ = ["apply_token_merging", "remove_token_merging"]
 

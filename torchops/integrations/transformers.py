@@ -8,19 +8,22 @@ from typing import Any, Dict, Iterable, List, Literal, Optional, Tuple, TypeVar,
 from torch import Tensor, nn
 
 from ..ops.span_attention import span_attention
-from ._attention_files import keep, prepare
-from ._attention_interface import (
-    PreTrainedModel,
-    check_model,
-    has_cross_attention,
-    refuse,
-    register,
-    span_mask,
-    visible_keys,
-)
-from ._attention_layers import takes_implementations
-from ._mask_functions import Span
-from .transformers_routed_experts import apply_routed_experts
+from ._requirements import imports_of
+
+with imports_of(__name__, "transformers", "5.23"):
+    from ._attention_files import keep, prepare
+    from ._attention_interface import (
+        PreTrainedModel,
+        check_model,
+        has_cross_attention,
+        refuse,
+        register,
+        span_mask,
+        visible_keys,
+    )
+    from ._attention_layers import takes_implementations
+    from ._mask_functions import Span
+    from .transformers_routed_experts import apply_routed_experts
 
 __all__ = ["apply_routed_experts", "apply_span_attention", "register_span_attention"]
 
