@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
 def publish(report: Report, path: Path, console: Console) -> None:
     """A page and plots: in the documentation if the figures are in benchmarks/results, else beside them."""
     # Measuring needs no matplotlib.
-    from .harness import plot
+    from .harness import heat_map, plot
 
     published = path.resolve().parent == RESULTS
     stem = IMAGES / f"benchmark-{path.stem}" if published else path.with_suffix("")
@@ -137,7 +137,7 @@ def publish(report: Report, path: Path, console: Console) -> None:
             images.append(stem.with_name(f"{stem.name}-{curves.name}.png"))
             plot.draw_curves(report, curves, images[-1])
     images.append(stem.with_name(f"{stem.name}.png"))
-    plot.draw_ratios(report, images[-1])
+    heat_map.draw_ratios(report, images[-1])
     text = PAGES / f"{path.stem}.md" if published else path.with_suffix(".md")
     page.write(report, findings(report), images, text)
     written = [text, *images]

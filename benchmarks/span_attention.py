@@ -51,6 +51,15 @@ CROSSOVER = Curves(
     "seconds",
 )
 CURVES = (
+    Curves(
+        "headline",
+        "Attention to a causal window of 1024 keys, 4 heads of 64 features: seconds over the number of tokens n",
+        "causal window",
+        "n",
+        CROSSOVER.fixed,
+        "seconds",
+        only=("float32", "forward"),
+    ),
     CROSSOVER,
     Curves(
         "spans",

@@ -15,6 +15,16 @@ ProcessTest = Callable[[int], None]
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 
 
+def collected_in(tests: list[ProcessTest]) -> Callable[[ProcessTest], ProcessTest]:
+    """A decorator for the tests of a file."""
+
+    def collect(test: ProcessTest) -> ProcessTest:
+        tests.append(test)
+        return test
+
+    return collect
+
+
 def run_in_processes(world_size: int, tests: Iterable[ProcessTest], tmp_path: Path) -> None:
     """Runs tests, functions of a module, one after the other in that many processes. The first error ends all."""
     torch.multiprocessing.spawn(_run, args=(world_size, list(tests), tmp_path / "store"), nprocs=world_size)

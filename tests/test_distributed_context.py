@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ProcessTest, groups, needs_gloo, run_in_processes
+from processes import ProcessTest, collected_in, groups, needs_gloo, run_in_processes
 from shared_sequences import CAUSAL, FULL, LENGTH, SPANS, compare, events, inputs, run, sent_bytes, sequence_dim, shard
 from torch import Tensor
 
@@ -19,15 +19,11 @@ from torchops.distributed import gather_sequence, sent_keys, shard_sequence, spa
 
 pytestmark = needs_gloo
 TESTS: list[ProcessTest] = []
+in_four_processes = collected_in(TESTS)
 
 
 def test_in_four_processes(tmp_path: Path) -> None:
     run_in_processes(4, TESTS, tmp_path)
-
-
-def in_four_processes(test: ProcessTest) -> ProcessTest:
-    TESTS.append(test)
-    return test
 
 
 @in_four_processes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ProcessTest, groups, needs_gloo, run_in_processes
+from processes import ProcessTest, collected_in, groups, needs_gloo, run_in_processes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,15 +19,11 @@ from torchops.distributed import routed_ffn
 
 pytestmark = needs_gloo
 TESTS: list[ProcessTest] = []
+in_four_processes = collected_in(TESTS)
 
 
 def test_in_four_processes(tmp_path: Path) -> None:
     run_in_processes(4, TESTS, tmp_path)
-
-
-def in_four_processes(test: ProcessTest) -> ProcessTest:
-    TESTS.append(test)
-    return test
 
 
 BLOCKS, DIM, UNITS, SLOTS = 8, 6, 5, 3

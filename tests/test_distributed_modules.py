@@ -175,12 +175,17 @@ def fully_sharded(rank: int) -> None:
         assert_same(gradients(model), grads, name)
 
 
+def forms_of(model: nn.Module) -> dict[str, str]:
+    return {name: layer.form() for name, layer in model.named_modules() if isinstance(layer, STFLinear)}
+
+
 def fully_sharded_from_meta(rank: int) -> None:
     for name, case in CASES.items():
         if not case.resets:
             continue
         with torch.device("meta"):
             model = case.build()
+        forms = forms_of(model)
         model = sharded(model).to_empty(device="cpu")
         for tensor in [*model.parameters(), *model.buffers()]:
             with torch.no_grad():
@@ -190,6 +195,7 @@ def fully_sharded_from_meta(rank: int) -> None:
                 module.reset_parameters()
         before = full_state(model)
         assert agree(model) and not any((tensor == 93).all() for tensor in before.values()), name
+        assert forms_of(model) == forms, name
         for layer_name, layer in model.named_modules():
             if isinstance(layer, STFLinear) and layer.indices is not None:
                 indices = before[f"{layer_name}.indices"]

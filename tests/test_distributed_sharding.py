@@ -1,6 +1,7 @@
 """Operators on DTensors: every rule of torchops.distributed, on the contract's calls of every operator."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,15 @@ def test_documentation_has_the_rules() -> None:
 def test_in_two_processes(tmp_path: Path) -> None:
     run_in_processes(
         2,
-        [every_rule, what_is_not_divided, moved_between_passes, remembered_by_options, few_key_heads, refused],
+        [
+            every_rule,
+            what_is_not_divided,
+            moved_between_passes,
+            remembered_by_options,
+            few_key_heads,
+            compiled,
+            refused,
+        ],
         tmp_path,
     )
 
@@ -184,15 +193,22 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def what_is_not_divided(rank: int) -> None:
-    """It is computed as a whole by every process."""
+    """It takes whole tensors, and refuses others by name."""
     mesh = init_device_mesh("cpu", (2,))
-    index = integers(0, 4, 6, 2, device="cpu")
-    for actual, expected in zip(
-        torchops.route(distributed(index, mesh, Shard(0)), 4), torchops.route(index, 4), strict=True
-    ):
-        assert actual.placements == (Replicate(),)
-        assert_whole(actual, expected, "route")
-    assert isinstance(RULES["route"], str)
+    index, weight = integers(0, 4, 6, 2, device="cpu"), numbers(6, 4)
+    calls = {torchops.route: ("index", index, 4), torchops.stf_factorize: ("weight", weight, 3, 2)}
+    assert {op.__name__ for op in calls} == {name for name, rule in RULES.items() if isinstance(rule, str)}
+    for op, (name, tensor, *numbers_) in calls.items():
+        for actual, expected in zip(
+            op(distributed(tensor, mesh, Replicate()), *numbers_), op(tensor, *numbers_), strict=True
+        ):
+            assert actual.placements == (Replicate(),)
+            assert_whole(actual, expected, op.__name__)
+        expected = (
+            f"{op.__name__}: expected {name} whole on every process, for {RULES[op.__name__]}, got [Shard(dim=0)]"
+        )
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(expected)):
+            op(distributed(tensor, mesh, Shard(0)), *numbers_)
 
 
 def units_whose_rows_stand_apart(rank: int) -> None:
@@ -284,6 +300,36 @@ def few_key_heads(rank: int) -> None:
         assert out.placements == ((Shard(1) if is_divided else Replicate()),), f"{heads}, {kv_heads}"
         expected = torchops.span_attention(query, key, value, is_causal=True)
         assert_close(out.full_tensor(), expected, torch.float64, f"{heads}, {kv_heads}")
+
+
+def compiled(rank: int) -> None:
+    """A graph of all operators, of which each is divided as without it."""
+    mesh = init_device_mesh("cpu", (2,))
+    indices = torch.tensor([1, 4], dtype=torch.uint8).repeat(6, 2, 1)
+
+    def layer(
+        x: Tensor, w1: Tensor, w2: Tensor, basis: Tensor, values: Tensor, places: Tensor, index: Tensor
+    ) -> Tensor:
+        heads = torchops.stf_linear(x, basis, values, places)[:, None]
+        return torchops.routed_ffn(torchops.span_attention(heads, heads, heads).flatten(1, 2), index, None, w1, w2)
+
+    rows = numbers(4, 5, 8), numbers(3, 4, 6, seed=1), numbers(3, 6, 4, seed=2), numbers(2, 5, 4, seed=3)
+    whole = [*rows, numbers(6, 2, 2, seed=4), indices, integers(0, 3, 4, 5, 2, device="cpu")]
+    places = [Shard(0), *[Replicate()] * 5, Shard(0)]
+    parts = [distributed(tensor, mesh, place) for tensor, place in zip(whole, places, strict=True)]
+    for tensor in (*whole[:5], *parts[:5]):
+        tensor.requires_grad_()
+    expected = layer(*whole)
+    actual = torch.compile(layer, backend="aot_eager", fullgraph=True)(*parts)
+    assert actual.placements == (Shard(0),)
+    assert_close(actual.full_tensor(), expected, torch.float64, "output")
+    grads = zip(
+        torch.autograd.grad(actual.square().sum(), parts[:5]),
+        torch.autograd.grad(expected.square().sum(), whole[:5]),
+        strict=True,
+    )
+    for grad, wanted in grads:
+        assert_close(grad.full_tensor(), wanted, torch.float64, "gradient")
 
 
 # ---- four processes, which test_distributed_modules.py starts ---------------------------------

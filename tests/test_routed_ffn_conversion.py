@@ -9,7 +9,7 @@ import torch
 from routed_models import EACH_MODEL, MODELS, convert, made, output, routed_layers, sequential
 from torch import Tensor, nn
 
-from torchops.nn import RoutedFFN, balance_loss, route_ffn_
+from torchops.nn import RoutedFFN, balance_loss, ignored_padding, route_ffn_
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -74,6 +74,21 @@ def test_calibration_makes_errors_smaller() -> None:
     convert(model, calibration=lambda model: model(input))
     convert(other)
     assert (output(model, input) - expected).norm() < 0.9 * (output(other, input) - expected).norm()
+
+
+def test_padding_does_not_count() -> None:
+    model, _ = sequential()
+    other = copy.deepcopy(model)
+    tokens, padding = torch.randn(3, 50, 16), torch.arange(50) >= torch.tensor([[50], [7], [19]])
+
+    def padded(given: nn.Module) -> None:
+        with ignored_padding(padding):
+            given(tokens.masked_fill(padding[..., None], 50.0))
+
+    convert(model, calibration=padded)
+    convert(other, calibration=lambda given: given(tokens[~padding]))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], msg=name)
 
 
 def test_modes_and_what_is_frozen_stay() -> None:

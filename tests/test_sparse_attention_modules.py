@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchops
-from torchops.nn import PQAttention, SparseAttention, calibrate_codebooks, quantization_loss
+from torchops.nn import PQAttention, SparseAttention, calibrate_codebooks, ignored_padding, quantization_loss
 from torchops.reference import span_attention as full
 from torchops.reference import sparse_attention as reference
 
@@ -191,6 +191,22 @@ def test_calibration_is_repeatable_and_takes_several_passes() -> None:
     assert calibrate_codebooks(model, passes, rows=100) == calibrate_codebooks(other, passes, rows=100)
     assert torch.equal(model.codebooks, other.codebooks)
     assert optimized.param_groups[0]["params"][0] is model.codebooks
+
+
+def test_padding_does_not_count() -> None:
+    model, other = (PQAttention(4, keep=2, **SMALL) for _ in range(2))
+    heads, padding = torch.randn(2, 3, 20, 4), torch.arange(20) >= torch.tensor([[20], [5]])
+
+    def padded(model: nn.Module) -> None:
+        with ignored_padding(padding):
+            model(*[heads.masked_fill(padding[:, None, :, None], torch.nan)] * 3)
+
+    def alone(model: nn.Module) -> None:
+        tokens = heads.transpose(1, 2)[~padding].transpose(0, 1)[None]
+        model(tokens, tokens, tokens)
+
+    assert calibrate_codebooks(model, padded) == calibrate_codebooks(other, alone)
+    assert torch.equal(model.codebooks, other.codebooks)
 
 
 def test_fewer_vectors_than_codewords() -> None:

@@ -5,19 +5,19 @@ import doctest
 import importlib
 import io
 import pickle
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from module_state import state_of
 from torch import Tensor, nn
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm", exc_type=ImportError)
 
 from timm.layers.attention import Attention  # noqa: E402
 from timm.models import vision_transformer as vit  # noqa: E402
-from timm_models import block_outputs, images, make, state_of  # noqa: E402
+from timm_models import block_outputs, images, make  # noqa: E402
 
 from torchops.integrations.timm import (  # noqa: E402
     TokenMergingBlock,
@@ -221,33 +221,6 @@ def test_partly_replaced_blocks() -> None:
     assert torch.equal(model(images()), expected)
     model.blocks[2] = copy.deepcopy(make().blocks[2])
     assert state_of(remove_token_merging(model)) == state_of(make())
-
-
-@pytest.mark.parametrize("installed", ["none", "old"])
-def test_what_to_install(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if installed == "none":
-        monkeypatch.setitem(sys.modules, "timm.layers.attention", None)
-    else:
-        monkeypatch.setattr(Attention, "forward", lambda self, x, attn_mask=None: x)
-    monkeypatch.delitem(sys.modules, "torchops.integrations.timm")
-    with pytest.raises(ImportError, match=r"needs timm 1\.0\.26 or newer: pip install timm"):
-        importlib.import_module("torchops.integrations.timm")
-
-
-def test_what_timm_itself_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    class WithoutPillow:
-        def find_spec(self, name: str, *args: Any) -> None:
-            if name == "timm.layers.attention":
-                raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
-
-    monkeypatch.setattr(sys, "meta_path", [WithoutPillow(), *sys.meta_path])
-    monkeypatch.delitem(sys.modules, "timm.layers.attention")
-    monkeypatch.delitem(sys.modules, "torchops.integrations.timm")
-    with pytest.raises(
-        ImportError, match=r"torchops\.integrations\.timm cannot import timm: No module named 'PIL'"
-    ) as raised:
-        importlib.import_module("torchops.integrations.timm")
-    assert raised.value.name == "PIL"
 
 
 def test_examples() -> None:

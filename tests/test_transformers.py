@@ -3,7 +3,6 @@
 import copy
 import doctest
 import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -341,18 +340,6 @@ def test_compile_and_export(name: str) -> None:
 
 
 # ---- installing, and examples -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("installed", ["none", "old"])
-def test_what_to_install(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if installed == "none":
-        monkeypatch.setitem(sys.modules, "transformers", None)
-    else:
-        monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None)
-    for module in ("transformers", "_attention_interface"):
-        monkeypatch.delitem(sys.modules, f"torchops.integrations.{module}")
-    with pytest.raises(ImportError, match="needs transformers 5.23 or newer: pip install transformers"):
-        importlib.import_module("torchops.integrations.transformers")
 
 
 def test_examples() -> None:

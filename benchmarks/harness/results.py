@@ -107,7 +107,9 @@ class Report:
         return [
             row
             for row in self.operations().get(curves.operation, [])
-            if curves.parameter in row.parameters and curves.fixed.items() <= row.parameters.items()
+            if curves.parameter in row.parameters
+            and curves.fixed.items() <= row.parameters.items()
+            and (not curves.only or {row.dtype, row.direction} <= set(curves.only))
         ]
 
     def losses(self) -> list[tuple[RowResult, str, ContenderResult]]:

@@ -99,6 +99,7 @@ class Curves:
         parameter: what the rows differ in.
         fixed: the values of other parameters that a row has, to be in it.
         shows: seconds of a call, or their ratio to torchops's.
+        only: the dtypes and directions to show; all by default.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Curves:
     parameter: str
     fixed: Mapping[str, int]
     shows: Literal["seconds", "ratio"]
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

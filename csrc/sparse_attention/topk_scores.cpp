@@ -15,7 +15,7 @@ TORCHOPS_LIBRARY(m) {
       " SymInt block_size=1, SymInt query_block=1, bool is_causal=False, float? scale=None) -> Tensor");
   m.def(
       "_topk_scores_backward(Tensor grad, Tensor? query, Tensor? key, Tensor indices, Tensor? query_start,"
-      " Tensor? key_start, *, SymInt block_size, SymInt query_block, bool is_causal, float? scale, SymInt num_kv_heads,"
+      " Tensor? key_start, *, SymInt block_size, SymInt query_block, bool is_causal, float? scale, SymInt group_size,"
       " SymInt num_keys, bool[2] output_mask) -> (Tensor grad_query, Tensor grad_key)");
 }
 
@@ -56,7 +56,8 @@ ScoresGradients empty_score_gradients(const ScoresBackward& args) {
   const Checks check(op);
   const at::Tensor& grad = args.grad;
   check.rank("grad", grad, "[B, Hq, Lq, k block_size]");
-  check.at_least("num_kv_heads", args.num_kv_heads, 1);
+  check.at_least("group_size", args.group_size, 1);
+  check.multiple_of("grad's number of heads", grad.sym_size(1), "group_size", args.group_size);
   check.between("num_keys", args.num_keys, 0, longest);
   at::Tensor grad_query, grad_key;
   if (args.output_mask[0]) {
@@ -68,14 +69,18 @@ ScoresGradients empty_score_gradients(const ScoresBackward& args) {
   if (args.output_mask[1]) {
     check.given("query", args.query, "key's gradient is asked for");
     check.rank("query", *args.query, "[B, Hq, Lq, D]");
-    grad_key = at::empty_symint({grad.sym_size(0), args.num_kv_heads, args.num_keys, args.query->sym_size(3)},
+    const auto num_kv_heads = args.key ? args.key->sym_size(1) : grad.sym_size(1) / args.group_size;
+    grad_key = at::empty_symint({grad.sym_size(0), num_kv_heads, args.num_keys, args.query->sym_size(3)},
                                 args.query->options());
   }
   if (grad_query.defined() || grad_key.defined()) {
     const at::Tensor& query = args.query ? *args.query : grad_query;
     const at::Tensor& key = args.key ? *args.key : grad_key;
     check_topk_scores(op, query, key, args.indices, args.options);
-    check.equal("num_kv_heads", args.num_kv_heads, "key's number of heads", key.sym_size(1));
+    if (grad.sym_size(1) != 0) {
+      check.equal("grad's heads / group_size", grad.sym_size(1) / args.group_size, "key's number of heads",
+                  key.sym_size(1));
+    }
     check.equal("num_keys", args.num_keys, "key's third dimension", key.sym_size(2));
     check.shape("grad", grad, "[B, Hq, Lq, k block_size]",
                 {{query.sym_size(0), query.sym_size(1), query.sym_size(2),
@@ -113,16 +118,19 @@ struct TopkScores : torch::autograd::Function<TopkScores> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key,
                             const at::Tensor& indices, const ScoreOptions& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const auto scores = call_topk_scores(query, key, indices, options);
     const auto needed = [](bool is_needed, const at::Tensor& tensor) { return is_needed ? tensor : at::Tensor(); };
-    ctx->save_for_backward({needed(key.requires_grad(), query), needed(query.requires_grad(), key), indices,
-                            value_or_undefined(options.query_start), value_or_undefined(options.key_start)});
+    // Without queries' heads there is no group, and keys say how many of theirs there are.
+    const bool has_groups = query.sym_size(1) != 0;
+    ctx->save_for_backward({needed(key.requires_grad(), query), needed(query.requires_grad() || !has_groups, key),
+                            indices, value_or_undefined(options.query_start), value_or_undefined(options.key_start)});
     ctx->saved_data["block_size"] = options.block_size;
     ctx->saved_data["query_block"] = options.query_block;
     ctx->saved_data["is_causal"] = options.is_causal;
     ctx->saved_data["scale"] = options.scale;
-    ctx->saved_data["num_kv_heads"] = key.sym_size(1);
+    ctx->saved_data["group_size"] = has_groups ? query.sym_size(1) / key.sym_size(1) : 1;
     ctx->saved_data["num_keys"] = key.sym_size(2);
-    return call_topk_scores(query, key, indices, options);
+    return scores;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -133,7 +141,7 @@ struct TopkScores : torch::autograd::Function<TopkScores> {
                query_start = optional_tensor(saved[3]), key_start = optional_tensor(saved[4]);
     const auto number = [&](const char* name) { return ctx->saved_data[name].toSymInt(); };
     const auto block_size = number("block_size"), query_block = number("query_block"),
-               num_kv_heads = number("num_kv_heads"), num_keys = number("num_keys");
+               group_size = number("group_size"), num_keys = number("num_keys");
     const ScoreOptions options{query_start,
                                key_start,
                                block_size,
@@ -145,7 +153,7 @@ struct TopkScores : torch::autograd::Function<TopkScores> {
                                                           key,
                                                           saved[2],
                                                           options,
-                                                          num_kv_heads,
+                                                          group_size,
                                                           num_keys,
                                                           {ctx->needs_input_grad(0), ctx->needs_input_grad(1)}});
     return {grad_query, grad_key, {}, {}};

@@ -35,11 +35,11 @@ struct ScoresBackward {
   const std::optional<at::Tensor>& key;
   const at::Tensor& indices;
   ScoreOptions options;
-  const c10::SymInt& num_kv_heads;
+  const c10::SymInt& group_size;  // Hq / Hkv, which processes that divide the heads have in common
   const c10::SymInt& num_keys;
   std::array<bool, 2> output_mask;
 
-  auto members() const { return std::tie(grad, query, key, indices, options, num_kv_heads, num_keys, output_mask); }
+  auto members() const { return std::tie(grad, query, key, indices, options, group_size, num_keys, output_mask); }
 };
 
 using ScoresGradients = std::tuple<at::Tensor, at::Tensor>;

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adjustText import adjust_text
 from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -72,44 +76,47 @@ class Panel:
 
 # Ten strong ones, and their light companions where there are more series.
 COLORS = [*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2]]
+PANELS_ACROSS = 2  # what a page has room for
+NAMES_ACROSS = 4
 
 
 def plot(title: str, panels: Sequence[Panel], path: Path) -> None:
-    """Draws panels side by side into an image file."""
-    figure = Figure(figsize=(5.2 * len(panels), 5.2))
-    axes = figure.subplots(1, len(panels), squeeze=False)
+    """Draws panels into an image file, two in a line."""
     all_series = list(dict.fromkeys(point.series for panel in panels for point in panel.points))
-    lines = {}
-    for panel, axis in zip(panels, axes[0], strict=True):
-        if panel.band is not None:
-            axis.axhspan(*panel.band, color="grey", alpha=0.15)
-        for index, series in enumerate(all_series):
-            points = [point for point in panel.points if point.series == series]
-            if not points:
-                continue
-            color = COLORS[index % len(COLORS)]
-            (lines[series],) = axis.plot(
-                [point.x for point in points], [point.y for point in points], "o-", color=color
-            )
-            for point in points:
-                axis.annotate(
-                    point.label,
-                    (point.x, point.y),
-                    (0, 6 if index % 2 else -14),  # neighbours in the list above and below, so that both can be read
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8,
-                    color=color,
-                )
-        axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-        if panel.x_ticks is not None:
-            axis.set_xscale("log")
-            axis.set_xticks(panel.x_ticks, [f"{tick:g}" for tick in panel.x_ticks])
-            axis.minorticks_off()
-        axis.margins(0.08)
-        axis.grid(alpha=0.3)
-    handles, columns = [lines[series] for series in all_series], 7
-    figure.legend(handles, all_series, loc="lower center", ncols=columns, frameon=False)
+    colors = {series: COLORS[index % len(COLORS)] for index, series in enumerate(all_series)}
+    lines, names = math.ceil(len(panels) / PANELS_ACROSS), math.ceil(len(all_series) / NAMES_ACROSS)
+    figure = Figure(figsize=(11, 4.5 * lines + 0.25 * names + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(lines, PANELS_ACROSS, squeeze=False).flatten()
+    for panel, axis in zip(panels, grid, strict=False):
+        draw(panel, axis, colors)
+    for unused in grid[len(panels) :]:
+        unused.remove()
+    handles = [Line2D([], [], color=colors[series], marker="o") for series in all_series]
+    figure.legend(handles, all_series, loc="outside lower center", ncols=NAMES_ACROSS, frameon=False)
     figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.05 * math.ceil(len(handles) / columns), 1, 1))
-    figure.savefig(path, dpi=130)
+    figure.draw_without_rendering()  # where panels stand is known from here on, and labels can make room
+    for axis in grid[: len(panels)]:
+        labels = list(axis.texts)
+        if labels:
+            places = [point for curve in axis.lines for point in curve.get_xydata()]
+            adjust_text(labels, *zip(*places, strict=True), ax=axis, expand=(1.1, 1.3), ensure_inside_axes=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw(panel: Panel, axis: Axes, colors: Mapping[str, Any]) -> None:
+    if panel.band is not None:
+        axis.axhspan(*panel.band, color="grey", alpha=0.15)
+    for series in dict.fromkeys(point.series for point in panel.points):
+        points = [point for point in panel.points if point.series == series]
+        axis.plot([point.x for point in points], [point.y for point in points], "o-", color=colors[series])
+        for point in points:
+            if point.label:
+                axis.text(point.x, point.y, point.label, fontsize=8, color=colors[series])
+    axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.x_ticks is not None:
+        axis.set_xscale("log")
+        axis.set_xticks(panel.x_ticks, [f"{tick:g}" for tick in panel.x_ticks])
+        axis.minorticks_off()
+    axis.margins(0.1)
+    axis.grid(alpha=0.3)

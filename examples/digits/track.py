@@ -180,7 +180,6 @@ def report(variants: list[Variant], digits: Digits, folder: Path) -> None:
 
     panels = [
         panel("as converted", "forward", "accuracy_before"),
-        panel("fine-tuned", "forward", "accuracy_after"),
         panel("fine-tuned", "training", "accuracy_after"),
     ]
     image = folder / "accuracy_throughput.png"

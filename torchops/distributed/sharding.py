@@ -7,7 +7,7 @@ the operator on each process's part. Autograd runs above it: the gradient is ano
 import itertools
 import math
 from functools import partial
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Container, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -30,6 +30,8 @@ class Kept(Partial):
 Labels = Tuple[str, ...]
 Placements = List[Optional[Placement]]
 Sharding = Tuple[Placements, Placements]
+# Of DTensor: the choices for a call.
+Strategy = Callable[[Any], Any]
 NO_RULE = Rule({}, ())
 
 
@@ -101,7 +103,9 @@ class Call:
             # Along how many dimensions of the mesh it will be divided is not known here.
             sides = [self.mesh.size(dim) for dim in range(self.mesh.ndim)]
             counts = {math.prod(some) for n in range(len(sides)) for some in itertools.combinations(sides, n + 1)}
-            if any(size % count for size in sizes.values() for count in counts if count <= size):
+            if any(size < min(counts) for size in sizes.values()) or any(
+                size % count for size in sizes.values() for count in counts if count <= size
+            ):
                 return frozenset()
         return labels
 
@@ -143,26 +147,51 @@ def shardings(op: torch._ops.OpOverload, rule: Rule, *args: Any, **kwargs: Any) 
     return list(Call(op._schema, rule, arguments | kwargs).shardings())
 
 
-def with_kept_in_place(strategy: Callable[[Any], Any], op: torch._ops.OpOverload, rule: Rule) -> Callable[[Any], Any]:
+def placed_tensors(op: torch._ops.OpOverload, op_schema: Any) -> Iterator[Tuple[str, Tuple[Placement, ...]]]:
+    """The tensors of a call by name, and where they lie."""
+    for argument, value in zip(op._schema.arguments, op_schema.args_schema, strict=False):
+        if is_tensor(value):
+            yield argument.name, value.strategies[0].output_spec.placements
+
+
+def with_kept_in_place(strategy: Strategy, op: torch._ops.OpOverload, kept: Container[str]) -> Strategy:
     """A strategy without the choices that move tensors which mean something only where they are."""
 
     def in_place(op_schema: Any) -> Any:
         choices = strategy(op_schema)
-        named = zip([argument.name for argument in op._schema.arguments], op_schema.args_schema, strict=False)
-        for position, (name, value) in enumerate((name, value) for name, value in named if is_tensor(value)):
-            if name in rule.kept:
-                there = value.strategies[0].output_spec.placements
+        for position, (name, there) in enumerate(placed_tensors(op, op_schema)):
+            if name in kept:
                 choices.strategies = [c for c in choices.strategies if c.input_specs[position].placements == there]
                 if not choices.strategies:
-                    name_of_op = op._schema.name.split("::")[1]
-                    raise ValueError(f"{name_of_op}: expected {name} divided as its forward divides it, got {there}")
+                    raise ValueError(
+                        f"{name_of(op)}: expected {name} divided as its forward divides it, got {list(there)}"
+                    )
         return choices
 
     return in_place
 
 
-def register(op: torch._ops.OpOverload, rule: Rule) -> None:
-    register_sharding(op)(partial(shardings, op, rule))
+def of_whole_tensors(strategy: Strategy, op: torch._ops.OpOverload, reason: str) -> Strategy:
+    """A strategy that sends nothing: where something is divided, the caller says how it comes together."""
+
+    def whole(op_schema: Any) -> Any:
+        for name, there in placed_tensors(op, op_schema):
+            if not all(placement.is_replicate() for placement in there):
+                raise ValueError(
+                    f"{name_of(op)}: expected {name} whole on every process, for {reason}, got {list(there)}: "
+                    "redistribute it to Replicate() first"
+                )
+        return strategy(op_schema)
+
+    return whole
+
+
+def name_of(op: torch._ops.OpOverload) -> str:
+    return op._schema.name.split("::")[1]
+
+
+def register(op: torch._ops.OpOverload, rule: Union[Rule, str]) -> None:
+    register_sharding(op)(partial(shardings, op, NO_RULE if isinstance(rule, str) else rule))
     propagator = DTensor._op_dispatcher.sharding_propagator
     positional = [argument for argument in op._schema.arguments if not argument.kwarg_only]
     are_tensors = ["Tensor" in str(argument.type) for argument in positional]
@@ -172,9 +201,13 @@ def register(op: torch._ops.OpOverload, rule: Rule) -> None:
         are_tensors.index(False) if False in are_tensors else len(are_tensors),
         [argument.name for argument in op._schema.arguments if argument.kwarg_only] or None,
     )
-    strategy = with_kept_in_place(propagator.op_strategy_funcs[op], op, rule)
+    strategy = propagator.op_strategy_funcs[op]
+    if isinstance(rule, str):
+        strategy = of_whole_tensors(strategy, op, rule)
+    elif rule.kept:
+        strategy = with_kept_in_place(strategy, op, rule.kept)
     propagator.register_op_strategy(op, strategy, remembered_by)
 
 
 for _name, _rule in RULES.items():
-    register(getattr(operators, _name).default, NO_RULE if isinstance(_rule, str) else _rule)
+    register(getattr(operators, _name).default, _rule)

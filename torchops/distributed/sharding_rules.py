@@ -5,6 +5,7 @@ can be divided, a dot for one that cannot, and ``*`` for any number of leading o
 what it is a gradient to. :mod:`torchops.distributed.sharding` makes placements of the table.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Tuple, Union
 
@@ -76,9 +77,17 @@ def no_indexer(arguments: Arguments) -> bool:
     return arguments["weights"] is None
 
 
+def groups_stay_whole(arguments: Arguments) -> bool:
+    """The backward takes the heads of a group as a number: one group of all heads would have fewer on each process."""
+    if "grad" in arguments:
+        return arguments["group_size"] < arguments["grad"].shape[1]
+    return arguments["key"].shape[1] > 1
+
+
 ATTENDS = Rule(ATTENTION, (BATCH, HEADS))
-# The backward takes the number of key heads as a number, which processes would have fewer of.
-SCORES = Rule({**ATTENTION, "grad": "B..."}, (BATCH,))
+SCORES = Rule(
+    {**ATTENTION, "grad": "BH..", "output": "BH.."}, (BATCH, dataclasses.replace(HEADS, when=groups_stay_whole))
+)
 CHOOSES = Rule(
     {**ATTENTION, "weights": "B.."}, (BATCH, Dimension("heads", "HK", even=True, broadcasts=True, when=no_indexer))
 )
@@ -211,7 +220,7 @@ ASSIGNS = Rule({**TOKEN_ROWS.tensors, "output": "B."}, (BATCH,))
 UNMERGES = Rule({**TOKEN_ROWS.tensors, "grad": "B..", "output": "B.."}, (BATCH,))
 
 
-# Every operator, or why it is computed as a whole by each process.
+# Every operator, or why it cannot be divided: it takes tensors that every process has as a whole.
 RULES: Dict[str, Union[Rule, str]] = {
     "span_attention": ATTENDS,
     "span_attention_lse": ATTENDS,
@@ -242,7 +251,7 @@ RULES: Dict[str, Union[Rule, str]] = {
     "stf_pack": PACKS,
     "stf_project": PROJECTS,
     "_stf_project_to_factors": PROJECTS,
-    "stf_factorize": "the basis is made of all rows, and the number of blocks is an argument",
+    "stf_factorize": "the basis is made of all rows",
     "routed_ffn": ROUTED_FFN,
     "_routed_ffn_forward": ROUTED_FFN,
     "_routed_ffn_backward": ROUTED_FFN,

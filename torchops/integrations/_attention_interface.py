@@ -8,23 +8,13 @@ implementation, which reads the tensor by :func:`visible_keys`. No mask of queri
 function is read is in ``_mask_functions.py``, how the span travels in ``_mask_carrier.py``.
 """
 
-import inspect
 from typing import Any, Callable, Dict, NoReturn, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-try:
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
-    from transformers.utils.output_capturing import _active_collector
-
-    if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
-        raise ImportError("the installed transformers is too old")
-except ImportError as error:
-    raise ImportError(
-        "torchops.integrations.transformers needs transformers 5.23 or newer: pip install transformers"
-    ) from error
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.utils.output_capturing import _active_collector
 
 from ._attention_files import remember
 from ._attention_layers import own_mask, takes_implementations
@@ -151,6 +141,11 @@ def implementation_of(module: nn.Module) -> str:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) or "span_attention"
 
 
+def records_attentions() -> bool:
+    """Whether the model was asked for them, by its config perhaps, and collects what its layers return."""
+    return not torch.compiler.is_compiling() and any("attentions" in name for name in _active_collector.get() or ())
+
+
 def visible_keys(
     module: nn.Module,
     query: Tensor,
@@ -170,7 +165,7 @@ def visible_keys(
     for name, what in NOT_OFFERED.items():
         if options.get(name) is not None and options[name] is not False:
             refuse(module, what)
-    if not torch.compiler.is_compiling() and any("attentions" in name for name in _active_collector.get() or ()):
+    if records_attentions():
         refuse(module, NOT_OFFERED["output_attentions"])
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None:  # models that hide nothing, vision towers for example

@@ -10,17 +10,14 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeV
 import torch
 from torch import Tensor, nn
 
-try:
+from ..nn._activations import Activation, Gate, activation_of, gate_of
+from ..ops.routed_ffn import routed_ffn
+from ._requirements import imports_of
+
+with imports_of(__name__, "transformers", "5.23"):
     from transformers import PreTrainedModel
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.utils import logging
-except ImportError as error:
-    raise ImportError(
-        "torchops.integrations.transformers_routed_experts needs transformers 5.23 or newer: pip install transformers"
-    ) from error
-
-from ..nn._activations import Activation, Gate, activation_of, gate_of
-from ..ops.routed_ffn import routed_ffn
 
 __all__ = ["apply_routed_experts"]
 

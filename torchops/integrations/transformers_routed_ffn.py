@@ -8,18 +8,16 @@ from typing import Any, List, Optional, Sequence, TypeVar
 
 from torch import nn
 
-try:
-    from transformers import PreTrainedModel
-    from transformers.quantizers import register_quantization_config, register_quantizer
-except ImportError as error:
-    raise ImportError(
-        "torchops.integrations.transformers_routed_ffn needs transformers: pip install transformers"
-    ) from error
-
 from ..nn.routed_ffn import RoutedFFN
 from ..nn.routed_ffn_conversion import route_ffn_
 from ..nn.routed_ffn_restoration import described, place_routed_
-from ._converted_layers import ConvertedLayersConfig, ConvertedLayersQuantizer, Layers, keep_layers
+from ._requirements import imports_of
+
+with imports_of(__name__, "transformers", "5.23"):
+    from transformers import PreTrainedModel
+    from transformers.quantizers import register_quantization_config, register_quantizer
+
+    from ._converted_layers import ConvertedLayersConfig, ConvertedLayersQuantizer, Layers, keep_layers
 
 __all__ = ["RoutedFFNConfig", "RoutedFFNQuantizer", "keep_routed"]
 

@@ -7,17 +7,17 @@ from typing import Any, List, Optional, Sequence, TypeVar
 
 from torch import nn
 
-try:
-    from transformers import PreTrainedModel
-    from transformers.quantizers import register_quantization_config, register_quantizer
-except ImportError as error:
-    raise ImportError("torchops.integrations.transformers_stf needs transformers: pip install transformers") from error
-
 from ..nn.stf import STFLinear
 from ..nn.stf_conversion import factorize_
 from ..nn.stf_restoration import FactoredLayer, place_
 from ..nn.stf_sizes import Sizes
-from ._converted_layers import ConvertedLayersConfig, ConvertedLayersQuantizer, Layers, keep_layers
+from ._requirements import imports_of
+
+with imports_of(__name__, "transformers", "5.23"):
+    from transformers import PreTrainedModel
+    from transformers.quantizers import register_quantization_config, register_quantizer
+
+    from ._converted_layers import ConvertedLayersConfig, ConvertedLayersQuantizer, Layers, keep_layers
 
 __all__ = ["STFConfig", "STFQuantizer", "keep_factored"]
 

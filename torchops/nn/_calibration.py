@@ -14,11 +14,13 @@ _padding: ContextVar[Optional[Tensor]] = ContextVar("padding", default=None)
 
 @contextmanager
 def ignored_padding(padding_mask: Optional[Tensor]) -> Iterator[None]:
-    """Inside, padding does not count as a typical input: for the calibration of :func:`torchops.nn.factorize_`.
+    """Inside, padding does not count as a typical input: for the calibrations of :func:`torchops.nn.factorize_`,
+    :func:`torchops.nn.route_ffn_` and :func:`torchops.nn.calibrate_codebooks`.
 
     Args:
         padding_mask: bool [B, L], True for padding; None for none. It holds for layers whose inputs are
-            [B, L, features] or [B L, features], and not for others: those on pooled tokens, for example.
+            [B, L, features], [B L, features] or heads [B, H, L, D], and not for others: those on pooled tokens, for
+            example.
 
     >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     >>> tokens, padding = torch.randn(8, 100, 64), torch.arange(100) >= torch.randint(50, 100, (8, 1))

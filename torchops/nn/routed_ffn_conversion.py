@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ._calibration import evenly_spaced, first_argument, observed
+from ._calibration import current_padding, evenly_spaced, first_argument, observed, tokens_of
 from ._conversion import Candidates, progress, refusal, show
 from .routed_ffn import RoutedFFN
 from .routed_ffn_calibration import MOST_ROWS, PATTERN_ROWS
@@ -60,7 +60,7 @@ def route_ffn_(
         calibration: a function that runs the model on typical inputs, for example
             ``lambda model: [model(batch) for batch in batches]``, some thousand tokens in all, to which blocks and
             routers are fitted (:meth:`RoutedFFN.from_mlp`). It is called with the model in evaluation mode and without
-            gradients.
+            gradients. Padding does not count inside of :func:`ignored_padding`.
         lora_rank: r, to freeze the layers and train LoRA factors beside them; 0 for none.
         verbose: show progress and print the report. Both are nicer with rich installed.
         gate_at, lora_scale, recompute: of :func:`torchops.routed_ffn`.
@@ -142,8 +142,8 @@ def inputs_of(
     seen: Dict[FeedForward, List[Tensor]] = {layer: [] for layer in candidates.layers}
 
     def look(module: nn.Module, arguments: Tuple[Tensor, ...], named: Dict[str, Tensor]) -> None:
-        input = first_argument(arguments, named)
-        seen[firsts[module]].append(evenly_spaced(input.detach().reshape(-1, input.shape[-1]), MOST_ROWS))
+        tokens = tokens_of(first_argument(arguments, named).detach(), current_padding())
+        seen[firsts[module]].append(evenly_spaced(tokens, MOST_ROWS))
 
     with observed(model, firsts, look):
         calibration(model)

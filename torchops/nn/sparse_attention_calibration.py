@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.sparse_attention import pq_encode, pq_loss
-from ._calibration import evenly_spaced, observed, spread_out
+from ._calibration import current_padding, evenly_spaced, observed, spread_out, tokens_of
 from .sparse_attention import PQAttention
 
 __all__ = ["calibrate_codebooks"]
@@ -25,7 +25,8 @@ def calibrate_codebooks(
 
     Args:
         model: changed in place; its codebooks are the same parameters as before, with other numbers.
-        calibration: called with the model; runs it on typical inputs, once or more often.
+        calibration: called with the model; runs it on typical inputs, once or more often. Padding does not count
+            inside of :func:`ignored_padding`.
         rows: how many queries and keys of a layer are used, at most, evenly spaced in every pass.
 
     Returns:
@@ -69,7 +70,7 @@ def seen(
 
     def look(module: PQAttention, arguments: Tuple[Any, ...], named: Dict[str, Any]) -> None:
         query_and_key = [*arguments, *named.values()][:2]
-        both = torch.cat([part.detach().flatten(0, 2) for part in query_and_key])
+        both = torch.cat([vectors_of_tokens(part.detach()) for part in query_and_key])
         vectors[module].append(evenly_spaced(both, rows).to(torch.promote_types(both.dtype, torch.float32)))
 
     keep = {module: (module.keep_share, module.keep_count) for module in modules}
@@ -82,6 +83,12 @@ def seen(
         for module, (share, count) in keep.items():
             module.keep_share, module.keep_count = share, count
     return vectors
+
+
+def vectors_of_tokens(heads: Tensor) -> Tensor:
+    """Queries or keys [B, H, L, D] as [n, D], without those of padding."""
+    tokens = tokens_of(heads.transpose(1, 2).flatten(2), current_padding())
+    return tokens.reshape(-1, heads.shape[-1])
 
 
 def clustered(vectors: Tensor, num_parts: int, num_codewords: int, subspace: int) -> Tensor:

@@ -115,9 +115,8 @@ def span_attention_lse(
 ) -> Tuple[Tensor, Tensor]:
     """:func:`span_attention` and the logarithm of its softmax's denominator.
 
-    Results over parts of the keys are merged with it: with o1, l1 and o2, l2 over two parts, the whole
-    is ``o1 * exp(l1 - l) + o2 * exp(l2 - l)`` with ``l = logaddexp(l1, l2)``. Give the sink to one part only,
-    and clamp l1 and l2 to finite numbers first where a query may see nothing in both parts.
+    Results over disjoint parts of the keys are merged with it, by :func:`torchops.merge_attention`. Give the sink to
+    one part only.
 
     Args:
         query, key, value, block_size, ..., key_start: as in :func:`span_attention`.
@@ -132,8 +131,7 @@ def span_attention_lse(
     >>> query, key, value = torch.randn(3, 1, 2, 6, 8)
     >>> first, first_lse = torchops.span_attention_lse(query, key[:, :, :4], value[:, :, :4])
     >>> second, second_lse = torchops.span_attention_lse(query, key[:, :, 4:], value[:, :, 4:])
-    >>> weight = torch.sigmoid(first_lse - second_lse)[..., None]
-    >>> merged = first * weight + second * (1 - weight)
+    >>> merged, lse = torchops.merge_attention([first, second], [first_lse, second_lse])
     >>> torch.testing.assert_close(merged, torchops.span_attention(query, key, value))
     """
     return operators.span_attention_lse(
