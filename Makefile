@@ -25,7 +25,7 @@ build:
 
 FAMILY ?= tokens
 bench:
-	@PY=$$(tools/setup.sh examples) && $$PY -m benchmarks $(FAMILY) $(ARGS)
+	@PY=$$(tools/setup.sh bench) && $$PY -m torchops bench $(FAMILY) $(ARGS)
 
 docs:
 	@PY=$$(tools/setup.sh docs) && tools/docs.sh $$PY $(ARGS)

@@ -18,7 +18,7 @@ PAGES = [path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(torchops.__path__, "torchops.")
-    if not module.name.startswith("torchops.integrations") and not module.name.startswith("torchops._")
+    if not module.name.startswith(("torchops.benchmarks", "torchops.integrations", "torchops._"))
 ]
 
 

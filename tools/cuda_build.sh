@@ -9,31 +9,13 @@ if ! command -v nvcc >/dev/null; then
   echo "nvcc was not found: the CUDA kernels are NOT compiled here."
   exit 0
 fi
-torch=${TORCHOPS_CUDA_TORCH:-torch==2.11.0}
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/torchops/$torch
-if [ ! -e "$cache/complete" ]; then
-  rm -rf "$cache" && mkdir -p "$cache"
-  python3 -m pip download --quiet --no-deps --only-binary :all: --dest "$cache" "$torch"
-  python3 - "$cache" <<'PY'
-import sys, zipfile
-from pathlib import Path
-cache = Path(sys.argv[1])
-wheel = next(cache.glob("*.whl"))
-libraries = ("libc10.so", "libc10_cuda.so", "libtorch_cpu.so", "libgomp")
-with zipfile.ZipFile(wheel) as archive:
-    for name in archive.namelist():
-        if name.startswith("torch/include/") or (name.startswith("torch/lib/") and Path(name).name.startswith(libraries)):
-            archive.extract(name, cache)
-wheel.unlink()
-PY
-  touch "$cache/complete"
-fi
+torch=$(tools/fetch_torch.sh "${TORCHOPS_CUDA_TORCH:-torch==2.11.0}")
 
 # From nothing, so that the log has every kernel.
 log=build/cuda.log
 rm -rf build/cuda && mkdir -p build
-cmake -S . -B build/cuda -GNinja -DTORCHOPS_TORCH_DIR="$cache/torch" -DTORCHOPS_CUDA=ON -DTORCHOPS_PYTHON=OFF \
-  -DTORCHOPS_WERROR=ON >"$log" 2>&1 && cmake --build build/cuda >>"$log" 2>&1 || { tail -n 60 "$log"; exit 1; }
+cmake -S . -B build/cuda -GNinja -DTORCHOPS_TORCH_DIR="$torch" -DTORCHOPS_CUDA=ON -DTORCHOPS_WERROR=ON \
+  >"$log" 2>&1 && cmake --build build/cuda >>"$log" 2>&1 || { tail -n 60 "$log"; exit 1; }
 python3 - "$log" <<'PY'
 import re, subprocess, sys
 found = re.findall(

@@ -4,8 +4,9 @@ from typing import Dict, List, Optional
 
 import torch
 
-from . import _C, _build
-from ._library import FOLDER, LIBRARY
+from . import _build
+from ._library import FOLDER, library_for, torch_built_against
+from ._namespace import cpu
 
 __all__ = [
     "cmake_prefix_path",
@@ -18,10 +19,11 @@ __all__ = [
 ]
 
 cmake_prefix_path: str = str(FOLDER / "share" / "cmake")
-"""For ``cmake -DCMAKE_PREFIX_PATH=...``, so that ``find_package(torchops)`` finds this copy."""
+"""For ``cmake -DCMAKE_PREFIX_PATH=...``, so that ``find_package(torchops)`` finds this copy, and in it
+the library for the torch that ``find_package(Torch)`` found."""
 
-library_path: str = str(LIBRARY)
-"""libtorchops.so, for ``torch.ops.load_library`` and ``dlopen``."""
+library_path: str = str(library_for(torch.__version__))
+"""libtorchops.so for the torch that runs, for ``torch.ops.load_library`` and ``dlopen``."""
 
 cpu_levels: List[str] = _build.CPU_LEVELS
 """The instruction-set levels that the library has kernels for, lowest first."""
@@ -34,20 +36,20 @@ def cpu_capability() -> str:
     >>> torchops.utils.cpu_capability() in torchops.utils.cpu_capabilities()
     True
     """
-    return _C.cpu_capability()
+    return cpu.capability()
 
 
 def cpu_capabilities() -> List[str]:
     """Those of :data:`cpu_levels` that this CPU can execute, lowest first."""
-    return _C.cpu_capabilities()
+    return cpu.capabilities()
 
 
 def config() -> Dict[str, Optional[str]]:
     """Versions and instruction set, as :func:`show_config` prints them."""
-    why = _C.why_no_higher_level()
+    why = cpu.why_no_higher_level()
     return {
         "torchops": _build.VERSION,
-        "built against torch": _build.TORCH_VERSION,
+        "built against torch": torch_built_against(torch.__version__),
         "running with torch": torch.__version__,
         "compiler": _build.COMPILER,
         "build type": _build.BUILD_TYPE,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ._calibration import current_padding, evenly_spaced, first_argument, observed, tokens_of
-from ._conversion import Candidates, progress, refusal, show
+from ._conversion import Candidates, refusal
+from ._report import progress, show
 from .routed_ffn import RoutedFFN
 from .routed_ffn_calibration import MOST_ROWS, PATTERN_ROWS
 from .routed_ffn_candidates import find_feed_forwards

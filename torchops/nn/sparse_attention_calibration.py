@@ -26,7 +26,7 @@ def calibrate_codebooks(
     Args:
         model: changed in place; its codebooks are the same parameters as before, with other numbers.
         calibration: called with the model; runs it on typical inputs, once or more often. Padding does not count
-            inside of :func:`ignored_padding`.
+            inside of :func:`torchops.nn.ignored_padding`.
         rows: how many queries and keys of a layer are used, at most, evenly spaced in every pass.
 
     Returns:

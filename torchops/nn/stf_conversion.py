@@ -6,8 +6,9 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from ._conversion import HOOKS, as_linear, key, owners_of, progress, put_, show
+from ._conversion import HOOKS, as_linear, key, owners_of, put_
 from ._replay import Replay
+from ._report import progress, show
 from .stf import STFLinear
 from .stf_calibration import Fit
 from .stf_candidates import find_candidates
