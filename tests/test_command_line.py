@@ -59,7 +59,7 @@ SMALL = {
     "routed_ffn": {"T": 8, "d": 16, "D": 32, "G": 4, "E": 4, "I": 16, "k": 2},
     "span_attention": {"n": 32, "Lk": 32, "W": 8, "b": 8, "B": 2, "H": 4, "D": 16, "Hkv": 2},
     "sparse_attention": {"n": 64, "Lk": 64, "share": 8, "H": 2, "D": 16, "b": 8, "c": 8},
-    "stf": {"T": 16, "in": 32, "out": 64},
+    "stf": {"T": 4, "in": 32, "out": 64},
     "tokens": {"B": 2, "N": 17, "C": 16, "K": 8, "r": 4},
 }
 

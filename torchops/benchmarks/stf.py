@@ -234,7 +234,7 @@ def contenders(
 
     def make(run: Callable[..., Tensor], weights: Weights, target: float | None = None) -> Contender:
         """`run` takes the input and the weights."""
-        if few and not warm:
+        if few and not (warm or backward):
             size = sum(tensor.nbytes for tensor in weights)
             copies = [weights] + [tuple(map(torch.clone, weights)) for _ in range(2 * cache_bytes // size)]
             turn = cycle(copies)

@@ -4,6 +4,7 @@ import argparse
 import ast
 import copy
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         apply_token_merging(model, arguments.r[0] if len(arguments.r) == 1 else arguments.r)
     images = torch.randn(2, model.pretrained_cfg["input_size"][0], *model.patch_embed.img_size)
     before = operations(remove_token_merging(copy.deepcopy(model)), images[:1])
-    print(f"tokens behind the blocks: {', '.join(map(str, tokens_behind_blocks(model, images[:1])))}")
+    tokens = ", ".join(map(str, tokens_behind_blocks(model, images[:1])))
+    print(textwrap.fill(f"tokens behind the blocks: {tokens}", 80, subsequent_indent="  "))
     print(f"operations of an image: {operations(model, images[:1]) / 1e9:.3g} GFLOP (before: {before / 1e9:.3g})")
     with user_errors():
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,8 @@ SHORT = {
     "forward + backward": "fwd+bwd",
 }
 
+Shade = tuple[float, float, float, float]
+
 
 def draw_curves(report: Report, curves: Curves, path: Path) -> None:
     """A panel for each dtype (down) and direction (across); where there is but one, curves are named at their ends."""
@@ -50,9 +52,16 @@ def draw_curves(report: Report, curves: Curves, path: Path) -> None:
 
 def name_at_ends(axes: Axes) -> None:
     for curve in axes.lines:
-        place, value = curve.get_xydata()[-1]
-        style = {"color": curve.get_color(), "fontsize": 9, "va": "center"}
-        axes.annotate(f"{curve.get_label()}", (place, value), (7, 0), textcoords="offset points", **style)
+        place, value = np.asarray(curve.get_xydata())[-1]
+        axes.annotate(
+            str(curve.get_label()),
+            (place, value),
+            (7, 0),
+            textcoords="offset points",
+            color=curve.get_color(),
+            fontsize=9,
+            va="center",
+        )
     axes.margins(x=0.02)
     axes.set_xlim(right=axes.get_xlim()[1] * 2.5)
 
@@ -86,7 +95,7 @@ def machine(report: Report) -> str:
     return f"{name}, torch {conditions['versions']['running with torch']}"
 
 
-def save(figure: Figure, path: Path, shades: Sequence[Sequence[float]] = ()) -> None:
+def save(figure: Figure, path: Path, shades: Sequence[Shade] = ()) -> None:
     """As a PNG with a palette, a third as large. The palette is given: one made from the image would be
     without colors that are rare in it.
 
@@ -100,7 +109,7 @@ def save(figure: Figure, path: Path, shades: Sequence[Sequence[float]] = ()) -> 
     image.quantize(palette=palette(shades), dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def palette(shades: Sequence[Sequence[float]]) -> Image.Image:
+def palette(shades: Sequence[Shade]) -> Image.Image:
     """The colors and what lies between each of them and white, for smooth edges; and the shades."""
     colors = [to_rgb(name) for name in dict.fromkeys(("black", WIN, LOSS, BOUND, *CURVES))]
     tints = [1 - share * (1 - channel) for color in colors for share in (1, 0.75, 0.5, 0.25, 0) for channel in color]
