@@ -14,7 +14,7 @@ version = release = (site_pages.PACKAGE / "version.txt").read_text().strip()
 
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**.md", "docs/api/**.rst", "examples/README.md"]
-exclude_patterns = [".*", "build", "dist", "csrc", "cmake", "tests", "tools", "torchops", "benchmarks"]
+exclude_patterns = [".*", "build", "dist", "csrc", "cmake", "tests", "tools", "torchops"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 
 myst_enable_extensions = ["dollarmath"]

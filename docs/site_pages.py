@@ -34,7 +34,8 @@ def write_api() -> list[str]:
             public.update(members)
         return family_page(title, module, sections)
 
-    for path in sorted((PACKAGE / "reference").glob("[!_]*.py")):
+    sources = sorted((PACKAGE / "reference").glob("[!_]*.py"))
+    for path in sources:
         family = path.stem
         functions = public_of("torchops", sorted((PACKAGE / "ops").glob(f"{family}*.py")))
         modules = public_of("torchops.nn", sorted((PACKAGE / "nn").glob(f"{family}*.py")))
@@ -46,8 +47,8 @@ def write_api() -> list[str]:
     by_library = {path.stem: public_of(f"torchops.integrations.{path.stem}", [path]) for path in INTEGRATIONS}
     integrations = {library: members for library, members in by_library.items() if members}
     families["integrations"] = page("integrations", "torchops.integrations", integrations)
-    shared = public_of("torchops", [PACKAGE / "decompositions.py"])
-    shared |= public_of("torchops.nn", [PACKAGE / "nn" / "_calibration.py"])
+    shared = public_of("torchops", [*outside_of(sources, "ops"), PACKAGE / "decompositions.py"])
+    shared |= public_of("torchops.nn", outside_of(sources, "nn"))
     families["utils"] = page("utils", "torchops.flops", {"For all families": shared})
     families["utils"] += "\n.. automodule:: torchops.utils\n"
 
@@ -77,6 +78,12 @@ def public_of(package: str, paths: Sequence[Path]) -> Public:
                 exported = [name for name in ast.literal_eval(node.value) if name in defined]
                 found |= {f"{package}.{name}": defined[name] for name in exported}
     return found
+
+
+def outside_of(families: Sequence[Path], folder: str) -> list[Path]:
+    """The modules of a folder that belong to no family."""
+    names = tuple(path.stem for path in families)
+    return [path for path in sorted((PACKAGE / folder).glob("*.py")) if not path.name.startswith(names)]
 
 
 def family_page(title: str, module: str, sections: dict[str, Public]) -> str:

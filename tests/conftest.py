@@ -83,7 +83,7 @@ def one_thread():
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.option.export_matrix:
-        outcomes = ("passed", "failed", "skipped")
+        outcomes = ("passed", "failed", "error", "skipped")  # an error: of a fixture
         reports = [report for outcome in outcomes for report in terminalreporter.getreports(outcome)]
         export_matrix.write(config.option.export_matrix, reports)
     if FOR_ONE_LEVEL:

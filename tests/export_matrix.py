@@ -69,7 +69,7 @@ def write(page: Path, reports: Iterable[pytest.TestReport]) -> None:
 
 def read(page: Path) -> Cells:
     """What `write` wrote."""
-    _, begin, rest = page.read_text().partition(BEGIN)
+    _, _, rest = page.read_text().partition(BEGIN)
     table, end, _ = rest.partition(END)
     if not end:
         raise ValueError(f"--export-matrix: expected the lines {BEGIN} and {END} in {page}, got none")

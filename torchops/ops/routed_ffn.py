@@ -144,8 +144,8 @@ def routed_ffn(
         y [..., d] of the input's dtype.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or name; gradients of gradients and forward mode raise
-            NotImplementedError or RuntimeError by name.
+        ValueError: a wrong shape, dtype, device or name.
+        NotImplementedError, RuntimeError: gradients of gradients, and forward mode.
 
     Under autocast input, weights, biases and factors are lowered; gates are not.
 
