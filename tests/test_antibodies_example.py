@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("transformers", "rich", "matplotlib"):
+for package in ("transformers", "rich", "matplotlib", "adjustText"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}", exc_type=ImportError)
 
 import transformers  # noqa: E402

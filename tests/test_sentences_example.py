@@ -8,7 +8,7 @@ import torch
 
 import torchops
 
-for package in ("transformers", "rich", "matplotlib"):
+for package in ("transformers", "rich", "matplotlib", "adjustText"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}", exc_type=ImportError)
 
 import transformers  # noqa: E402

@@ -78,5 +78,7 @@ if [ "$purpose" = test ]; then
     say "transformers could not be installed: its tests will be skipped."
   "$python" -m pip install --quiet "peft==0.21.2" "accelerate==1.15.0" ||
     say "peft could not be installed: its tests will be skipped."
+  "$python" -m pip install --quiet rich matplotlib adjusttext ||
+    say "rich and matplotlib could not be installed: tests of examples and benchmarks will be skipped."
 fi
 echo "$python" >&3
