@@ -2,8 +2,10 @@
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import cuda_on_host
+import export_matrix
 import pytest
 import torch
 from contract import BY_EMULATION, CUDA_ON_HOST, EXECUTED, FOR_ONE_LEVEL
@@ -27,6 +29,11 @@ if cuda_on_host.ACTIVE:
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "run the tests with the mark `way`, and write what works in which way into this page (docs/export.md)"
+    parser.addoption("--export-matrix", type=Path, metavar="PAGE", help=what)
+
+
 def pytest_configure() -> None:
     poison_memory_of_new_processes()
 
@@ -37,7 +44,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", [pytest.param(device, marks=marks.get(device, [])) for device in DEVICES])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shown = {item: export_matrix.shown_by(item) for item in items}
+    for item in items:
+        item.user_properties.append((export_matrix.SHOWN, shown[item]))
+    if config.option.export_matrix:
+        items[:] = [item for item in items if shown[item]]
     if cuda_on_host.ACTIVE:
         # test_contract.py says when the CUDA half of an operator is missing.
         cases = {item: item.callspec.params.get("case") for item in items if hasattr(item, "callspec")}
@@ -69,7 +81,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.export_matrix:
+        outcomes = ("passed", "failed", "error", "skipped")  # an error: of a fixture
+        reports = [report for outcome in outcomes for report in terminalreporter.getreports(outcome)]
+        export_matrix.write(config.option.export_matrix, reports)
     if FOR_ONE_LEVEL:
         return  # a run for one level, started by test_levels.py
     if cuda_on_host.ACTIVE:

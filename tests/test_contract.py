@@ -73,6 +73,7 @@ def test_names_are_the_same_everywhere(case: OpCase) -> None:
 
 
 @pytest.mark.numeric
+@pytest.mark.way("eager")
 @PUBLIC_OPS
 @EVERY_DTYPE
 def test_forward_matches_reference(case: OpCase, dtype: torch.dtype, device: str) -> None:

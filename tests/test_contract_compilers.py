@@ -62,6 +62,7 @@ def test_compile_for_every_selection_of_gradients(case: OpCase, device: str) -> 
         assert_as_inductor_has_it(case, actual, run_with_gradients(case.op, inputs, names), f"gradients to {names}")
 
 
+@pytest.mark.way("torch.compile")
 @PUBLIC_OPS
 def test_compile_once_for_all_lengths(case: OpCase, device: str) -> None:
     torch._dynamo.reset()
@@ -74,6 +75,7 @@ def test_compile_once_for_all_lengths(case: OpCase, device: str) -> None:
         assert_same_bits(actual, run_with_gradients(case.op, inputs, names), f"length {length}")
 
 
+@pytest.mark.way("torch.compile")
 @PUBLIC_OPS
 def test_compile_inductor(case: OpCase, device: str) -> None:
     torch._dynamo.reset()

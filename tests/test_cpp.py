@@ -58,6 +58,7 @@ def test_programs_are_built() -> None:
     )
 
 
+@pytest.mark.way("C++")
 @pytest.mark.parametrize("program, name", cases_of_programs())
 def test_cpp(program: Path, name: str) -> None:
     # A comma separates test names on Catch2's command line.

@@ -6,6 +6,8 @@ import importlib.util
 import pkgutil
 import re
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ PAGES = [path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(torchops.__path__, "torchops.")
-    if not module.name.startswith("torchops.integrations") and not module.name.startswith("torchops._")
+    if not module.name.startswith(("torchops.benchmarks", "torchops.integrations", "torchops._"))
 ]
 
 
@@ -55,6 +57,23 @@ def test_python_in_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     runpy.run_path("page.py")
     if missing:
         pytest.skip(f"blocks that need {', '.join(sorted(missing))}, not installed, were left out")
+
+
+def test_cpp_program_of_the_readme_is_built_and_runs(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, language in {"CMakeLists.txt": "cmake", "app.cpp": "cpp"}.items():
+        [block] = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+        (tmp_path / name).write_text(block)
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake is installed")
+    prefixes = f"{torchops.utils.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
+    for command in (
+        ["cmake", "-S", ".", "-B", "build", f"-DCMAKE_PREFIX_PATH={prefixes}"],
+        ["cmake", "--build", "build"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert subprocess.run([tmp_path / "build" / "app"], capture_output=True, text=True).stdout == "[8, 181, 64]\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

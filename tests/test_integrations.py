@@ -14,6 +14,7 @@ LIBRARIES = {
     "transformers_stf": ("transformers", "5.23"),
     "transformers_routed_ffn": ("transformers", "5.23"),
     "transformers_routed_experts": ("transformers", "5.23"),
+    "transformers_token_merging": ("transformers", "5.23"),
 }
 
 

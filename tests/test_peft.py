@@ -1,16 +1,23 @@
 """LoRA adapters on factored layers."""
 
+import doctest
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import torchops
 from torchops.nn import STFLinear, factorize_
 
 peft = pytest.importorskip("peft")
 
-from torchops.integrations.peft import LoraSTFLinear, register_stf_linear  # noqa: E402
+import transformers  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers  # noqa: E402
+
+from torchops.integrations.peft import LoraSTFLinear, linear_names, register_stf_linear  # noqa: E402
 
 
 def model() -> nn.Sequential:
@@ -125,3 +132,47 @@ def test_layers_that_peft_adapts_are_not_factored() -> None:
     factorize_(adapted, 1.2, skip=["base_model.model.0", "*.2"], num_iterations=1, verbose=False)
     assert [type(layer).__name__ for layer in base] == ["Linear", "STFLinear", "ModulesToSaveWrapper"]
     adapted.merge_adapter()
+
+
+# ---- which layers ---------------------------------------------------------------------------------------
+
+
+def language_model() -> nn.Module:
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, **size))
+
+
+def classifier() -> nn.Module:
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=11, num_labels=16, **size))
+
+
+def gpt() -> nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=11))
+
+
+@pytest.mark.parametrize(
+    ("make", "task_type"), [(language_model, "CAUSAL_LM"), (classifier, "SEQ_CLS"), (classifier, None), (gpt, None)]
+)
+def test_linear_names_are_peft_s_all_linear(make: Callable[[], nn.Module], task_type: str | None) -> None:
+    """Of the dense model and of the factored one, with an adapter and without; peft itself sees the dense one only."""
+    dense, factored = make(), make()
+    names = linear_names(dense, task_type)
+    expected = _maybe_include_all_linear_layers(
+        peft.LoraConfig(target_modules="all-linear", task_type=task_type), dense
+    ).target_modules
+    assert set(names) == set(expected) and len(names) == len(expected)
+
+    factorize_(factored, 1.2, num_iterations=1, verbose=False)
+    assert linear_names(factored, task_type) == names
+    assert any(isinstance(factored.get_submodule(name), STFLinear) for name in names)
+    config = register_stf_linear(peft.LoraConfig(r=2, target_modules=names, task_type=task_type))
+    adapted = peft.get_peft_model(factored, config)
+    assert linear_names(adapted.base_model.model, task_type) == names
+    for name in names:
+        assert isinstance(adapted.base_model.model.get_submodule(name), BaseTunerLayer), name
+
+
+def test_examples() -> None:
+    module = importlib.import_module("torchops.integrations.peft")
+    assert doctest.testmod(module, extraglobs={"nn": nn, "torchops": torchops}).failed == 0

@@ -193,8 +193,9 @@ def test_report_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     model, input = sequential()
     report = route_ffn_(model, top_k=1, lora_rank=2, calibration=lambda model: model(input))
     lines = str(report).splitlines()
-    assert lines[1].split()[:8] == ["0", "gelu", "16", "x", "64", "1", "of", "4"] and lines[-1].startswith("2 layers")
-    assert "gelu" in capsys.readouterr().out
+    assert lines[1].split()[:7] == ["0", "16", "x", "64", "1", "of", "4"] and lines[-1].startswith("2 layers")
+    assert "16 x 64" in capsys.readouterr().out
+    assert report.rows()[0][:4] == ["0", "gelu", "16 x 64", "1 of 4"]
     first, second = report.layers
     assert (first.weights, first.computed) == (2 * 16 * 64, 2 * 16 * 16)
     assert first.trained == 16 * 4 + 4 + 2 * 2 * (16 + 64) and 0.25 <= first.busiest <= 1

@@ -14,9 +14,10 @@ for package in ("transformers", "rich", "matplotlib"):
 import transformers  # noqa: E402
 
 from examples.common.low_rank import LowRank  # noqa: E402
-from examples.sentences import data, page, track  # noqa: E402
+from examples.common.page import Page, Table  # noqa: E402
+from examples.common.weights import Spectra, errors_by_bytes, errors_by_numbers  # noqa: E402
+from examples.sentences import data, track  # noqa: E402
 from examples.sentences.encoder import SentenceEncoder  # noqa: E402
-from examples.sentences.weights import Spectra, errors_by_bytes, errors_by_numbers  # noqa: E402
 from torchops.nn.stf_calibration import Fit  # noqa: E402
 
 TOKENS = torch.tensor([[5, 9, 3, 7, 2], [8, 4, 6, 0, 0]])  # 0 is padding
@@ -139,15 +140,16 @@ def test_tables_go_between_the_marks_of_the_page(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     image = tmp_path / "image.png"
     image.write_bytes(b"an image")
-    written = tmp_path / "factored_minilm.md"
-    written.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    table = page.Table("Weights", "A caption.", ["kind", "error\nbefore"], [["a", "0.5"]])
+    written = Page(tmp_path / "page.md", "python -m an.example --docs", "What is seen.")
+    written.path.write_text(f"before\n{written.begin}\nold\n{written.end}\nafter\n")
+    table = Table("Weights", "A caption.", ["kind", "error\nbefore"], [["a", "0.5"]])
     for _ in range(2):
-        page.write_page([table], image, tmp_path)
-    text = written.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        written.write([table], image)
+    text = written.path.read_text()
+    assert text.startswith("before\n<!-- figures: python -m an.example --docs -->\n") and text.endswith("after\n")
+    assert "old" not in text and text.count("![What is seen.](images/image.png)") == 1
     assert text.count("| kind | error before |\n| --- | ---: |\n| a | 0.5 |") == 1
-    assert (tmp_path / "images" / "sentences.png").read_bytes() == b"an image"
-    written.write_text("no marks")
+    assert (tmp_path / "images" / "image.png").read_bytes() == b"an image"
+    written.path.write_text("no marks")
     with pytest.raises(ValueError, match="marks"):
-        page.write_page([table], image, tmp_path)
+        written.write([table], image)

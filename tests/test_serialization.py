@@ -92,6 +92,8 @@ def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.way("TorchScript")
+@pytest.mark.way("torch.export")
 @cases.PUBLIC_OPS
 def test_script_and_export_load_in_a_fresh_process(case: OpCase, fresh_process: subprocess.CompletedProcess) -> None:
     assert case.name in fresh_process.stdout.split(), fresh_process.stderr[-3000:]

@@ -200,17 +200,6 @@ def test_left_padding_is_a_row_that_starts_before_0() -> None:
 # ---- merging ----------------------------------------------------------------------------------------
 
 
-def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Partial results over disjoint keys. A part that sees nothing has logsumexp -inf: -inf less -inf would be NaN."""
-    output, logsumexp = parts[0][0], parts[0][1].clamp(min=-1e30)
-    for other, other_lse in parts[1:]:
-        other_lse = other_lse.clamp(min=-1e30)
-        weight = torch.sigmoid(logsumexp - other_lse)[..., None]
-        output = output * weight + other * (1 - weight)
-        logsumexp = torch.logaddexp(logsumexp, other_lse)
-    return output
-
-
 @pytest.mark.parametrize("span", [{}, *SPANS], ids=str)
 @pytest.mark.parametrize("with_sink", [False, True])
 def test_shards_of_a_ring_merge_to_the_whole(span: dict[str, Any], with_sink: bool) -> None:
@@ -235,7 +224,7 @@ def test_shards_of_a_ring_merge_to_the_whole(span: dict[str, Any], with_sink: bo
                     key_start=torch.tensor([j, j]),
                 )
                 parts.append(part)
-            shards.append(merge(parts))
+            shards.append(torchops.merge_attention(*map(list, zip(*parts, strict=True)))[0])
         return torch.cat(shards, dim=2)
 
     whole: Inputs = inputs | span

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from module_state import state_of
 from torch import Tensor, nn
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm", exc_type=ImportError)
 
 from timm.layers.attention import Attention  # noqa: E402
 from timm.models import vision_transformer as vit  # noqa: E402
-from timm_models import block_outputs, images, make, state_of  # noqa: E402
+from timm_models import block_outputs, images, make  # noqa: E402
 
 from torchops.integrations.timm import (  # noqa: E402
     TokenMergingBlock,

@@ -211,18 +211,12 @@ def test_other_models_are_refused(config_name: str, model_name: str, options: di
             apply_span_attention(model, spans)
 
 
-@pytest.mark.parametrize(
-    ("config_name", "model_name", "options"),
-    [
-        ("ViT", "ViTModel", {"hidden_size": 32, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}),
-        ("Albert", "AlbertModel", {"hidden_size": 32, "num_attention_heads": 4, "embedding_size": 8}),
-        ("DistilBert", "DistilBertModel", {"dim": 32, "hidden_dim": 32, "n_heads": 4}),
-    ],
-)
-def test_spans_need_layers_that_know_themselves(config_name: str, model_name: str, options: dict[str, Any]) -> None:
-    model = getattr(transformers, model_name)(getattr(transformers, f"{config_name}Config")(**options))
+def test_spans_need_layers_that_know_themselves() -> None:
+    """ALBERT runs one layer several times."""
+    options = {"hidden_size": 32, "num_attention_heads": 4, "embedding_size": 8}
+    model = transformers.AlbertModel(transformers.AlbertConfig(**options))
     layers = model.config.num_hidden_layers
-    with pytest.raises(TypeError, match=f"no span of one's own for layer 1 of {model_name}, whose attention does not"):
+    with pytest.raises(TypeError, match="no span of one's own for layer 1 of AlbertModel, whose attention does not"):
         apply_span_attention(model, [None, {"left": 2}] + [None] * (layers - 2))
     apply_span_attention(model, [None] * layers)
     bart = transformers.BartModel(transformers.BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1))

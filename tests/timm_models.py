@@ -42,11 +42,3 @@ def counts(model: nn.Module, input: Tensor) -> list[int]:
     with torch.no_grad():
         model(input)
     return [output.shape[1] for output in outputs]
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that a conversion could leave behind."""
-    return {
-        name: (type(module), sorted(vars(module)), sorted(module._modules), list(module._forward_pre_hooks.values()))
-        for name, module in model.named_modules()
-    }

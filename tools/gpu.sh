@@ -40,11 +40,11 @@ sanitizer() {
 }
 
 benchmarks() {
-  local families=(benchmarks/[a-z]*.py) family status=0
+  local families=(torchops/benchmarks/[a-z]*.py) family status=0
   for family in "${families[@]}"; do
-    "$python" -m benchmarks "$(basename "$family" .py)" --device cuda --no-plot || status=1
+    "$python" -m torchops bench "$(basename "$family" .py)" --device cuda --no-plot || status=1
   done
-  cp benchmarks/results/*-cuda-*.json "$out" || status=1
+  cp docs/figures/*-cuda-*.json "$out" || status=1
   return $status
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares an environment for a purpose (build, test, examples or lint) and prints the Python to use;
+# Prepares an environment for a purpose (build, test, examples, bench, docs or lint) and prints the Python to use;
 # everything else it has to say goes to standard error.
 #
 # The environment in use is taken as it is when it has torch >= 2.11; otherwise one is made in .venv,

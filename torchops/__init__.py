@@ -17,6 +17,7 @@ from . import reference as reference  # noqa: E402
 from . import utils as utils  # noqa: E402
 from ._build import VERSION as _VERSION  # noqa: E402
 from .decompositions import decompositions as decompositions  # noqa: E402
+from .ops.merge_attention import *  # noqa: E402, F403
 from .ops.routed_ffn import *  # noqa: E402, F403
 from .ops.span_attention import *  # noqa: E402, F403
 from .ops.sparse_attention import *  # noqa: E402, F403

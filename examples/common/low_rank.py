@@ -46,23 +46,29 @@ class LowRank(nn.Module):
         return nn.functional.linear(nn.functional.linear(input, self.first), self.second, self.bias)
 
 
-def lower_rank_(model: nn.Module, rank_of: Callable[[str, nn.Linear], int], run: Callable[[], Any]) -> nn.Module:
-    """Replaces every linear layer of a model by one of low rank, in the order of the forward, each fitted to the
-    outputs of the dense model for the inputs that it gets behind the layers replaced so far.
+def lower_rank_(
+    model: nn.Module, rank_of: Callable[[str, nn.Linear], int], run: Callable[[], Any] | None = None
+) -> nn.Module:
+    """Replaces every linear layer of a model by one of low rank.
 
     Args:
         rank_of: a layer's rank, by its name and the layer.
-        run: lets the model compute, the same each time.
+        run: lets the model compute, the same each time. Layers are then replaced in the order of the forward, each
+            fitted to the outputs of the dense model for the inputs that it gets behind the layers replaced so far.
+            Without it each is as close to its weight as can be.
     """
     names = {module: name for name, module in model.named_modules() if type(module) is nn.Linear}
-    replay = Replay(model, {layer: [name] for layer, name in names.items()}, run, in_sequence=True)
     made = {}
-    for stage in replay.plan.stages:
-        moments = replay.moments(stage)
-        for layer in stage.layers:
-            fit = moments.fit(layer, layer.bias is not None)
-            made[layer] = LowRank(layer, rank_of(names[layer], layer), fit).train(layer.training)
-            replay.use(layer, made[layer])
+    if run is None:
+        made = {layer: LowRank(layer, rank_of(name, layer)) for layer, name in names.items()}
+    else:
+        replay = Replay(model, {layer: [name] for layer, name in names.items()}, run, in_sequence=True)
+        for stage in replay.plan.stages:
+            moments = replay.moments(stage)
+            for layer in stage.layers:
+                fit = moments.fit(layer, layer.bias is not None)
+                made[layer] = LowRank(layer, rank_of(names[layer], layer), fit)
+                replay.use(layer, made[layer])
     for layer, replaced in made.items():
-        put_(model, names[layer], replaced)
+        put_(model, names[layer], replaced.train(layer.training))
     return model

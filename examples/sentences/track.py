@@ -17,17 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import torchops
-
 from ..common import measurement
-from ..common.low_rank import lower_rank_
-from ..common.report import Panel, Point, console, plot, print_table, write_results
+from ..common.encoders import factored, in_form, linear_weights, truncated
+from ..common.page import Table
+from ..common.report import Panel, Point, console, plot, write_results
 from ..common.training import train
+from ..common.weights import Spectra, WeightError, error_panel, error_table, errors_by_bytes, errors_by_numbers
 from .data import Texts, load
 from .encoder import SentenceEncoder, Tokenizer
 from .encoder import load as load_encoder
-from .page import Table
-from .weights import Spectra, WeightError, by_kind, errors_by_bytes, errors_by_numbers, mean
 
 COMPRESSIONS = (2.0, 2.8, 3.57)  # the paper's
 BATCH_SIZE = 32
@@ -128,56 +126,6 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return torch.corrcoef(ranks)[0, 1].item()
 
 
-# ---- models -----------------------------------------------------------------------------------------
-
-
-def linear_weights(model: SentenceEncoder) -> dict[str, Tensor]:
-    layers = model.layers().named_modules()
-    return {name: module.weight.detach() for name, module in layers if type(module) is nn.Linear}
-
-
-def reading(model: SentenceEncoder, batches: Sequence[Tensor]) -> None:
-    """Lets the model read, padding not counted."""
-    for tokens in batches:
-        with torchops.nn.ignored_padding(tokens.eq(0)):
-            model.embed(tokens)
-
-
-def factored(
-    dense: SentenceEncoder, compression: float, batches: Sequence[Tensor] = ()
-) -> tuple[SentenceEncoder, torchops.nn.FactorizationReport]:
-    """A copy whose linear layers are factored: to be close to the weights, or to what is computed of batches of tokens.
-    Bytes are those of bfloat16."""
-    model = copy.deepcopy(dense)
-    fitted = " to what they compute" if batches else ""
-    console.print(f"Factoring the layers to 1/{compression:g} of their bytes{fitted}.")
-    report = torchops.nn.factorize_(
-        model.layers(),
-        compression,
-        verbose=False,
-        calibration=(lambda _: reading(model, batches)) if batches else None,
-        stored_dtype=torch.bfloat16,
-    )
-    return model, report
-
-
-def truncated(dense: SentenceEncoder, errors: Sequence[WeightError], batches: Sequence[Tensor]) -> SentenceEncoder:
-    """A copy whose linear layers are products of two dense ones, of the ranks that take as many bytes, fitted to what
-    the layers compute."""
-    model = copy.deepcopy(dense)
-    ranks = {error.layer: error.rank for error in errors}
-    lower_rank_(model.layers(), lambda name, _: ranks[name], lambda: reading(model, batches))
-    return model
-
-
-def in_form(model: SentenceEncoder, form: str) -> SentenceEncoder:
-    """Turns the layers that are factored: "factored", "straight_through" or "pack"."""
-    for module in model.modules():
-        if isinstance(module, torchops.nn.STFLinear):
-            getattr(module, form)()
-    return model
-
-
 # ---- training ---------------------------------------------------------------------------------------
 
 
@@ -233,37 +181,6 @@ def measure(variants: Sequence[Variant], rounds: int) -> None:
 
 
 # ---- what came out ----------------------------------------------------------------------------------
-
-
-def error_table(errors: dict[str, list[WeightError]]) -> Table:
-    """A row for every kind of layer and size; ``errors`` by what was asked for."""
-    rows = []
-    for asked, of_all in errors.items():
-        for kind, of_kind in by_kind(of_all).items():
-            first = of_kind[0]
-            times = [error.seconds for error in of_kind if error.seconds is not None]
-            rows.append(
-                [
-                    kind,
-                    asked,
-                    f"{first.dense_bytes / first.packed_bytes:.2f}x",
-                    f"{first.basis_size}",
-                    f"{first.nnz}",
-                    f"{first.rank}",
-                    f"{mean(of_kind, lambda error: error.factored):.3f}",
-                    f"{mean(of_kind, lambda error: error.svd):.3f}",
-                    f"{sum(error.factored < error.svd for error in of_kind)} of {len(of_kind)}",
-                    f"{sum(times) / len(times):.2f}" if times else "",
-                ]
-            )
-    return Table(
-        "Weights",
-        "Error relative to the norm of the weight, a mean over layers, beside that of a truncated SVD whose two dense "
-        "factors take as many bytes. Bytes are those of bfloat16, masks included. Numbers: the size is chosen by "
-        "numbers stored, as the paper counts, with K = 2 nnz; bytes: by `factorize_`.",
-        ["out x in", "asked for", "bytes", "K", "nnz", "rank", "error", "SVD", "below SVD", "s per layer"],
-        rows,
-    )
 
 
 def quality_table(variants: Sequence[Variant], num_sentences: int) -> Table:
@@ -327,13 +244,6 @@ def time_table(variants: Sequence[Variant]) -> Table:
 
 
 def draw(errors: dict[float, list[WeightError]], variants: Sequence[Variant], path: Path) -> None:
-    of_weights = [
-        Point(kind + suffix, "", compression, mean(of_kind, value))
-        for compression, of_all in errors.items()
-        for kind, of_kind in by_kind(of_all).items()
-        for suffix, value in (("", lambda error: error.factored), (", SVD", lambda error: error.svd))
-    ]
-
     def quality(value: Callable[[Quality], float]) -> list[Point]:
         return [
             Point(f"{variant.series}, {when}", "", variant.compression, value(found))
@@ -344,7 +254,7 @@ def draw(errors: dict[float, list[WeightError]], variants: Sequence[Variant], pa
 
     dense, label = variants[0].result.before, "compression in bytes"
     panels = [
-        Panel("weights, by kind of layer (out x in)", label, "relative error", of_weights, x_ticks=COMPRESSIONS),
+        error_panel(errors),
         Panel(
             "similarities",
             label,
@@ -415,8 +325,11 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
         model = truncated(dense, by_bytes[compression], sample)
         variants.append(Variant("low rank", compression, model, Result(bytes_of_ranks)))
     errors |= {f"{compression:g}x in bytes": found for compression, found in by_bytes.items()}
-    show_table(table := error_table(errors))
-    tables = [table]
+    remark = (
+        " Numbers: the size is chosen by numbers stored, as the paper counts, with K = 2 nnz; bytes: by `factorize_`."
+    )
+    tables = [error_table(errors, remark)]
+    tables[-1].show()
 
     console.print("\n2. Training variants to do what the dense model does.")
     for variant in variants:
@@ -428,13 +341,13 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
         batches = distillation(dense, tokenize, texts.sentences, seed=1)
         train(variant.model, batches, missed, variant.result.steps, LEARNING_RATE, variant.name)
         variant.result.after = examination.examine(variant.model)
-    show_table(table := quality_table(variants, len(texts.sentences)))
-    tables.append(table)
+    tables.append(quality_table(variants, len(texts.sentences)))
+    tables[-1].show()
 
     console.print("\n3. Measuring forward passes, all variants in turn.")
     measure(variants, rounds)
-    show_table(table := time_table(variants))
-    tables.append(table)
+    tables.append(time_table(variants))
+    tables[-1].show()
 
     results, image = folder / "results.json", folder / "sentences.png"
     write_results({variant.name: variant.result for variant in variants}, results)
@@ -445,7 +358,3 @@ def run(short: bool, output: Path) -> tuple[list[Table], Path]:
     )
     console.print(f"Wrote {results}, {of_layers} (every layer) and {image}.")
     return tables, image
-
-
-def show_table(table: Table) -> None:
-    print_table(table.title, table.caption, table.columns, table.rows)

@@ -121,6 +121,9 @@ TEST_CASE("assignments stay in range and keep the protected prefix, whatever the
             CHECK((assign < groups).all().item<bool>());
             CHECK(torch::equal(assign.narrow(1, 0, num_protected),
                                torch::arange(num_protected).expand({2, num_protected})));
+            const auto [sources, destinations] = torchops::bipartite_pairs(metric, r, num_protected, mask);
+            const auto group_of = [&](const at::Tensor& position) { return assign.gather(1, position.clamp_min(0)); };
+            CHECK(((group_of(sources) == group_of(destinations)) | (destinations < 0)).all().item<bool>());
             // Every group has a member, so merging by it leaves no row empty.
             const auto [merged, total] = torchops::merge_tokens(metric, assign, groups);
             CHECK((total > 0).all().item<bool>());

@@ -5,6 +5,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..ops.merge_attention import merge_weights
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -41,14 +43,11 @@ class PartialAttention:
         largest, inverse = normalizer.unbind(-1)
         saw_nothing = inverse == 0
         largest, total = largest.masked_fill(saw_nothing, -torch.inf), inverse.reciprocal().masked_fill(saw_nothing, 0)
-        # Finite, for -inf - -inf would be NaN.
-        reference = torch.maximum(self.largest[:, :, rows], largest).clamp(min=torch.finfo(largest.dtype).min)
-        before = self.total[:, :, rows] * torch.exp(self.largest[:, :, rows] - reference)
-        total = total * torch.exp(largest - reference)
-        sum = before + total
-        divisor = sum.masked_fill(sum == 0, 1)[..., None]
-        self.output[:, :, rows] *= before[..., None] / divisor
-        self.output[:, :, rows] += output * (total[..., None] / divisor)
+        (kept, added), reference, sum = merge_weights(
+            [self.largest[:, :, rows], largest], [self.total[:, :, rows], total]
+        )
+        self.output[:, :, rows] *= kept[..., None]
+        self.output[:, :, rows] += output * added[..., None]
         self.largest[:, :, rows] = reference
         self.total[:, :, rows] = sum
 

@@ -112,7 +112,7 @@ def sent_keys(
 
     Args:
         length: of the whole sequence, a multiple of the slices that it is cut into.
-        world_size: n.
+        world_size: the number of ranks, n.
         block_size, left, right, is_causal, zigzag: as in :func:`span_attention`.
 
     Returns:

@@ -141,6 +141,11 @@ def implementation_of(module: nn.Module) -> str:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) or "span_attention"
 
 
+def records_attentions() -> bool:
+    """Whether the model was asked for them, by its config perhaps, and collects what its layers return."""
+    return not torch.compiler.is_compiling() and any("attentions" in name for name in _active_collector.get() or ())
+
+
 def visible_keys(
     module: nn.Module,
     query: Tensor,
@@ -160,7 +165,7 @@ def visible_keys(
     for name, what in NOT_OFFERED.items():
         if options.get(name) is not None and options[name] is not False:
             refuse(module, what)
-    if not torch.compiler.is_compiling() and any("attentions" in name for name in _active_collector.get() or ()):
+    if records_attentions():
         refuse(module, NOT_OFFERED["output_attentions"])
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None:  # models that hide nothing, vision towers for example

@@ -21,7 +21,9 @@ def imports_of(module: str, library: str, oldest: str) -> Iterator[None]:
     except metadata.PackageNotFoundError:
         version = TorchVersion("0")
     if version < oldest:
-        raise ImportError(f"{module} needs {library} {oldest} or newer: pip install '{library}>={oldest}'", name=library)
+        raise ImportError(
+            f"{module} needs {library} {oldest} or newer: pip install '{library}>={oldest}'", name=library
+        )
     try:
         yield
     except Exception as error:

@@ -9,11 +9,15 @@ from ..nn.stf import STFLinear
 from ._requirements import imports_of
 
 with imports_of(__name__, "peft", "0.21"):
-    from peft import LoraConfig
+    from peft import LoraConfig, TaskType
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
 
-__all__ = ["LoraSTFLinear", "register_stf_linear"]
+__all__ = ["LoraSTFLinear", "linear_names", "register_stf_linear"]
 
 
 class LoraSTFLinear(Linear):
@@ -73,6 +77,42 @@ def _check_layers_before_merging(self: BaseTuner) -> None:
 
 
 BaseTuner._check_merge_allowed = _check_layers_before_merging  # type: ignore[method-assign]
+
+
+def linear_names(model: nn.Module, task_type: Optional[str] = None) -> List[str]:
+    """The names of a model's linear layers, factored ones among them, for a configuration's ``target_modules``.
+
+    ``target_modules="all-linear"`` passes over factored layers, since peft looks for classes that it knows. These are
+    the names it finds in the model before it was factored: without the layer of a language model that gives its logits
+    and, for ``task_type="SEQ_CLS"``, without the head of a classifier. So the one stands for the other::
+
+        config = LoraConfig(target_modules=linear_names(model), modules_to_save=[...])
+        model = get_peft_model(model, register_stf_linear(config))
+
+    Args:
+        model: that the adapters are for. Layers that have an adapter already count, and what is in them does not.
+        task_type: of the configuration.
+
+    >>> from torchops.integrations.peft import linear_names
+    >>> linear_names(nn.Sequential(torchops.nn.STFLinear(8, 20, 6, 3), nn.ReLU(), nn.Linear(20, 8)))
+    ['0', '2']
+    """
+    head = None
+    if isinstance(model, PreTrainedModel):
+        head = model.get_output_embeddings()
+        if head is None and task_type == TaskType.SEQ_CLS:
+            head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
+    names: List[str] = []
+    left_out: Tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(left_out):
+            continue
+        if module is head or isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            left_out += (f"{name}.",)
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if module is not head and isinstance(layer, (nn.Linear, Conv1D, STFLinear)):
+            names.append(name)
+    return names
 
 
 def register_stf_linear(config: LoraConfig) -> LoraConfig:

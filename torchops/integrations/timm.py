@@ -9,19 +9,19 @@ the first time. TorchScript has no attributes of tensors; there the blocks' cont
 
 import functools
 import inspect
-import operator
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Tuple, TypeVar, Union
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple, TypeVar, Union
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..nn.tokens import TokenMerger, merge_schedule, proportional_attention_bias
+from ..nn.tokens import TokenMerger, proportional_attention_bias
 from ..ops.span_attention import span_attention
 from ..ops.tokens import unmerge_tokens
 from ._requirements import imports_of
+from ._token_merging import Merged, full_name, marked, parse_r, set_merged, switch_class
 
 with imports_of(__name__, "timm", "1.0.26"):
     from timm.layers.attention import Attention
@@ -158,56 +158,11 @@ def checked_blocks(model: nn.Module) -> List[Any]:
     return list(model.blocks)
 
 
-def switch_class(module: Any, cls: type) -> None:
-    module.__class__ = cls
-
-
-def full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def parse_r(r: Union[int, List[int], Tuple[int, float]], num_blocks: int) -> List[int]:
-    expected = f"token merging: expected r to be a number, a list of {num_blocks} numbers or (r, inflection), got {r}"
-    try:
-        if isinstance(r, tuple):
-            average, inflection = r
-            r_per_block = merge_schedule(operator.index(average), num_blocks, inflection)
-        elif isinstance(r, list):
-            r_per_block = [operator.index(entry) for entry in r]
-        else:
-            r_per_block = [operator.index(r)] * num_blocks
-    except (TypeError, ValueError) as error:
-        raise TypeError(expected) from error
-    if len(r_per_block) != num_blocks:
-        raise ValueError(expected)
-    if any(entry < 0 for entry in r_per_block):
-        raise ValueError(f"token merging: expected r of 0 or more in every block, got {r_per_block}")
-    return r_per_block
-
-
-class Merged(NamedTuple):
-    """What M tokens stand for, of the N that entered the first block."""
-
-    size: Tensor  # [B, M]
-    assign: Tensor  # [B, N]
-
-
-MERGED = "_torchops_merged"
-
-
-def set_merged(tokens: Tensor, merged: Optional[Merged]) -> None:
-    # The storage, since a checkpointed block is run again on another tensor over the same one.
-    has_storage = not torch.compiler.is_compiling() and not isinstance(tokens, torch.fx.Proxy)
-    setattr(tokens.untyped_storage() if has_storage else tokens, MERGED, merged)
-
-
 def get_merged(tokens: Tensor, num_skipped: int = 0) -> Optional[Merged]:
     """For tokens that a block returned, or a view of them without the first num_skipped."""
-    if isinstance(tokens, torch.fx.Proxy):  # has every attribute that it is asked for
-        return vars(tokens).get(MERGED)
-    merged = getattr(tokens, MERGED, None)
-    if merged is None and not torch.compiler.is_compiling():
-        merged = getattr(tokens.untyped_storage(), MERGED, None)
+    merged = marked(tokens)
+    if isinstance(tokens, torch.fx.Proxy):
+        return merged
     if merged is None or tokens.dim() != 3 or tokens.shape[1] + num_skipped != merged.size.shape[1]:
         return None
     return merged

@@ -1,4 +1,4 @@
-"""Span attention in Hugging Face's transformers: the attention of their models, as they have it or mixed.
+"""Span attention in Hugging Face's transformers: a model's own attention, or a mixture of full and local layers.
 
 ``apply_routed_experts`` is here, too; other integrations have modules of their own.
 """
@@ -30,7 +30,6 @@ __all__ = ["apply_routed_experts", "apply_span_attention", "register_span_attent
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 IMPLEMENTATION = "span_attention"
-prepare["span_attention"] = lambda model: None  # spans have no tensors
 
 
 def register_span_attention() -> str:
@@ -38,7 +37,7 @@ def register_span_attention() -> str:
 
     From then on ``attn_implementation="span_attention"`` is understood by ``from_pretrained`` and
     ``from_config``, and ``model.set_attn_implementation("span_attention")`` switches a model. A model then
-    computes what it computes with ``"eager"``: causal and bidirectional attention, sliding windows to one or
+    gives the results of ``"eager"``: causal and bidirectional attention, sliding windows to one or
     both sides, attention chunks, grouped heads, attention sinks, padding on either side, dynamic, sliding and
     static caches, ``generate``.
 
@@ -79,7 +78,8 @@ def apply_span_attention(
     Args:
         model: changed in place. ``model.set_attn_implementation("eager")`` is the way back to its own attention.
         spans: for each layer block_size, left and right as in :func:`torchops.span_attention`, or None to
-            leave the layer as it is. :func:`torchops.nn.mixed_span` makes such a list. is_causal may be
+            leave the layer as it is. :func:`torchops.nn.mixed_span` makes such a list. Positions are those of the
+            sequence, of which an image encoder's class token is the first. is_causal may be
             given, and must be what the model does. None for the spans in the config of the model, if it has
             any. False takes them out: all layers as the model has them.
 
@@ -90,7 +90,8 @@ def apply_span_attention(
         TypeError: the model, or a part of it, does not take attention implementations from outside, makes or reads the
             mask of its attention itself (sparse attention with an indexer), adds position biases, soft-caps scores,
             or has heads of more than 256 features. With spans:
-            it has cross-attention, or a layer with a span whose attention does not say which layer it is.
+            it has cross-attention, or a layer with a span whose attention does not say which layer it is and that
+            runs several times (ALBERT).
         ValueError: a list of another length than the model has layers, an unknown key, or something else than
             integers; in the forward pass, a span for a layer that has a window or chunks already or differs in
             causality, and everything that :func:`register_span_attention` lists.
@@ -132,6 +133,7 @@ def checked_spans(
             f"span_attention: expected spans for {config.num_hidden_layers} layers or None, got {len(spans)}"
         )
     known = {"block_size", "left", "right", "is_causal"}
+    number_layers(model)
     layers = {module.layer_idx for module in model.modules() if knows_its_layer(module, config)}
     for layer, span in enumerate(spans):
         if span is None:
@@ -149,6 +151,23 @@ def checked_spans(
                 "does not say which layer it is"
             )
     return [None if span is None else dict(span) for span in spans]
+
+
+def number_layers(model: Any) -> None:
+    """Tells attention layers which layer they are that have not been told: those of encoders, which have no cache."""
+    config = model.config.get_text_config()
+    for stack in model.modules():
+        # Where layers are shared, as in ALBERT, there are fewer of them.
+        if not isinstance(stack, nn.ModuleList) or len(stack) != config.num_hidden_layers:
+            continue
+        for index, layer in enumerate(stack):
+            found: List[Any] = [module for module in layer.modules() if takes_implementations(type(module))]
+            if len(found) == 1 and getattr(found[0], "config", None) is config and not hasattr(found[0], "layer_idx"):
+                found[0].layer_idx = index
+
+
+# Spans have no tensors, but a layer has to find its own.
+prepare["span_attention"] = number_layers
 
 
 def knows_its_layer(module: nn.Module, config: Any) -> bool:

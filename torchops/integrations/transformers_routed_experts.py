@@ -29,14 +29,14 @@ logger = logging.get_logger(__name__)
 
 
 def apply_routed_experts(model: Model) -> Model:
-    """Gives the experts of a model to :func:`torchops.routed_ffn`.
+    """Computes the experts of a model by :func:`torchops.routed_ffn`.
 
     For models whose experts go through transformers' interface (``use_experts_implementation``): Mixtral, Qwen's,
-    OLMoE, DeepSeek's, GPT-OSS and about fifty others. They compute what they compute with "eager", gradients included.
-    Weights stay the model's, in their layout. Which gate a model has is found out by giving numbers to it; experts with
-    another one than the operator's, or with a norm behind them, go on computing by themselves, and a warning says so
-    once. Llama 4's, which do not go through it, are computed by the operator as well: their module becomes one of a
-    subclass, for good, and a saved copy is converted again after it is loaded.
+    OLMoE, DeepSeek's, GPT-OSS and about fifty others. Results and gradients are those of "eager". The weights stay the
+    model's, in their layout. The kind of gate is identified by calling it with numbers. Experts with a gate that the
+    operator does not support, or followed by a norm, keep their own computation, with one warning. Llama 4's experts,
+    which do not use the interface, are computed by the operator as well: the class of their module is permanently
+    changed to a subclass, and a saved copy has to be converted again after it is loaded.
 
     LoRA adapters of peft on experts (``target_parameters``) stay two thin factors, which are multiplied with tokens;
     the model may be a PeftModel already or become one later. Several active adapters at once are added to the weights,

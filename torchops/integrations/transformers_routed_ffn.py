@@ -86,11 +86,11 @@ def keep_routed(model: Model) -> Model:
     """Lets ``save_pretrained`` write in the model's configuration which layers are routed and how, so that
     ``from_pretrained`` builds them again.
 
-    Whoever loads such a model imports this module first. A model that was loaded so needs no further call. Attention
-    may be converted, too, before or afterwards (``apply_sparse_attention``, ``apply_span_attention``).
+    Import this module before you load such a model. A model that was loaded in this way needs no further call.
+    Attention may be converted, too, before or afterwards (``apply_sparse_attention``, ``apply_span_attention``).
 
     Args:
-        model: one in which :func:`torchops.nn.route_ffn_` has been. ``top_k`` of its routers and the like can change
+        model: one that :func:`torchops.nn.route_ffn_` has converted. ``top_k`` of its routers and the like can change
             afterwards.
 
     Returns:

@@ -86,10 +86,10 @@ def keep_factored(model: Model) -> Model:
     """Lets ``save_pretrained`` write in the model's configuration which layers are factored, so that
     ``from_pretrained`` builds them again, in the form in which they were saved.
 
-    Whoever loads such a model imports this module first. A model that was loaded so needs no further call.
+    Import this module before you load such a model. A model that was loaded in this way needs no further call.
 
     Args:
-        model: one in which :func:`torchops.nn.factorize_` has been. Its layers can take other forms afterwards.
+        model: one that :func:`torchops.nn.factorize_` has converted. Its layers can take other forms afterwards.
 
     Returns:
         model.

@@ -29,11 +29,11 @@ IMPLEMENTATION = "topk_attention"
 
 
 def apply_topk_attention(model: Model) -> Model:
-    """Gives the lists of keys or blocks that a model chooses to :func:`torchops.topk_attention`.
+    """Passes the lists of keys or blocks that a model chooses to :func:`torchops.topk_attention`.
 
-    For models with DeepSeek's indexer (DSA: DeepSeek-V3.2, GLM) and with MiniMax M3's. They compute what they compute
-    with "eager", gradients, caches and padding included. Their indexers stay as they are, and so does the mask of all
-    queries and keys that DSA's reads. Layers that choose nothing are computed by :func:`torchops.span_attention`.
+    For models with DeepSeek's indexer (DSA: DeepSeek-V3.2, GLM) and with MiniMax M3's. Results are those of "eager",
+    gradients, caches and padding included. Their indexers are unchanged, and so is the mask of all queries and keys
+    that DSA's reads. Layers without a choice of keys are computed by :func:`torchops.span_attention`.
 
     Args:
         model: changed in place. ``model.set_attn_implementation("eager")`` is the way back.

@@ -1,4 +1,4 @@
-"""A model that computes typical inputs while some of its modules are looked at, and where clusters of those begin."""
+"""Runs of a model on typical inputs that record the inputs of some modules, and first centers of clusters of these."""
 
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,8 +14,8 @@ _padding: ContextVar[Optional[Tensor]] = ContextVar("padding", default=None)
 
 @contextmanager
 def ignored_padding(padding_mask: Optional[Tensor]) -> Iterator[None]:
-    """Inside, padding does not count as a typical input: for the calibrations of :func:`factorize_`, :func:`route_ffn_`
-    and :func:`calibrate_codebooks`.
+    """Inside, padding does not count as a typical input: for the calibrations of :func:`torchops.nn.factorize_`,
+    :func:`torchops.nn.route_ffn_` and :func:`torchops.nn.calibrate_codebooks`.
 
     Args:
         padding_mask: bool [B, L], True for padding; None for none. It holds for layers whose inputs are

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Dict, Generic, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, TypeVar
+from typing import Any, Dict, Generic, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -229,73 +229,3 @@ def problem_of(module: nn.Module) -> Optional[str]:
     if weight.dim() != 2:
         return f"its weight has shape {list(weight.shape)}"
     return None
-
-
-# ---- what is shown ------------------------------------------------------------------------------
-
-
-class Table:
-    """What the conversion of a model did, as text or, with rich, in colours."""
-
-    COLUMNS: ClassVar[Tuple[str, ...]]
-    TEXT_COLUMNS: ClassVar[int] = 2  # the first ones
-
-    def rows(self) -> List[List[str]]:
-        """The cells; the last row is the total."""
-        raise NotImplementedError
-
-    def remarks(self) -> List[str]:
-        """Lines below the table."""
-        return []
-
-    def __str__(self) -> str:
-        rows = [list(self.COLUMNS), *self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(self.COLUMNS))]
-        text = self.TEXT_COLUMNS
-        lines = []
-        for row in rows:
-            cells = [cell.ljust(width) for cell, width in zip(row[:text], widths[:text], strict=True)]
-            numbers = [cell.rjust(width) for cell, width in zip(row[text:], widths[text:], strict=True)]
-            lines.append("  ".join(cells + numbers))
-        lines += self.remarks()
-        return "\n".join(lines)
-
-    def __rich__(self) -> Any:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Group
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD)
-        for index, column in enumerate(self.COLUMNS):
-            table.add_column(column, justify="left" if index < self.TEXT_COLUMNS else "right")
-        *rows, total = self.rows()
-        for row in rows:
-            table.add_row(*row)
-        table.add_section()
-        table.add_row(*total, style="bold")
-        return Group(table, *(escape(line) for line in self.remarks()))
-
-
-def progress(layers: Dict[Layer, List[str]], doing: str, verbose: bool) -> Iterator[Tuple[Layer, List[str]]]:
-    """The layers with their names, one after the other."""
-    if not verbose:
-        yield from layers.items()
-        return
-    try:
-        from rich.progress import track
-    except ModuleNotFoundError:
-        for count, (layer, names) in enumerate(layers.items(), start=1):
-            print(f"{doing} layer {count} of {len(layers)}: {names[0]}")
-            yield layer, names
-    else:
-        yield from track(layers.items(), description=f"{doing} layers", total=len(layers))
-
-
-def show(table: Table) -> None:
-    try:
-        import rich
-    except ModuleNotFoundError:
-        print(table)
-    else:
-        rich.print(table)

@@ -21,20 +21,20 @@ def draw(parameter: Optional[Tensor], fan_in: int) -> None:
 class RoutedFFN(nn.Module):
     """A feed-forward layer of G blocks of hidden units, of which a router chooses k for every token (SPT).
 
-    The products are those of :func:`torchops.routed_ffn`. :meth:`from_mlp` cuts a trained layer into blocks, and
-    :func:`route_ffn_` those of a whole model. With LoRA factors everything else but the router is frozen; the factors
-    a1 and b2, on the side of the token, are shared by all blocks, as if the layer were one.
+    The operator is :func:`torchops.routed_ffn`. :meth:`from_mlp` splits a trained layer into blocks, and
+    :func:`route_ffn_` all layers of a model. With LoRA factors everything except them and the router is frozen. The
+    factors a1 and b2, which are multiplied with or give tokens, are shared by all blocks, as in an undivided layer.
 
     Args:
         dim: d, features of a token.
         hidden_dim: hidden units of all blocks together, a multiple of num_blocks.
-        num_blocks: G.
+        num_blocks: the number of blocks, G.
         top_k: how many blocks compute a token.
         activation, alpha, limit, up_offset, gate_at, lora_scale, recompute: of :func:`torchops.routed_ffn`.
         gated: whether hidden units have a gate, as Llama's: activation(gate) * value.
         bias: whether both layers have biases.
         lora_rank: r of LoRA factors for all weights; 0 for none.
-        router: what chooses. None for a Router(dim, num_blocks, top_k, straight_through=True).
+        router: the module that chooses blocks. None for a Router(dim, num_blocks, top_k, straight_through=True).
         device, dtype: of the parameters.
 
     Shapes: forward(input [..., d]) returns [..., d]. With N = hidden_dim / G: w1 and w_gate [G, N, d], w2 [G, d, N], b1

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ._calibration import current_padding, evenly_spaced, first_argument, observed, tokens_of
-from ._conversion import Candidates, progress, refusal, show
+from ._conversion import Candidates, refusal
+from ._report import progress, show
 from .routed_ffn import RoutedFFN
 from .routed_ffn_calibration import MOST_ROWS, PATTERN_ROWS
 from .routed_ffn_candidates import find_feed_forwards
@@ -31,34 +32,33 @@ def route_ffn_(
     lora_scale: float = 1.0,
     recompute: bool = False,
 ) -> RoutingReport:
-    """Replaces the feed-forward layers of a model by :class:`RoutedFFN` layers cut out of them (SPT).
+    """Replaces the feed-forward layers of a model by :class:`RoutedFFN` layers made of them (SPT).
 
-    Feed-forward layers are found by what they hold: two linear layers that lead there and back with one activation
-    between them, in an ``nn.Sequential``, in one module (GPT-2's with ``Conv1D``, timm's), in two that follow each
-    other (BERT's), or in a block beside its attention (BART's, OPT's, ALBERT's, ``nn.TransformerEncoderLayer``); or
-    three with a gate (Llama's). The activation is known by its values. Each routed layer has computed on random tokens,
-    with all of its blocks, what the model computed there before.
+    A feed-forward layer is two linear layers, to the hidden units and back, with one activation between them: in an
+    ``nn.Sequential``, in one module (GPT-2's with ``Conv1D``, timm's), in two consecutive modules (BERT's), or in a
+    block with attention (BART's, OPT's, ALBERT's, ``nn.TransformerEncoderLayer``); or three linear layers with a gate
+    (Llama's). The activation is identified by its values. Each routed layer, with all of its blocks, is verified to
+    give on random tokens what the model gave before.
 
-    All or nothing: an error leaves the model as it was. Of a layer in its own module or two, the linear layers go, and
-    the module stays with its hooks, its dropout, and what it adds: the routed layer stands where the first linear layer
-    stood, and the identity in the places of the others, so that dropout of hidden units is dropout of outputs then.
-    One with a gate is replaced as a whole, and its hooks stay. Make optimizers afterwards, and add
-    :func:`balance_loss` to the loss.
+    An error leaves the model unchanged. The routed layer replaces the first linear layer, and identities replace the
+    activation and the second one. The module around them keeps its hooks, dropout and residual connections, and
+    dropout of hidden units becomes dropout of outputs. A layer with a gate is replaced as a whole, and its hooks are
+    kept. Make optimizers afterwards, and add :func:`balance_loss` to the loss.
 
     A converted model is loaded into one that was converted with the same num_blocks and lora_rank.
 
-    Stay dense, and stand in the report as such: layers whose weight another module holds as well, subclasses of
+    These stay dense and are listed in the report: layers whose weight another module holds as well, subclasses of
     ``nn.Linear`` and others' linear layers (quantized ones), layers with fewer hidden units than features, modules that
     hold something else where a gated layer or one of two modules (BERT's) would be replaced, and blocks that do not
     compute with tokens alone (LED's encoder, whose attention needs its mask).
 
     Args:
         model: changed in place.
-        num_blocks: G, into how many blocks each layer's hidden units are cut.
+        num_blocks: G, the number of blocks of each layer's hidden units.
         top_k: how many of them compute a token.
         skip: names of layers or of modules around them to leave, as ``model.named_modules()`` has them, with * and ?
             for anything. A layer with several names is left if one is named.
-        calibration: a function that lets the model it is given compute typical inputs, for example
+        calibration: a function that runs the model on typical inputs, for example
             ``lambda model: [model(batch) for batch in batches]``, some thousand tokens in all, to which blocks and
             routers are fitted (:meth:`RoutedFFN.from_mlp`). It is called with the model in evaluation mode and without
             gradients. Padding does not count inside of :func:`ignored_padding`.

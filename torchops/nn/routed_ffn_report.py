@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Dict, List, Sequence, Tuple
 
-from ._conversion import Table
+from ._report import Table, spread
 
 __all__ = ["RoutedLayer", "RoutingReport"]
 
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """What became of a feed-forward layer: its name and activation, and its sizes.
+    """What a conversion did to one feed-forward layer: its name, activation, sizes and error.
 
     ``weights`` are the numbers in its weights, ``computed`` those of them that compute a token, ``trained`` the numbers
     that train afterwards. ``output_norm`` is that of what the dense layer computed in the calibration, ``output_error``
@@ -52,6 +52,8 @@ class RoutingReport(Table):
         "busiest",
     )
 
+    PRINTED: ClassVar[Tuple[str, ...]] = ("layer", "sizes", "blocks", "computed", "error", "busiest")
+
     layers: Sequence[RoutedLayer]
     left: Sequence[Tuple[str, str]] = ()
 
@@ -71,25 +73,42 @@ class RoutingReport(Table):
         """The table's cells. Weights and what is trained are in thousands, ``computed`` is the share of the weights
         that compute a token, ``error`` is relative to the norm of what the dense layer computed. The last row is the
         total."""
-
-        def share(part: float, whole: float) -> str:
-            return "" if math.isnan(part) else f"{part / (whole or 1.0):.3f}"
-
         return [
             [
                 layer.name,
                 layer.activation,
-                f"{layer.dim} x {layer.hidden_dim}" if layer.dim else "",
-                f"{layer.top_k} of {layer.num_blocks}" if layer.num_blocks else "",
+                *sizes(layer),
                 f"{layer.weights / 1000:,.1f}",
                 f"{layer.computed / layer.weights:.2f}",
                 f"{layer.trained / 1000:,.1f}",
-                share(layer.output_error, layer.output_norm),
-                share(layer.busiest, 1.0),
+                spread([output_error(layer)]),
+                spread([layer.busiest]),
             ]
             for layer in (*self.layers, self.total())
         ]
 
-    def remarks(self) -> List[str]:
-        """A line for every layer that stays dense."""
-        return [f"left dense: {name} ({reason})" for name, reason in self.left]
+    def lines(self) -> List[List[str]]:
+        """What is printed. Layers of one kind whose names differ in numbers alone share a line, which has the range of
+        their errors and of the shares of their busiest blocks."""
+        kinds = [(layer.activation, *sizes(layer)) for layer in self.layers]
+        return [
+            [
+                name,
+                *sizes(layers[0]),
+                f"{layers[0].computed / layers[0].weights:.2f}",
+                spread([output_error(layer) for layer in layers]),
+                spread([layer.busiest for layer in layers]),
+            ]
+            for name, layers in (*self._groups(kinds), (self.total().name, [self.total()]))
+        ]
+
+
+def sizes(layer: RoutedLayer) -> Tuple[str, str]:
+    """Of its weights, and how many of its blocks compute a token; nothing for the total."""
+    if not layer.dim:
+        return "", ""
+    return f"{layer.dim} x {layer.hidden_dim}", f"{layer.top_k} of {layer.num_blocks}"
+
+
+def output_error(layer: RoutedLayer) -> float:
+    return layer.output_error / (layer.output_norm or 1.0)

@@ -33,8 +33,8 @@ class Router(nn.Module):
 
     Args:
         dim: d, features of a token.
-        num_blocks: G.
-        top_k: k.
+        num_blocks: the number of blocks, G.
+        top_k: how many blocks compute a token, k.
         score: see above.
         renormalize: divide a token's gates by their sum.
         straight_through: gates are 1, and their gradients those of the gates' logarithms, so that a token is the plain
@@ -160,7 +160,7 @@ class Router(nn.Module):
         Args:
             index: the choices, [..., k], where entries below 0 count for no block; None for those of the last forward
                 pass in training.
-            rate: u.
+            rate: the step of the bias, u.
 
         Raises:
             ValueError: scores other than "sigmoid", or no choices.

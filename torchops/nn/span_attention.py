@@ -14,13 +14,13 @@ class SpanAttention(SelfAttention):
     """Multi-head self-attention in which every token attends to a span of tokens.
 
     Args:
-        embed_dim: C.
+        embed_dim: the number of features, C.
         num_heads: query heads, each of C / num_heads features.
         block_size, left, right, is_causal: the span, as in :func:`torchops.span_attention`;
             :func:`mixed_span` gives them for each layer of a stack. Full attention if left out.
         num_kv_heads: key and value heads, which groups of query heads share; num_heads if None.
         bias: whether the projections have biases.
-        sink: learn one logit a head that takes part in the softmax and has no value, so that a token can
+        sink: learn one logit for each head that is in the softmax and has no value, so that a token can
             attend to nothing. It starts at 0.
 
     Shapes: forward(input [B, L, C], padding_mask [B, L], start [B]) returns [B, L, C].
@@ -59,7 +59,7 @@ class SpanAttention(SelfAttention):
 
         Args:
             input: the tokens, [B, L, C].
-            padding_mask: bool [B, L], True for padding, which nobody attends to.
+            padding_mask: bool [B, L], True for padding, which no token attends to.
             start: int64 or int32 [B], the position of the first token of each row, which blocks are counted
                 from: minus the padding on its left. 0 if None.
         """

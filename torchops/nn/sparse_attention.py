@@ -25,14 +25,14 @@ def num_listed(num_keys: int, keep_share: float, keep_count: int) -> int:
 
 
 class PQAttention(nn.Module):
-    """Attention of queries to the keys that share most codes with them: what an attention layer calls where it
-    called scaled_dot_product_attention, after rotary positions if it has them.
+    """Attention of queries to the keys that share most codes with them.
 
-    Queries and keys are cut into parts of ``subspace`` features, and each part is replaced by the nearest of the
-    ``num_codewords`` codewords of its codebook. The ``keep`` keys that agree with a query in most parts are
-    attended to. Codebooks are shared by queries, keys and heads. They start as random numbers and are worth little
-    before :func:`calibrate_codebooks`; in training, ``quantization_loss`` is what they learn by. Nothing else has a
-    gradient to them: who does not add it to the loss freezes them (``codebooks.requires_grad_(False)``).
+    An attention layer calls it in place of scaled_dot_product_attention, after rotary positions if it has them.
+    Queries and keys are split into parts of ``subspace`` features, and each part is replaced by the nearest of the
+    ``num_codewords`` codewords of its codebook. A query attends to the ``keep`` keys that agree with it in most
+    parts. Codebooks are shared by queries, keys and heads. They start as random numbers, so fit them first
+    (:func:`calibrate_codebooks`). In training only ``quantization_loss`` has a gradient to them. If you do not add it
+    to the loss, freeze them (``codebooks.requires_grad_(False)``).
 
     Args:
         head_dim: D, a multiple of subspace.
@@ -162,13 +162,13 @@ class SparseAttention(SelfAttention):
     quantization.
 
     Args:
-        embed_dim: C.
+        embed_dim: the number of features, C.
         num_heads: query heads, each of C / num_heads features.
         keep, num_codewords, subspace, sink_keys, local_keys: as in :class:`PQAttention`, which is ``attend``.
         is_causal: whether a token attends only to itself and those before it.
         num_kv_heads: key and value heads, which groups of query heads share; num_heads if None.
         bias: whether the projections have biases.
-        sink: learn one logit a head that takes part in the softmax and has no value, so that a token can attend to
+        sink: learn one logit for each head that is in the softmax and has no value, so that a token can attend to
             nothing. It starts at 0.
 
     Shapes: forward(input [B, L, C], padding_mask [B, L], start [B]) returns [B, L, C].
@@ -215,7 +215,7 @@ class SparseAttention(SelfAttention):
 
         Args:
             input: the tokens, [B, L, C].
-            padding_mask: bool [B, L], True for padding, which nobody attends to.
+            padding_mask: bool [B, L], True for padding, which no token attends to.
             start: int64 or int32 [B], the position of the first token of each row, which sink_keys are counted from:
                 minus the padding on its left. 0 if None.
         """

@@ -20,17 +20,17 @@ def calibrate_codebooks(
     """Sets the codebooks of a model's :class:`PQAttention` modules to the centres of clusters of their queries and
     keys, by k-means with the distance of :func:`torchops.pq_encode`.
 
-    While the calibration lets the model compute, in evaluation mode and without gradients, these modules attend to all
-    keys, so that every layer sees what it would see with full attention. The same input gives the same codebooks.
+    While the calibration runs the model, in evaluation mode and without gradients, these modules attend to all keys, so
+    that every layer has the inputs that it has with full attention. The same input gives the same codebooks.
 
     Args:
         model: changed in place; its codebooks are the same parameters as before, with other numbers.
-        calibration: called with the model; lets it compute typical inputs, once or more often. Padding does not count
-            inside of :func:`ignored_padding`.
-        rows: how many queries and keys of a layer are looked at, at most, evenly spaced in every pass.
+        calibration: called with the model; runs it on typical inputs, once or more often. Padding does not count
+            inside of :func:`torchops.nn.ignored_padding`.
+        rows: how many queries and keys of a layer are used, at most, evenly spaced in every pass.
 
     Returns:
-        :func:`torchops.pq_loss` of what each module looked at, by its name.
+        :func:`torchops.pq_loss` of the queries and keys that were used, by the module's name.
 
     Raises:
         ValueError: the model has no PQAttention, or the calibration does not reach one, or with numbers that are not

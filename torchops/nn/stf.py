@@ -38,10 +38,10 @@ class STFLinear(nn.Module):
     :meth:`pack`        packed_values, mask         inference and files: factors without gradients
     ==================  ==========================  ======================================================
 
-    Parameters change with the form, so an optimizer is made afterwards. What is frozen stays frozen, and what
-    packing froze trains again afterwards. A state dict is loaded in the form in which it was saved, whatever the
-    form of the module that loads it; one of another layer is refused, and the module is then as it was. Averages are
-    for parameters: a module whose positions were averaged, as buffers are by some, refuses to run.
+    Parameters change with the form, so make the optimizer afterwards. Frozen tensors stay frozen, and what packing
+    froze trains again after unpacking. A state dict is loaded in the form in which it was saved, whatever the form of
+    the module that loads it. The state of another layer raises an error and leaves the module unchanged. Average
+    parameters only: a module whose positions, which are buffers, were averaged raises an error when it runs.
 
     Args:
         in_features, out_features: as of ``nn.Linear``.
@@ -56,8 +56,8 @@ class STFLinear(nn.Module):
     Shapes: forward(input [..., in_features]) returns [..., out_features]; basis [blocks, K, cols / blocks],
     values and indices [rows, blocks, nnz], latent [rows, blocks, K], with rows = out_features and
     cols = in_features on the output's side, and the other way round on the input's. The module holds positions of
-    16 bits, those of K > 256 and masks, as bytes in a last dimension of 2; ``sparse_factor()`` has them as
-    :func:`torchops.stf_linear` takes them. ``layout`` says what layer a state dict is of.
+    16 bits, those of K > 256 and masks, as bytes in a last dimension of 2; ``sparse_factor()`` returns them as
+    :func:`torchops.stf_linear` takes them. ``layout`` identifies the layer of a state dict.
 
     Source: DSFormer: Effective Compression of Text-Transformers by Dense-Sparse Weight Factorization, 2023.
 

@@ -6,8 +6,9 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 import torch
 from torch import nn
 
-from ._conversion import HOOKS, as_linear, key, owners_of, progress, put_, show
+from ._conversion import HOOKS, as_linear, key, owners_of, put_
 from ._replay import Replay
+from ._report import progress, show
 from .stf import STFLinear
 from .stf_calibration import Fit
 from .stf_candidates import find_candidates
@@ -28,16 +29,16 @@ def factorize_(
 ) -> FactorizationReport:
     """Replaces every ``nn.Linear`` inside a model by an :class:`STFLinear` made of its weight.
 
-    All or nothing: layers are replaced when all of them have been factored, and an error leaves the model as it
-    was. transformers' ``Conv1D`` (GPT-2's linear layer) is factored, too. A layer that stands in several places
-    stays one layer. A new layer has the old one's device, dtype, mode and hooks, and is frozen where the old weight
-    was. Its bias is the same parameter; with a calibration it is a new one that takes the mean error, unless other
-    modules hold it, too. Make optimizers afterwards: weights are other parameters now.
+    Layers are replaced when all of them have been factored, and an error leaves the model unchanged. transformers'
+    ``Conv1D`` (GPT-2's linear layer) is factored, too. A layer that is used in several places remains one layer. A new
+    layer has the old one's device, dtype, mode and hooks, and is frozen if the old weight was. Its bias is the same
+    parameter; with a calibration it is a new one that takes the mean error, unless other modules share it. Make
+    optimizers afterwards, since the parameters are new.
 
-    Stay dense, and stand in the report as such: layers whose weight another module holds as well (a language model's
-    head on its embedding), and subclasses of ``nn.Linear`` (what is inside ``nn.MultiheadAttention``, for one).
+    These stay dense and are listed in the report: layers whose weight another module shares (a language model's head
+    and its embedding), and subclasses of ``nn.Linear`` (the one in ``nn.MultiheadAttention``, for example).
 
-    Turn the new layers to training or inference with their methods, for example ``for layer in model.modules(): if
+    Prepare the new layers for training or inference with their methods, for example ``for layer in model.modules(): if
     isinstance(layer, STFLinear): layer.straight_through()``.
 
     Args:
@@ -47,15 +48,15 @@ def factorize_(
             for anything: ``["classifier", "*.pooler"]``. A layer with several names is left if one is named.
         num_iterations: of :func:`torchops.stf_factorize`.
         verbose: show progress and print the report. Both are nicer with rich installed.
-        calibration: a function that lets the model it is given compute typical inputs, for example
+        calibration: a function that runs the model on typical inputs, for example
             ``lambda model: [model(batch) for batch in batches]``: several tokens for each feature of the widest
             layer, or more. Layers are then factored so that the errors of their outputs there are small, not those of
             their weights. It is called with the model in evaluation mode and without gradients, and more than once
             where blocks cannot be run by themselves, those with a cache of keys among them: it must compute the same
             each time. Padding does not count inside of :func:`ignored_padding`.
         sequential: with a calibration, layers are factored in the order of the forward, and each is fitted to the
-            outputs of the dense model for the inputs that it gets behind the layers factored so far: it makes up for
-            some of their errors. False fits each to its inputs in the dense model.
+            outputs of the dense model for the inputs that it gets from the layers factored before it, so it corrects
+            part of their errors. False fits each to its inputs in the dense model.
         stored_dtype: for which bytes are counted, None for that of the weights: bfloat16 for a model that is trained
             in float32 and saved in bfloat16, for example.
 

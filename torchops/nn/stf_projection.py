@@ -16,10 +16,10 @@ __all__ = ["STFProjectedLinear"]
 class STFProjectedLinear(nn.Module):
     """A linear layer that computes with the factorization of its dense weight (the Straight-Through Factorizer).
 
-    The gradient to the factorization's value goes to the dense weight as it is, so that all factorizations of a
-    model are learned on its loss. The forward uses the basis there is, so that a checkpoint computes the same again;
-    :meth:`refresh`, called after an optimizer's step, lets it follow the weight. :meth:`factored` is the layer that
-    comes out. Each forward factors the weight anew from the basis: it is for fine-tuning, and slower than
+    The gradient to the product of the factors is taken for the gradient to the dense weight, so that all layers are
+    trained on the model's loss. The forward pass uses the current basis, so that a checkpoint computes the same again.
+    Call :meth:`refresh` after a step of the optimizer to update the basis. :meth:`factored` returns the result as a
+    layer of factors. Each forward pass factors the weight again: this is for fine-tuning, and slower than
     ``STFLinear(...).straight_through()``, which trains basis and code instead.
 
     Args:
@@ -112,7 +112,7 @@ class STFProjectedLinear(nn.Module):
 
     @torch.no_grad()
     def factored(self) -> STFLinear:
-        """A factored layer that computes the same: with the very code that :meth:`forward` multiplies out."""
+        """A factored layer that computes the same, with the factors whose product ``forward`` uses."""
         layer = STFLinear(
             self.weight.shape[1],
             self.weight.shape[0],

@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, List, Sequence, Tuple
 
-from ._conversion import Table
+from ._report import Table, spread
 
 __all__ = ["FactorizationReport", "FactorizedLayer"]
 
 
 @dataclass(frozen=True)
 class FactorizedLayer:
-    """What became of a linear layer, without its bias: names, bytes and error.
+    """What a conversion did to one linear layer, without its bias: names, bytes and error.
 
     ``indexed_bytes`` are those of the form that trains, with 8 or 16 bits for the position of a nonzero;
     ``packed_bytes`` those of the form that infers, with a bit for every possible position. ``norm`` is that of the
@@ -56,6 +56,8 @@ class FactorizationReport(Table):
         "of outputs",
     )
 
+    PRINTED: ClassVar[Tuple[str, ...]] = ("layer", "packed kB", "smaller", "error", "outputs")
+
     layers: Sequence[FactorizedLayer]
     left: Sequence[Tuple[str, str]] = ()
 
@@ -86,12 +88,31 @@ class FactorizationReport(Table):
                 f"{layer.packed_bytes / 1000:,.1f}",
                 f"{layer.dense_bytes / layer.packed_bytes:.2f} x",
                 f"{layer.dense_numbers / layer.stored_numbers:.2f} x",
-                f"{layer.error / layer.norm if layer.norm else 0.0:.3f}",
-                "" if math.isnan(layer.output_norm) else f"{layer.output_error / (layer.output_norm or 1.0):.3f}",
+                f"{weight_error(layer):.3f}",
+                "" if math.isnan(layer.output_norm) else f"{output_error(layer):.3f}",
             ]
             for layer in (*self.layers, self.total())
         ]
 
-    def remarks(self) -> List[str]:
-        """A line for every layer that stays dense."""
-        return [f"left dense: {name} ({reason})" for name, reason in self.left]
+    def lines(self) -> List[List[str]]:
+        """What is printed. Layers of one size whose names differ in numbers alone share a line, which has their bytes
+        together and the range of their errors."""
+        kinds = [(layer.sparse_side, layer.basis_size, layer.nnz, layer.dense_bytes) for layer in self.layers]
+        return [
+            [
+                name,
+                f"{sum(layer.packed_bytes for layer in layers) / 1000:,.1f}",
+                f"{layers[0].dense_bytes / layers[0].packed_bytes:.2f} x",
+                spread([weight_error(layer) for layer in layers]),
+                spread([output_error(layer) for layer in layers]),
+            ]
+            for name, layers in (*self._groups(kinds), (self.total().name, [self.total()]))
+        ]
+
+
+def weight_error(layer: FactorizedLayer) -> float:
+    return layer.error / layer.norm if layer.norm else 0.0
+
+
+def output_error(layer: FactorizedLayer) -> float:
+    return layer.output_error / (layer.output_norm or 1.0)

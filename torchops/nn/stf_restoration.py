@@ -1,4 +1,4 @@
-"""Builds factored layers where a state dict has them."""
+"""Builds the factored layers of a state dict."""
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
@@ -39,9 +39,9 @@ def restore_factored_(
 ) -> nn.Module:
     """Replaces the layers of a model that a state dict holds factored by :class:`STFLinear`, and loads it.
 
-    The way back for what :func:`factorize_` made: build the model as it was before, with dense layers, and give it
-    the state dict of the factored one, in whatever form its layers were. Sizes follow from the tensors. An error
-    leaves the model's layers as they were.
+    It loads what :func:`factorize_` made: build the model with dense layers, as before the conversion, and pass the
+    state dict of the factored one, in any form of its layers. Sizes follow from the tensors. An error leaves the
+    model's layers unchanged.
 
     Args:
         model: changed in place. On the meta device the tensors of the state dict become its own.

@@ -56,11 +56,11 @@ def proportional_attention_bias(size: Tensor) -> Tensor:
 
 
 def group_padding_mask(assign: Tensor, num_groups: int, padding_mask: Tensor) -> Tensor:
-    """Which groups no token went to but padding: the padding mask behind :func:`torchops.merge_tokens`.
+    """Which groups have no token except padding: the padding mask after :func:`torchops.merge_tokens`.
 
     Args:
         assign: int64 [B, N], values in -1..M-1.
-        num_groups: M.
+        num_groups: the number of groups, M.
         padding_mask: bool [B, N], True for padding.
 
     Returns:
@@ -163,19 +163,22 @@ def first_entries(a: Tensor, num_pairs: int) -> Tensor:
 
 
 class PyraModulation(nn.Module):
-    """PYRA's parallel yielding re-activation: sources learn what to bring along before they merge.
+    r"""PYRA's parallel yielding re-activation: a learned modulation of the sources before they merge.
 
-    With src and dst the tokens of the R pairs in descending similarity, p = LayerNorm(src + dst)::
+    With s and d [B, R, C] the source and destination tokens of the R pairs, in descending similarity:
 
-        w1 = 2 sigmoid(a^T p)        [B, 1, C]
-        w2 = 2 sigmoid(p b^T) - 1    [B, R, 1]
-        src' = src + (src * w1) * w2
+    .. math::
 
-    b starts at zero, so the module starts as the identity. Pairs without a destination (dropped
-    padding) stay as they are, and what is in them reaches no other token.
+        p = \text{LayerNorm}(s + d) \qquad
+        w_1 = 2\,\sigma(a^T p) \qquad
+        w_2 = 2\,\sigma(p\,b^T) - 1 \qquad
+        s' = s + s \odot w_1 \odot w_2
+
+    w_1 is [B, 1, C] and w_2 [B, R, 1]. b starts at zero, so the module starts as the identity. Pairs without a
+    destination (dropped padding) are unchanged, and their values reach no other token.
 
     Args:
-        dim: C.
+        dim: the number of channels, C.
         r: number of pairs that a is made for; calls with fewer pairs use its first entries.
 
     Raises:
@@ -303,7 +306,7 @@ class MixtureOfDepths(nn.Module):
 
     Args:
         block: module from [B, M, C] to [B, M, C].
-        dim: C.
+        dim: the number of channels, C.
         ratio: share of the tokens to run, of those that are not protected, rounded down; a product less than
             1e-6 below a whole number is that number (0.29 of 100 are 29). 1 or more runs the block on all of
             them without a router.

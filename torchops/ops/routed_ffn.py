@@ -101,11 +101,13 @@ def routed_ffn(
     lora_scale: float = 1.0,
     recompute: bool = False,
 ) -> Tensor:
-    """A feed-forward layer of G blocks, of which each token is computed by the k that ``index`` names.
+    r"""A feed-forward layer of G blocks, of which each token is computed by the k that ``index`` names.
 
-    For a token x with blocks g and gates c of its slots::
+    For a token x, with block g and gate c of each of its k slots:
 
-        y = sum over slots of c (W2_g h + b2_g),    h = act(W1_g x + b1_g)
+    .. math::
+
+        y = \sum_{\text{slots}} c \, (W_{2,g} h + b_{2,g}) \qquad h = \text{act}(W_{1,g} x + b_{1,g})
 
     Blocks are slices of the hidden units of one layer (SPT), or experts of a mixture. The results of a token's slots
     are added up in float32 (float64 for float64), in the order of the slots, and rounded once. No token is dropped: a
@@ -142,8 +144,8 @@ def routed_ffn(
         y [..., d] of the input's dtype.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or name; gradients of gradients and forward mode raise
-            NotImplementedError or RuntimeError by name.
+        ValueError: a wrong shape, dtype, device or name.
+        NotImplementedError, RuntimeError: gradients of gradients, and forward mode.
 
     Under autocast input, weights, biases and factors are lowered; gates are not.
 

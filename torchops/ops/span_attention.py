@@ -1,11 +1,15 @@
-"""Attention over a span of keys: full, in blocks or in a sliding window, by one rule.
+r"""Attention over a span of keys: full, in blocks or in a sliding window, by one rule.
 
-With absolute positions p of a query and t of a key, counted in blocks of ``block_size`` positions, a
-query sees the keys of its own block, of ``left`` blocks before it and of ``right`` blocks behind it;
--1 lifts a bound, and ``is_causal`` hides keys behind the query::
+A query at the absolute position p sees the keys in its own block of ``block_size`` positions, in ``left``
+blocks before it and in ``right`` blocks after it. -1 removes a bound. With ``is_causal`` it sees no key
+after itself. A key at position t is seen if
 
-    floor(p / block_size) - left <= floor(t / block_size) <= floor(p / block_size) + right
-    t <= p   if is_causal
+.. math::
+
+    \lfloor p / \mathrm{block\_size} \rfloor - \text{left}
+    \le \lfloor t / \mathrm{block\_size} \rfloor
+    \le \lfloor p / \mathrm{block\_size} \rfloor + \text{right}
+    \quad \text{and} \quad (t \le p \text{ if } \mathrm{is\_causal})
 
 =========================================  ==========  ====  =====  =========
 attention                                  block_size  left  right  is_causal
@@ -111,13 +115,11 @@ def span_attention_lse(
 ) -> Tuple[Tensor, Tensor]:
     """:func:`span_attention` and the logarithm of its softmax's denominator.
 
-    Results over parts of the keys are merged with it: with o1, l1 and o2, l2 over two parts, the whole
-    is ``o1 * exp(l1 - l) + o2 * exp(l2 - l)`` with ``l = logaddexp(l1, l2)``. Give the sink to one part only,
-    and clamp l1 and l2 to finite numbers first where a query may see nothing in both parts.
+    Results over disjoint parts of the keys are merged with it, by :func:`torchops.merge_attention`. Give the sink to
+    one part only.
 
     Args:
-        query, key, value, block_size, left, right, is_causal, scale, key_bias, sink, query_start, key_start:
-            as in :func:`span_attention`.
+        query, key, value, block_size, ..., key_start: as in :func:`span_attention`.
 
     Returns:
         output [B, Hq, Lq, Dv], and logsumexp [B, Hq, Lq] in float32 (float64 for float64), -inf for a
@@ -129,8 +131,7 @@ def span_attention_lse(
     >>> query, key, value = torch.randn(3, 1, 2, 6, 8)
     >>> first, first_lse = torchops.span_attention_lse(query, key[:, :, :4], value[:, :, :4])
     >>> second, second_lse = torchops.span_attention_lse(query, key[:, :, 4:], value[:, :, 4:])
-    >>> weight = torch.sigmoid(first_lse - second_lse)[..., None]
-    >>> merged = first * weight + second * (1 - weight)
+    >>> merged, lse = torchops.merge_attention([first, second], [first_lse, second_lse])
     >>> torch.testing.assert_close(merged, torchops.span_attention(query, key, value))
     """
     return operators.span_attention_lse(

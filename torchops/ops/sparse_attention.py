@@ -113,12 +113,11 @@ def topk_attention_lse(
 ) -> Tuple[Tensor, Tensor]:
     """:func:`topk_attention` and the logarithm of its softmax's denominator.
 
-    Results over parts of the keys are merged with it, those of :func:`span_attention_lse` among them: NSA's window
-    and list, for example.
+    Results over disjoint parts of the keys are merged with it, by :func:`torchops.merge_attention`, those of
+    :func:`span_attention_lse` among them: NSA's window and list, for example.
 
     Args:
-        query, key, value, indices, block_size, query_block, is_causal, scale, key_bias, pair_bias, sink, query_start,
-            key_start: as in :func:`topk_attention`.
+        query, key, value, indices, ..., key_start: as in :func:`topk_attention`.
 
     Returns:
         output [B, Hq, Lq, Dv], and logsumexp [B, Hq, Lq] in float32 (float64 for float64), -inf for a
@@ -131,8 +130,7 @@ def topk_attention_lse(
     >>> some, others = torch.tensor([0, 3, 5]).expand(1, 1, 6, 3), torch.tensor([1, 2, 4]).expand(1, 1, 6, 3)
     >>> first, first_lse = torchops.topk_attention_lse(query, key, value, some)
     >>> second, second_lse = torchops.topk_attention_lse(query, key, value, others)
-    >>> weight = torch.sigmoid(first_lse - second_lse)[..., None]
-    >>> merged = first * weight + second * (1 - weight)
+    >>> merged, lse = torchops.merge_attention([first, second], [first_lse, second_lse])
     >>> torch.testing.assert_close(merged, torchops.span_attention(query, key, value))
     """
     return operators.topk_attention_lse(
@@ -318,8 +316,7 @@ def pq_attention_lse(
     Results over parts of the keys are merged with it, as those of :func:`topk_attention_lse` are.
 
     Args:
-        query, key, value, query_codes, key_codes, k, is_causal, scale, sink_keys, local_keys, key_bias, sink,
-            query_start, key_start: as in :func:`pq_attention`.
+        query, key, value, query_codes, ..., key_start: as in :func:`pq_attention`.
 
     Returns:
         output [B, Hq, Lq, Dv], and logsumexp [B, Hq, Lq] in float32 (float64 for float64), -inf for a

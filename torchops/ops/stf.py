@@ -1,8 +1,10 @@
-"""Linear layers whose weight is a sparse factor times a small dense basis (DSFormer).
+r"""Linear layers whose weight is a sparse factor times a small dense basis (DSFormer).
 
-A matrix M [rows, cols], whose columns are split into equal blocks, is written as::
+A matrix M [rows, cols], whose columns are split into equal blocks, is written as
 
-    M[r, block b] = sum over e < nnz of values[r, b, e] * basis[b, indices[r, b, e], :]
+.. math::
+
+    M_{r,\text{block } b} = \sum_{e < \text{nnz}} \text{values}_{r,b,e} \, \text{basis}_{b,\text{indices}_{r,b,e},:}
 
 so every row of a block is a combination of nnz of the block's K basis vectors, its *atoms*. The sparse
 factor stands on either side of a layer, better on the larger one:
@@ -15,7 +17,7 @@ on the input   y = x M + bias         in, out     True
 =============  =====================  ==========  ==========
 
 indices are uint8 for K <= 256 and int16 above, K at most 32767. The sums of sparse products are float32
-(float64 for float64); their atoms' side, ``x basis^T`` or ``x code``, is rounded to the input's dtype.
+(float64 for float64); the product of the input with the first factor is rounded to the input's dtype.
 
 Source: DSFormer: Effective Compression of Text-Transformers by Dense-Sparse Weight Factorization, 2023.
 """
@@ -193,7 +195,7 @@ def stf_pack(values: Tensor, indices: Tensor, basis_size: int) -> Tuple[Tensor, 
         values: [rows, blocks, nnz], float64, float32, bfloat16 or float16.
         indices: uint8 or int16 [rows, blocks, nnz], increasing in every row and block, as
             :func:`stf_select` makes them.
-        basis_size: K.
+        basis_size: the number of basis vectors of a block, K.
 
     Returns:
         packed_values [ceil(rows / 16), blocks, 16 * nnz], the values of a group and block in the order of

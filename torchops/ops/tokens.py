@@ -2,8 +2,7 @@
 
 All of it is one idea: an *assignment* of N tokens to M groups. ``assign[b, i]`` is the group of token i
 of row b, or -1 when the token is dropped. An operator either makes an assignment or moves data along
-one; token merging, pruning and routing methods are short compositions of the two
-(:mod:`torchops.nn.tokens`).
+one; token merging, pruning and routing methods are short compositions of the two (:mod:`torchops.nn`).
 """
 
 from typing import Optional, Tuple
@@ -157,12 +156,15 @@ def merge_tokens(
     weight: Optional[Tensor] = None,
     normalize: bool = True,
 ) -> Tuple[Tensor, Tensor]:
-    """Adds up, or averages, the tokens of each group.
+    r"""Adds up, or averages, the tokens of each group.
 
-    With S_m the sum of the weights of group m's members, in ascending token order::
+    The members i of group m are the tokens with ``assign[b, i] == m``:
 
-        total[b, m]  = S_m
-        merged[b, m] = sum of weight[b, i] * input[b, i] over assign[b, i] = m,   / S_m if normalize
+    .. math::
+
+        \text{total}_{b,m} &= \sum_i \text{weight}_{b,i} \\
+        \text{merged}_{b,m} &= \sum_i \text{weight}_{b,i} \, \text{input}_{b,i}
+        \;\; (/ \, \text{total}_{b,m} \text{ if normalize})
 
     An empty group gives zeros and total 0; a group whose total is 0 is not divided. A normalised group
     of one member, of a finite weight, is a copy of it, bit for bit. Sums are taken in float32 (float64
@@ -171,7 +173,7 @@ def merge_tokens(
     Args:
         input: [B, N, C], float64, float32, bfloat16 or float16.
         assign: int64 [B, N], values in -1..M-1; -1 takes no part.
-        num_groups: M.
+        num_groups: the number of groups, M.
         weight: [B, N], any floating dtype; None for ones. With the sizes of ToMe, a token that stands
             for several counts as several.
         normalize: divide by the total.
