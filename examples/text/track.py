@@ -219,7 +219,7 @@ def run(short: bool, output: Path) -> str:
     Returns:
         what came out, in a sentence; empty in all processes but the main one.
     """
-    dense_steps, tuning_steps, rounds, num_passages = (20, 5, 2, 8) if short else (200, 20, 2, 12)
+    dense_steps, tuning_steps, rounds, num_passages = (20, 5, 2, 8) if short else (200, 20, 3, 12)
     contexts = (CONTEXT, 4096, 8192) if short else (CONTEXT, 8192, 16384)
     folder = output / "text"
     folder.mkdir(parents=True, exist_ok=True)
