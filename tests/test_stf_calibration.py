@@ -268,8 +268,11 @@ def test_padding_does_not_count() -> None:
 
     factorize_(models[0], 1.5, verbose=False, calibration=run, num_iterations=1)
     factorize_(models[1], 1.5, verbose=False, calibration=lambda given: given(tokens[~padding]), num_iterations=1)
-    for name, tensor in models[0].state_dict().items():
-        torch.testing.assert_close(tensor, models[1].state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+    # Not the factors: of a basis vector and its values both signs are right, and rounding may choose.
+    for (name, layer), other in zip(models[0].named_modules(), models[1].modules(), strict=True):
+        if isinstance(layer, STFLinear):
+            torch.testing.assert_close(layer.dense_weight(), other.dense_weight(), rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(layer.bias, other.bias, rtol=1e-3, atol=1e-4, msg=name)
 
 
 # ---- biases ---------------------------------------------------------------------------------------

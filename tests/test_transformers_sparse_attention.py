@@ -133,7 +133,7 @@ def test_codebooks_learn() -> None:
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_checkpointed_training() -> None:
